@@ -1,0 +1,227 @@
+"""The operators ``torch.ops.bnorm_ext.*``: loading them, and their fake (meta) implementations.
+
+The schemas stand in ``csrc/bindings.cpp``. A fake implementation says shape, dtype, device and
+strides of the outputs; whether the arguments fit is checked by the real ones, in ``csrc/checks.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.library import register_fake
+
+from ._load import load
+
+_compiled = load()
+
+#: Types of devices that there are kernels for; "meta" computes shapes alone. Tensors elsewhere
+#: take native's path.
+KERNEL_DEVICES: frozenset[str] = frozenset(
+    ()
+    if _compiled is None
+    else ("cpu", "meta", "cuda")
+    if _compiled.has_cuda() and torch.version.cuda
+    else ("cpu", "meta")
+)
+
+
+def _like(x: Tensor) -> Tensor:
+    """Dense in the memory format that native gives its output."""
+    # empty_like of a strided x would keep gaps and permutations; the kernels write a dense tensor.
+    return torch.empty(
+        x.shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
+    )
+
+
+def _accumulation_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _statistic(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return x.new_empty((x.shape[1],), dtype=dtype or _accumulation_type(x.dtype))
+
+
+def _mask(x: Tensor) -> Tensor:
+    return x.new_empty((0,), dtype=torch.uint8)
+
+
+def _same_device(x: Tensor, *others: Tensor | None) -> None:
+    # A tensor on the meta device brings the call here although x is real.
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                f"Tensor on device {other.device} is not on the expected device {x.device}!"
+            )
+
+
+def _training(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    act: str = "identity",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _same_device(x, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+    return _like(x), _statistic(x), _statistic(x), _mask(x)
+
+
+def _inference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    act: str = "identity",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    _same_device(x, residual, weight, bias, running_mean, running_var)
+    return _like(x), _mask(x)
+
+
+def _gradients(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def of(parameter: Tensor | None) -> Tensor:
+        if parameter is None:
+            return _statistic(x)
+        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+
+    return (
+        _like(x) if output_mask[0] else None,
+        None,
+        of(weight) if output_mask[2] else None,
+        of(bias) if output_mask[3] else None,
+    )
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor | None,
+    act: str,
+    negative_slope: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    _same_device(x, dy, residual, weight, bias, mean, rstd, mask)
+    return _gradients(x, residual, weight, bias, output_mask)
+
+
+def _inference_backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    mask: Tensor | None,
+    act: str,
+    negative_slope: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    _same_device(x, dy, residual, weight, bias, running_mean, running_var, mask)
+    return _gradients(x, residual, weight, bias, output_mask)
+
+
+def _stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _statistic(x, torch.float64), _statistic(x, torch.float64)
+
+
+def _merge_stats(
+    mean: Tensor,
+    var: Tensor,
+    count: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    _same_device(mean, var, count, running_mean, running_var, num_batches_tracked)
+    acc = _accumulation_type(dtype)
+    return _statistic(mean, acc), _statistic(mean, acc)
+
+
+def _apply(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    act: str = "identity",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    _same_device(x, residual, weight, bias, mean, rstd)
+    return _like(x), _mask(x)
+
+
+def _backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor | None,
+    act: str = "identity",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    _same_device(x, dy, residual, weight, bias, mean, rstd, mask)
+    return _statistic(x), _statistic(x)
+
+
+def _backward_apply(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    mask: Tensor | None,
+    mean_dy: Tensor,
+    mean_dy_xhat: Tensor,
+    act: str = "identity",
+    negative_slope: float = 0.01,
+) -> tuple[Tensor, Tensor | None]:
+    _same_device(x, dy, residual, weight, bias, mean, rstd, mask, mean_dy, mean_dy_xhat)
+    return _like(x), None
+
+
+if _compiled is not None:
+    for _name, _fake in {
+        "batch_norm_training": _training,
+        "batch_norm_inference": _inference,
+        "batch_norm_backward": _backward,
+        "batch_norm_inference_backward": _inference_backward,
+        "batch_norm_stats": _stats,
+        "batch_norm_merge_stats": _merge_stats,
+        "batch_norm_apply": _apply,
+        "batch_norm_backward_reduce": _backward_reduce,
+        "batch_norm_backward_apply": _backward_apply,
+    }.items():
+        register_fake(f"bnorm_ext::{_name}", _fake)

@@ -1,0 +1,161 @@
+"""Batch normalisation as a function.
+
+Source: S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+Internal Covariate Shift", 2015, arXiv:1502.03167.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function_variadic
+
+from . import _transforms
+from ._ops import KERNEL_DEVICES
+
+# Looked up once: this function is host-bound for small tensors.
+_ops = torch.ops.bnorm_ext
+_training_op: Any = _ops.batch_norm_training.default if KERNEL_DEVICES else None
+_inference_op: Any = _ops.batch_norm_inference.default if KERNEL_DEVICES else None
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    r"""Normalises each channel of a batch: ``(input - mean) / sqrt(var + eps) * weight + bias``.
+
+    Called like :func:`torch.nn.functional.batch_norm`, with the counter of batches besides. In
+    training the statistics are those of the batch (with the biased variance), and the running
+    ones, where given, are moved towards them by ``momentum`` (with the unbiased variance);
+    otherwise the running statistics normalise. Differentiable to any order in ``input``,
+    ``weight`` and ``bias``; works under ``torch.compile``, ``torch.export`` and ``torch.func``.
+
+    Args:
+        input: ``(N, C)`` or ``(N, C, ...)``, float64, float32, float16 or bfloat16, any strides.
+            A memory format that is not dense costs one copy.
+        running_mean, running_var: ``(C,)``, or None in training. Updated in place in training.
+        weight, bias: ``(C,)`` or None, for 1 and 0.
+            These four are of the dtype of ``input`` or, for 16-bit input, all float32.
+        training: whether to normalise with the statistics of the batch.
+        momentum: weight of the new batch in the running statistics. None gives each batch the
+            same weight (cumulative average) and needs ``num_batches_tracked``.
+        eps: added to the variance; positive in training, not negative in inference.
+        num_batches_tracked: one int64 value, incremented in training. It is read on its device.
+
+    Returns:
+        The shape, dtype and memory format of ``input``.
+
+    Raises:
+        ValueError: one value per channel in training; running statistics half given; bad ``eps``.
+        RuntimeError: sizes, dtypes or devices do not fit.
+        NotImplementedError: integer or complex input.
+        TypeError: ``momentum=None`` without ``num_batches_tracked``.
+            Types and texts are those of :func:`torch.nn.functional.batch_norm` for the same call.
+            A call that raises has changed nothing.
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
+    """
+    if _is_dynamo_compiling():
+        return _call_op(
+            input, running_mean, running_var, weight, bias, training, momentum, eps,
+            num_batches_tracked,
+        )  # fmt: skip
+    arguments = (
+        input, running_mean, running_var, weight, bias, training, momentum, eps,
+        num_batches_tracked,
+    )  # fmt: skip
+    try:
+        if (
+            has_torch_function_variadic(input, running_mean, running_var, weight, bias)
+            or _takes_native_path(input)
+        ):
+            return _native(*arguments)
+        if _transforms_active() or forward_ad._current_level >= 0:
+            return _transforms.batch_norm(*arguments)
+        return _call_op(*arguments)
+    except Exception:
+        _raise_as_native(*arguments)
+        raise
+
+
+def _call_op(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    if training:
+        return _training_op(
+            input, None, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+            eps,
+        )[0]  # fmt: skip
+    return _inference_op(input, None, weight, bias, running_mean, running_var, eps)[0]
+
+
+def _takes_native_path(input: Tensor) -> bool:
+    """Whether there are no kernels for this kind of tensor."""
+    if input.device.type not in KERNEL_DEVICES or input.layout is not torch.strided:
+        return True
+    if type(input) is Tensor:
+        return input.is_nested
+    dtensor = sys.modules.get("torch.distributed.tensor")
+    return input.is_nested or (dtensor is not None and isinstance(input, dtensor.DTensor))
+
+
+def _native(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """Torch's own batch norm with this function's arguments; the counter moves last."""
+    if training and momentum is None and num_batches_tracked is not None:
+        momentum = 1.0 / (float(num_batches_tracked) + 1.0)
+    output = F.batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps  # type: ignore[arg-type]  # None: native says what it thinks of it
+    )
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return output
+
+
+def _raise_as_native(*arguments: Any) -> None:
+    """Raises what native raises for a call that was refused here; returns where it raises nothing."""
+    input, running_mean, running_var, weight, bias, training, momentum, eps, counter = arguments
+    running_mean, running_var, counter = (
+        t.detach().clone() if isinstance(t, Tensor) else t
+        for t in (running_mean, running_var, counter)
+    )
+    with torch.no_grad():
+        try:
+            _native(
+                input, running_mean, running_var, weight, bias, training, momentum, eps, counter
+            )
+        except Exception as error:
+            raise error from None

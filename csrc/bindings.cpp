@@ -1,0 +1,77 @@
+// The table of contents: the operators torch.ops.bnorm_ext.*, and the Python module _C with the
+// facts that are only known at run time.
+//
+// Shapes: x, y, dy, dx, residual (N, C, ...); weight, bias and running statistics (C,); mean and
+// rstd (C,) in the accumulation type (float for 16-bit x). `mask` is empty unless an activation
+// after an addition has to remember signs. A tensor that was not asked for is returned undefined.
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include "cpu/capability.h"
+
+TORCH_LIBRARY(bnorm_ext, m) {
+  // Training forward: statistics of the batch, running statistics and counter updated in place.
+  // momentum=None: the cumulative average, from num_batches_tracked.
+  m.def(
+      "batch_norm_training(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+      "float? momentum, float eps, str act=\"identity\", float negative_slope=0.01) "
+      "-> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)");
+  m.def(
+      "batch_norm_inference(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor running_mean, Tensor running_var, float eps, str act=\"identity\", "
+      "float negative_slope=0.01) -> (Tensor y, Tensor mask)");
+  // output_mask: which of dx, dresidual, dweight, dbias are wanted.
+  m.def(
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+      "Tensor mean, Tensor rstd, Tensor? mask, str act, float negative_slope, bool[4] output_mask) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  m.def(
+      "batch_norm_inference_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor running_mean, Tensor running_var, float eps, Tensor? mask, str act, "
+      "float negative_slope, bool[4] output_mask) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  // Gradients of batch_norm_backward and, with training=False, batch_norm_inference_backward, given
+  // those of dx, dweight and dbias. Plain differentiable torch operations.
+  m.def(
+      "batch_norm_double_backward(Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor dy, "
+      "Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool training, bool[3] output_mask) "
+      "-> (Tensor ddy, Tensor dx, Tensor dweight)");
+
+  // The halves of the above, for statistics that are shared between processes. mean and var
+  // (biased) of batch_norm_stats are double whatever x is, so that merging loses nothing.
+  m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)");
+  // mean, var (W, C) and count (W,) of W processes, in double.
+  m.def(
+      "batch_norm_merge_stats(Tensor mean, Tensor var, Tensor count, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
+      "ScalarType dtype) -> (Tensor mean, Tensor rstd)");
+  m.def(
+      "batch_norm_apply(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
+      "Tensor rstd, str act=\"identity\", float negative_slope=0.01) -> (Tensor y, Tensor mask)");
+  m.def(
+      "batch_norm_backward_reduce(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, str act=\"identity\", "
+      "float negative_slope=0.01) -> (Tensor sum_dy, Tensor sum_dy_xhat)");
+  // mean_dy, mean_dy_xhat: the two sums over all processes, divided by the total count.
+  m.def(
+      "batch_norm_backward_apply(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, "
+      "Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, Tensor mean_dy, Tensor mean_dy_xhat, "
+      "str act=\"identity\", float negative_slope=0.01) -> (Tensor dx, Tensor dresidual)");
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Run-time facts of the compiled part of bnorm_ext.";
+  m.def("cpu_capability", &bnorm_ext::cpu::capability,
+        "The instruction set of the CPU kernels in use: baseline, avx2 or avx512.");
+  m.def(
+      "has_cuda",
+      [] {
+#ifdef BNORM_EXT_CUDA
+        return true;
+#else
+        return false;
+#endif
+      },
+      "Whether the CUDA kernels are compiled in.");
+}

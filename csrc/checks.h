@@ -1,0 +1,74 @@
+// Every validation of the operators, once, for all devices; and the view of a tensor as [N, C, S].
+//
+// A forward call that native batch norm refuses is handed to native to be refused (on copies of
+// the buffers), so that exception type and text are native's. What only the operators take
+// (outputs of the forward pass, act, residual) is refused here, naming argument and value.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string_view>
+
+#include "params.h"
+
+namespace bnorm_ext {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// A tensor that the kernels can walk.
+struct Input {
+  at::Tensor tensor;  // dense in `format`: the caller's own where it is, else a copy
+  at::MemoryFormat format = at::MemoryFormat::Contiguous;
+  Shape shape;
+  DType dtype = DType::Float;
+};
+
+struct ForwardArguments {
+  const at::Tensor& x;
+  const OptionalTensor& weight;
+  const OptionalTensor& bias;
+  const OptionalTensor& running_mean;
+  const OptionalTensor& running_var;
+  const OptionalTensor& num_batches_tracked;
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+};
+
+struct BackwardArguments {
+  const char* op;  // named in errors
+  const at::Tensor& dy;
+  const at::Tensor& x;
+  const OptionalTensor& weight;
+  const OptionalTensor& bias;
+  const at::Tensor& mean;
+  const at::Tensor& rstd;
+};
+
+DType dtype_of(const at::Tensor& t);
+
+// float for 16-bit types, else the type itself: of mean, rstd and everything accumulated.
+at::ScalarType accumulation_type(at::ScalarType type);
+
+// The caller's tensor of C elements, or an absent one.
+ChannelVector channel_vector(const OptionalTensor& t);
+
+// x as [N, C, S]; x.dim() >= 2 and a supported dtype must have been checked.
+Input resolve(const at::Tensor& x);
+
+// `other` in the layout of `like`: itself where it is dense so, else a copy.
+at::Tensor in_layout_of(const at::Tensor& other, const Input& like);
+
+void check_forward(const ForwardArguments& a);
+void check_backward(const BackwardArguments& a);
+
+// `t` is [C], of the accumulation type of x and on its device.
+void check_statistic(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x);
+
+// `x` has a dtype that the kernels know and at least two dimensions.
+void check_input(const char* op, const char* name, const at::Tensor& x);
+
+void check_activation(std::string_view act, const OptionalTensor& residual);
+
+}  // namespace bnorm_ext

@@ -1,0 +1,136 @@
+// Runs the chunk kernels over a whole tensor with ATen's threads.
+//
+// Two ways through the memory, chosen by shape and threads, with the same bits in either:
+//   by channel  (ChannelsFirst, enough channels) one thread takes a channel through both passes, so
+//               that its slab is still in the core's L2 in the second
+//   by chunk    (ChannelsLast, or too few channels) all threads share the chunks of the first pass,
+//               then those of the second, last ones first since they are the ones still in cache
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "capability.h"
+
+namespace bnorm_ext {
+namespace cpu {
+
+// Below about this many elements a thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+// The moments of one channel, from those of its chunks in index order. Deviations are taken from
+// the first chunk's mean; in double this loses at most log2(number of chunks) + 1 of 53 bits.
+class ChannelMoments {
+ public:
+  void add(const Moments& chunk, double count) {
+    if (count_ == 0 && chunk.mean - chunk.mean == 0) origin_ = chunk.mean;
+    const double d = chunk.mean - origin_;
+    count_ += count;
+    d_ += count * d;
+    d2_ += chunk.m2 + count * d * d;
+  }
+  double mean() const { return origin_ + d_ / count_; }
+  double var() const {
+    const double v = (d2_ - d_ * d_ / count_) / count_;
+    return v < 0 ? 0 : v;  // not std::max: a NaN must stay one
+  }
+
+ private:
+  double count_ = 0, origin_ = 0, d_ = 0, d2_ = 0;
+};
+
+class ChannelSums {
+ public:
+  void add(const Sums& chunk, double) {
+    dy += chunk.dy;
+    dy_xhat += chunk.dy_xhat;
+  }
+  double dy = 0, dy_xhat = 0;
+};
+
+// first(span, c0, c1, out): gathers a Partial of each channel of the chunk.
+// finish(c, total): called once per channel, before `second` sees the channel.
+// second(span, c0, c1): writes the chunk. `has_second` is false where only totals are wanted.
+template <typename Partial, typename Total, typename First, typename Finish, typename Second>
+void two_passes(const Shape& shape, First first, Finish finish, Second second, bool has_second) {
+  const Chunks chunks(shape);
+  const int64_t C = shape.C, K = chunks.size(), per_channel = shape.count();
+  const bool by_row = shape.layout == Layout::ChannelsLast;
+  const int64_t threads = shape.numel() > kGrain ? at::get_num_threads() : 1;
+
+  if (!by_row && (threads == 1 || C >= 4 * threads)) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / per_channel);
+    at::parallel_for(0, C, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        Total total;
+        for (int64_t k = 0; k < K; ++k) {
+          Partial partial;
+          first(chunks[k], c, c + 1, &partial);
+          total.add(partial, static_cast<double>(chunks[k].count()));
+        }
+        finish(c, total);
+        if (!has_second) continue;
+        for (int64_t k = K - 1; k >= 0; --k) second(chunks[k], c, c + 1);
+      }
+    });
+    return;
+  }
+
+  const int64_t block = by_row ? kChannelBlock : 1;
+  const int64_t blocks = (C + block - 1) / block;
+  const int64_t grain = threads == 1 ? K * blocks : 1;
+  std::vector<Partial> partials(static_cast<size_t>(K * C));
+  at::parallel_for(0, K * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t k = task / blocks, c0 = task % blocks * block;
+      first(chunks[k], c0, std::min(c0 + block, C), &partials[static_cast<size_t>(k * C + c0)]);
+    }
+  });
+  // Eight neighbours at a time, because their partials share cache lines.
+  constexpr int64_t kNeighbours = 8;
+  const int64_t finish_grain = std::max<int64_t>(kNeighbours, kGrain / std::max<int64_t>(K, 1));
+  at::parallel_for(0, (C + kNeighbours - 1) / kNeighbours, finish_grain / kNeighbours,
+                   [&](int64_t begin, int64_t end) {
+    for (int64_t c0 = begin * kNeighbours; c0 < std::min(end * kNeighbours, C); c0 += kNeighbours) {
+      const int64_t n = std::min(kNeighbours, C - c0);
+      Total totals[kNeighbours];
+      for (int64_t k = 0; k < K; ++k) {
+        const double count = static_cast<double>(chunks[k].count());
+        for (int64_t i = 0; i < n; ++i) {
+          totals[i].add(partials[static_cast<size_t>(k * C + c0 + i)], count);
+        }
+      }
+      for (int64_t i = 0; i < n; ++i) finish(c0 + i, totals[i]);
+    }
+  });
+  if (!has_second) return;
+  const int64_t second_blocks = by_row ? 1 : C;
+  at::parallel_for(0, K * second_blocks, threads == 1 ? K * second_blocks : 1,
+                   [&](int64_t begin, int64_t end) {
+    for (int64_t task = end - 1; task >= begin; --task) {
+      const int64_t c0 = task % second_blocks;
+      second(chunks[task / second_blocks], c0, by_row ? C : c0 + 1);
+    }
+  });
+}
+
+// second(span, c0, c1) over every chunk, in order: for passes that need no totals.
+template <typename Second>
+void one_pass(const Shape& shape, Second second) {
+  const Chunks chunks(shape);
+  const bool by_row = shape.layout == Layout::ChannelsLast;
+  const int64_t K = chunks.size(), channels = by_row ? 1 : shape.C, tasks = K * channels;
+  const int64_t grain = tasks == 0 ? 1 : std::max<int64_t>(1, kGrain * tasks / shape.numel());
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      // Sample by sample where a chunk is one row, so that memory is walked in order.
+      const int64_t c0 = task % channels;
+      second(chunks[task / channels], c0, by_row ? shape.C : c0 + 1);
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace bnorm_ext

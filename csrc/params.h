@@ -1,0 +1,70 @@
+// The structs that cross from the torch-facing files to the kernels of either device.
+// No torch header here: the kernels stay free of torch.
+//
+// A tensor of rank 2 to 5 and more is seen as [N, C, S]: N samples, C channels, S positions.
+// "acc" is the accumulation type: double for double data, float for float, half and bfloat16.
+#pragma once
+
+#include <cstdint>
+
+namespace bnorm_ext {
+
+enum class DType : int8_t { Float, Double, Half, BFloat16 };
+
+enum class Layout : int8_t {
+  ChannelsFirst,  // element (n, c, s) at (n * C + c) * S + s
+  ChannelsLast,   // element (n, c, s) at (n * S + s) * C + c; N * S rows of C channels
+};
+
+struct Shape {
+  int64_t N = 0;
+  int64_t C = 0;
+  int64_t S = 0;
+  Layout layout = Layout::ChannelsFirst;
+
+  int64_t count() const { return N * S; }  // values per channel
+  int64_t numel() const { return N * C * S; }
+};
+
+// One value per channel in a tensor of the caller's, read and written in place whatever its dtype
+// and stride. data == nullptr: the argument was not given.
+struct ChannelVector {
+  void* data = nullptr;  // [C], element c at c * stride
+  int64_t stride = 1;    // in elements
+  DType dtype = DType::Float;
+};
+
+// How a training step moves the running statistics.
+struct RunningUpdate {
+  ChannelVector mean;                      // [C], updated in place
+  ChannelVector var;                       // [C], updated in place with the unbiased variance
+  int64_t* num_batches_tracked = nullptr;  // scalar, incremented by one
+  double momentum = 0.1;                   // weight of the new batch
+  bool cumulative = false;                 // momentum is 1 / num_batches_tracked instead
+};
+
+struct ForwardParams {
+  Shape shape;
+  DType dtype = DType::Float;  // of x and y
+  const void* x = nullptr;     // [N, C, S]
+  void* y = nullptr;           // [N, C, S]
+  const void* mean = nullptr;  // [C] acc
+  const void* scale = nullptr;  // [C] acc, weight * rstd
+  const void* shift = nullptr;  // [C] acc, bias
+};
+
+struct BackwardParams {
+  Shape shape;
+  DType dtype = DType::Float;  // of dy, x and dx
+  const void* dy = nullptr;    // [N, C, S]
+  const void* x = nullptr;     // [N, C, S]
+  void* dx = nullptr;          // [N, C, S]
+  const void* mean = nullptr;  // [C] acc
+  const void* rstd = nullptr;  // [C] acc
+  // With xhat = (x - mean) * rstd: dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * scale.
+  const void* mean_dy = nullptr;       // [C] acc, 0 in inference
+  const void* mean_dy_xhat = nullptr;  // [C] acc, 0 in inference
+  const void* scale = nullptr;         // [C] acc, weight * rstd
+};
+
+}  // namespace bnorm_ext
