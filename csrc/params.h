@@ -51,6 +51,7 @@ struct ForwardParams {
   const void* mean = nullptr;  // [C] acc
   const void* scale = nullptr;  // [C] acc, weight * rstd
   const void* shift = nullptr;  // [C] acc, bias
+  bool stream = false;          // CPU: y is written past the caches
 };
 
 struct BackwardParams {
@@ -65,6 +66,7 @@ struct BackwardParams {
   const void* mean_dy = nullptr;       // [C] acc, 0 in inference
   const void* mean_dy_xhat = nullptr;  // [C] acc, 0 in inference
   const void* scale = nullptr;         // [C] acc, weight * rstd
+  bool stream = false;                 // CPU: dx is written past the caches
 };
 
 }  // namespace bnorm_ext

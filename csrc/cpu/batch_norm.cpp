@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     A *scale = coefficients[0], *shift = coefficients[1];
     A *mean_of = mean.data_ptr<A>(), *rstd_of_c = rstd.data_ptr<A>();
     const ForwardParams p{in.shape, in.dtype, in.tensor.const_data_ptr(), y.data_ptr(),
-                          mean_of,  scale,    shift};
+                          mean_of,  scale,    shift,    streams(y)};
     const auto moments = kernels().moments[static_cast<int>(in.dtype)];
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
     two_passes<Moments, ChannelMoments>(
@@ -180,7 +180,7 @@ Tensor normalise_with(const Tensor& x, const OptionalTensor& weight, const Optio
       shift[c] = static_cast<A>(get_or(b, c, 0));
     }
     const ForwardParams p{in.shape, in.dtype, in.tensor.const_data_ptr(), y.data_ptr(),
-                          mean,     scale,    shift};
+                          mean,     scale,    shift,    streams(y)};
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
     one_pass(in.shape,
              [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
@@ -321,7 +321,8 @@ struct Backward {
                              rstd_of_c,
                              k1,
                              k2,
-                             scale};
+                             scale,
+                             streams(dx)};
       const auto set_coefficients = [&](int64_t c, A dy_mean, A dy_xhat_mean) {
         k1[c] = dy_mean;
         k2[c] = dy_xhat_mean;

@@ -7,6 +7,7 @@
 //               then those of the second, last ones first since they are the ones still in cache
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -19,6 +20,15 @@ namespace cpu {
 
 // Below about this many elements a thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
+
+// Outputs of at least this many bytes are written past the caches: a store into a line that is not
+// cached would first read it, and evict the slab that the second pass is about to read. A constant,
+// since what the system reports as last-level cache may be shared by any number of machines.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+inline bool streams(const at::Tensor& out) {
+  return out.defined() && static_cast<int64_t>(out.nbytes()) >= kStreamBytes;
+}
 
 // The moments of one channel, from those of its chunks in index order. Deviations are taken from
 // the first chunk's mean; in double this loses at most log2(number of chunks) + 1 of 53 bits.

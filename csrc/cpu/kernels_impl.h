@@ -93,48 +93,37 @@ BNORM_INLINE Moments moments_about(double shift, double d, double d2, double cou
 
 // ---- ChannelsFirst: one channel, rows of contiguous positions ---------------------------------
 
+template <typename V>
+struct FourSums {
+  V v[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+  BNORM_INLINE double total() const { return sum((v[0] + v[1]) + (v[2] + v[3])); }
+};
+
 template <typename T>
 void moments_channels_first(const ForwardParams& p, const Span& span, int64_t c, Moments* out) {
   using A = Acc<T>;
   using V = Vec<A>;
-  constexpr int64_t W = V::W;
   const T* x = static_cast<const T*>(p.x);
   const double count = static_cast<double>(span.count());
 
-  // Four chains of additions, since one would wait for its own latency.
-  V s[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+  FourSums<V> s;
   each_row(p.shape, span, c, [&](int64_t offset, int64_t length) {
-    const T* row = x + offset;
-    int64_t i = 0;
-    for (; i + 4 * W <= length; i += 4 * W) {
-      for (int64_t u = 0; u < 4; ++u) s[u] = s[u] + load(row + i + u * W, Full{}, V::all(0));
-    }
-    each_vector<A>(length - i, [&](int64_t j, auto part) {
-      s[0] = s[0] + load(row + i + j, part, V::all(0));
+    each_vector_of_four<A>(length, [&](int64_t i, int u, auto part) {
+      s.v[u] = s.v[u] + load(x + offset + i, part, V::all(0));
     });
   });
-  const A shift = static_cast<A>(sum((s[0] + s[1]) + (s[2] + s[3])) / count);
+  const A shift = static_cast<A>(s.total() / count);
 
   const V m = V::all(shift);
-  V d1[2] = {V::all(0), V::all(0)};
-  V d2[2] = {V::all(0), V::all(0)};
+  FourSums<V> d1, d2;
   each_row(p.shape, span, c, [&](int64_t offset, int64_t length) {
-    const T* row = x + offset;
-    int64_t i = 0;
-    for (; i + 2 * W <= length; i += 2 * W) {
-      for (int64_t u = 0; u < 2; ++u) {
-        const V d = load(row + i + u * W, Full{}, m) - m;
-        d1[u] = d1[u] + d;
-        d2[u] = fma(d, d, d2[u]);
-      }
-    }
-    each_vector<A>(length - i, [&](int64_t j, auto part) {
-      const V d = load(row + i + j, part, m) - m;
-      d1[0] = d1[0] + d;
-      d2[0] = fma(d, d, d2[0]);
+    each_vector_of_four<A>(length, [&](int64_t i, int u, auto part) {
+      const V d = load(x + offset + i, part, m) - m;
+      d1.v[u] = d1.v[u] + d;
+      d2.v[u] = fma(d, d, d2.v[u]);
     });
   });
-  *out = moments_about(static_cast<double>(shift), sum(d1[0] + d1[1]), sum(d2[0] + d2[1]), count);
+  *out = moments_about(static_cast<double>(shift), d1.total(), d2.total(), count);
   if (!finite(out->m2)) moments_in_double<T>(p, span, c, out);
 }
 
@@ -142,29 +131,21 @@ template <typename T>
 void sums_channels_first(const BackwardParams& p, const Span& span, int64_t c, Sums* out) {
   using A = Acc<T>;
   using V = Vec<A>;
-  constexpr int64_t W = V::W;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
   const V mean = V::all(static_cast<const A*>(p.mean)[c]);
   const V rstd = V::all(static_cast<const A*>(p.rstd)[c]);
 
-  V g1[2] = {V::all(0), V::all(0)};
-  V g2[2] = {V::all(0), V::all(0)};
+  FourSums<V> s1, s2;
   each_row(p.shape, span, c, [&](int64_t offset, int64_t length) {
-    const auto step = [&](int64_t i, int64_t u, auto part) {
+    each_vector_of_four<A>(length, [&](int64_t i, int u, auto part) {
       const V g = load(dy + offset + i, part, V::all(0));
       const V xhat = (load(x + offset + i, part, mean) - mean) * rstd;
-      g1[u] = g1[u] + g;
-      g2[u] = fma(g, xhat, g2[u]);
-    };
-    int64_t i = 0;
-    for (; i + 2 * W <= length; i += 2 * W) {
-      step(i, 0, Full{});
-      step(i + W, 1, Full{});
-    }
-    each_vector<A>(length - i, [&](int64_t j, auto part) { step(i + j, 0, part); });
+      s1.v[u] = s1.v[u] + g;
+      s2.v[u] = fma(g, xhat, s2.v[u]);
+    });
   });
-  *out = {sum(g1[0] + g1[1]), sum(g2[0] + g2[1])};
+  *out = {s1.total(), s2.total()};
   if (!finite(out->dy) || !finite(out->dy_xhat)) sums_in_double<T>(p, span, c, out);
 }
 
@@ -326,21 +307,25 @@ void apply(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   const V zero = V::all(0);
   if (p.shape.layout == Layout::ChannelsLast) {
     for (int64_t r = span.s0; r < span.s1; ++r) {
-      each_vector<A>(c1 - c0, [&](int64_t i, auto part) {
+      T* row = y + r * p.shape.C + c0;
+      each_vector_to<A>(row, c1 - c0, p.stream, [&](int64_t i, auto part, auto how) {
         const int64_t c = c0 + i, at = r * p.shape.C + c;
-        store(y + at, part,
+        store(row + i, part,
               normalise(load(x + at, part, zero), load(mean + c, part, zero),
-                        load(scale + c, part, zero), load(shift + c, part, zero)));
+                        load(scale + c, part, zero), load(shift + c, part, zero)),
+              how);
       });
     }
+    if (p.stream) fence();
     return;
   }
   const V m = V::all(mean[c0]), a = V::all(scale[c0]), b = V::all(shift[c0]);
   each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
-    each_vector<A>(length, [&](int64_t i, auto part) {
-      store(y + offset + i, part, normalise(load(x + offset + i, part, zero), m, a, b));
+    each_vector_to<A>(y + offset, length, p.stream, [&](int64_t i, auto part, auto how) {
+      store(y + offset + i, part, normalise(load(x + offset + i, part, zero), m, a, b), how);
     });
   });
+  if (p.stream) fence();
 }
 
 template <typename T>
@@ -358,26 +343,31 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   const V zero = V::all(0);
   if (p.shape.layout == Layout::ChannelsLast) {
     for (int64_t r = span.s0; r < span.s1; ++r) {
-      each_vector<A>(c1 - c0, [&](int64_t i, auto part) {
+      T* row = dx + r * p.shape.C + c0;
+      each_vector_to<A>(row, c1 - c0, p.stream, [&](int64_t i, auto part, auto how) {
         const int64_t c = c0 + i, at = r * p.shape.C + c;
-        store(dx + at, part,
+        store(row + i, part,
               input_gradient(load(dy + at, part, zero), load(x + at, part, zero),
                              load(mean + c, part, zero), load(rstd + c, part, zero),
                              load(mean_dy + c, part, zero), load(mean_dy_xhat + c, part, zero),
-                             load(scale + c, part, zero)));
+                             load(scale + c, part, zero)),
+              how);
       });
     }
+    if (p.stream) fence();
     return;
   }
   const V m = V::all(mean[c0]), r = V::all(rstd[c0]), s = V::all(scale[c0]);
   const V k1 = V::all(mean_dy[c0]), k2 = V::all(mean_dy_xhat[c0]);
   each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
-    each_vector<A>(length, [&](int64_t i, auto part) {
+    each_vector_to<A>(dx + offset, length, p.stream, [&](int64_t i, auto part, auto how) {
       const int64_t at = offset + i;
       store(dx + at, part,
-            input_gradient(load(dy + at, part, zero), load(x + at, part, zero), m, r, k1, k2, s));
+            input_gradient(load(dy + at, part, zero), load(x + at, part, zero), m, r, k1, k2, s),
+            how);
     });
   });
+  if (p.stream) fence();
 }
 
 }  // namespace

@@ -43,6 +43,11 @@ struct Part {
   int64_t n;
 };
 
+
+// How to store: through the caches, or past them.
+struct Cached {};
+struct Streamed {};
+
 template <typename A>
 struct Vec;
 
@@ -61,6 +66,47 @@ BNORM_INLINE void each_vector(int64_t length, F f) {
   int64_t i = 0;
   for (; i + W <= length; i += W) f(i, Full{});
   if (i < length) f(i, Part{length - i});
+}
+
+// The same for sums: f(i, u, part) adds to accumulator u of four, since one alone would wait for
+// its own latency.
+template <typename A, typename F>
+BNORM_INLINE void each_vector_of_four(int64_t length, F f) {
+  constexpr int64_t W = Vec<A>::W;
+  int64_t i = 0;
+  for (; i + 4 * W <= length; i += 4 * W) {
+    f(i, 0, Full{});
+    f(i + W, 1, Full{});
+    f(i + 2 * W, 2, Full{});
+    f(i + 3 * W, 3, Full{});
+  }
+  if (i + W <= length) f(i, 0, Full{}), i += W;
+  if (i + W <= length) f(i, 1, Full{}), i += W;
+  if (i + W <= length) f(i, 2, Full{}), i += W;
+  if (i < length) f(i, 3, Part{length - i});
+}
+
+// The same for writing to `out`: f(i, part, how) where `how` is the way to store there. Streaming
+// passes by the caches, whole aligned lines only: the ends of the row are written as usual.
+template <typename A, typename T, typename F>
+BNORM_INLINE void each_vector_to(T* out, int64_t length, bool stream, F f) {
+  constexpr int64_t W = Vec<A>::W;
+  if (!stream) {
+    each_vector<A>(length, [&](int64_t i, auto part) { f(i, part, Cached{}); });
+    return;
+  }
+  constexpr int64_t alignment = W * static_cast<int64_t>(sizeof(T));
+  const int64_t beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % alignment);
+  int64_t i = beyond == 0 ? 0 : (alignment - beyond) / static_cast<int64_t>(sizeof(T));
+  if (i > length) i = length;
+  if (i > 0) f(0, Part{i}, Cached{});
+  for (; i + W <= length; i += W) f(i, Full{}, Streamed{});
+  if (i < length) f(i, Part{length - i}, Cached{});
+}
+
+template <typename T, typename P, typename A>
+BNORM_INLINE void store(T* p, P part, A a, Cached) {
+  store(p, part, a);
 }
 
 }  // namespace
