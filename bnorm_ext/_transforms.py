@@ -32,49 +32,66 @@ def batch_norm(
     eps: float,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """As ``functional.batch_norm``; the buffers change by plain operations that transforms see."""
-    if not training:
-        y, _, _, _, _ = _Forward.apply(input, weight, bias, running_mean, running_var, False, eps)
+    """As ``functional.batch_norm``."""
+    y, mean, rstd = _Forward.apply(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked if training else None,
+        training,
+        momentum,
+        eps,
+    )
+    if not _is_forward_over_forward():
         return y
-    if momentum is None and num_batches_tracked is None and running_mean is not None:
-        raise TypeError("momentum=None needs num_batches_tracked")
-    # The checks of running statistics need their dtype and size, not their values.
-    y, _, _, mean, var = _Forward.apply(input, weight, bias, running_mean, running_var, True, eps)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if running_mean is not None and running_var is not None and input.numel() > 0:
-        # In double and in this order: the bits of RunningStatistics in csrc/cpu/batch_norm.cpp.
-        m: Any = 1.0 / num_batches_tracked.double() if momentum is None else momentum  # type: ignore[union-attr]  # checked above
-        count = input.numel() / input.shape[1]
-        unbiased = var * (count / (count - 1))
-        running_mean.copy_(m * mean + (1 - m) * running_mean.detach().double())
-        running_var.copy_(m * unbiased + (1 - m) * running_var.detach().double())
-    return y
+    # Torch (2.11 to 2.13 at least) loses the outer tangent in the jvp of any Python Function: the
+    # second forward derivative of x**3 written as one is 0. Plain operations have no such trouble.
+    n = _Normalised(input, mean, rstd, training, eps)
+    y = n.xhat * _per_channel(weight, input)
+    return (y if bias is None else y + _per_channel(bias, input)).to(input.dtype)
 
 
-def _dims(x: Tensor) -> list[int]:
-    return [0, *range(2, x.dim())]
-
-
-def _per_channel(t: Tensor | None, like: Tensor) -> Tensor | float:
-    """(C,) as (1, C, 1, ...) in the accumulation type of ``like``."""
-    if t is None:
-        return 1.0
-    return t.to(_acc(like.dtype)).reshape(1, -1, *[1] * (like.dim() - 2))
+def _is_forward_over_forward() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    jvp = torch._C._functorch.TransformType.Jvp
+    return sum(interpreter.key() == jvp for interpreter in stack) > 1
 
 
 def _acc(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-class _Normalised:
-    """x normalised in plain torch: what the derivatives of the Functions are made of."""
+def _per_channel(t: Tensor | None, like: Tensor) -> Any:
+    """(C,) as (1, C, 1, ...) in the accumulation type of ``like``; 1 where there is none."""
+    if t is None:
+        return 1.0
+    return t.to(_acc(like.dtype)).reshape(1, -1, *[1] * (like.dim() - 2))
 
-    def __init__(self, x: Tensor, mean: Tensor, rstd: Tensor, training: bool) -> None:
-        self.dims = _dims(x)
+
+def _add(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+class _Normalised:
+    """x normalised in plain torch: what the derivatives of the Functions are made of.
+
+    In training the statistics are computed from x once more, since the saved ones do not know at
+    every level of nested transforms that they depend on it.
+    """
+
+    def __init__(self, x: Tensor, mean: Tensor, rstd: Tensor, training: bool, eps: float) -> None:
+        self.dims = [0, *range(2, x.dim())]
         self.training = training
-        self.rstd = _per_channel(rstd, x)
-        self.xhat = (x.to(_acc(x.dtype)) - _per_channel(mean, x)) * self.rstd
+        x = x.to(_acc(x.dtype))
+        if training:
+            centred = x - self.average(x)
+            self.rstd = (self.average(centred.square()) + eps).rsqrt()
+        else:
+            centred = x - _per_channel(mean, x)
+            self.rstd = _per_channel(rstd, x)
+        self.xhat = centred * self.rstd
 
     def average(self, v: Tensor) -> Tensor:
         return v.mean(self.dims, keepdim=True)
@@ -85,12 +102,8 @@ class _Normalised:
         return v - self.average(v) - self.xhat * self.average(v * self.xhat)
 
 
-def _add(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
-
-
 class _Forward(torch.autograd.Function):
-    """(x, weight, bias) -> y; also mean, rstd and, in double, mean and var, not differentiable."""
+    """(x, weight, bias) -> y; also mean and rstd, which are not differentiable. Updates the buffers."""
 
     @staticmethod
     def forward(
@@ -99,74 +112,85 @@ class _Forward(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
         training: bool,
+        momentum: float | None,
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ops = torch.ops.bnorm_ext
-        acc = _acc(x.dtype)
-        if not training:
-            y, _ = ops.batch_norm_inference(
-                x, None, weight, bias, running_mean, running_var, eps
+        if training:
+            y, mean, rstd, _ = ops.batch_norm_training(
+                x, None, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
             )
-            assert running_mean is not None and running_var is not None  # or the operator raised
-            mean, var = running_mean.double(), running_var.double()
-            return y, mean.to(acc), (1.0 / torch.sqrt(var + eps)).to(acc), mean, var
-        # On copies: the operator checks the buffers, the caller updates them.
-        buffers = [t if t is None else t.clone() for t in (running_mean, running_var)]
-        y, mean, rstd, _ = ops.batch_norm_training(
-            x, None, weight, bias, *buffers, None, 0.0, eps
-        )
-        return y, mean, rstd, *ops.batch_norm_stats(x)
+            return y, mean, rstd
+        y, _ = ops.batch_norm_inference(x, None, weight, bias, running_mean, running_var, eps)
+        assert running_mean is not None and running_var is not None  # or the operator has raised
+        # In double and rounded once, as the operator does it; a copy, since a Function must not
+        # return its inputs.
+        mean = running_mean.to(_acc(x.dtype), copy=True)
+        rstd = (1.0 / torch.sqrt(running_var.double() + eps)).to(_acc(x.dtype))
+        return y, mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, _, _, ctx.training, _ = inputs
-        _, mean, rstd, mean64, var64 = output
-        ctx.mark_non_differentiable(mean, rstd, mean64, var64)
+        x, weight, bias, _, _, _, ctx.training, _, ctx.eps = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.save_for_forward(x, weight, bias, mean, rstd)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        if dy is None:
-            return None, None, None, None, None, None, None
-        dx, dweight, dbias = _Backward.apply(
-            dy, x, weight, bias, mean, rstd, ctx.training, ctx.needs_input_grad[:3]
-        )
-        return dx, dweight, dbias, None, None, None, None
+        gradients: Any = (None, None, None)
+        if dy is not None:
+            wanted = ctx.needs_input_grad[:3]
+            gradients = _Backward.apply(dy, *ctx.saved_tensors, ctx.training, ctx.eps, wanted)
+        return (*gradients, *[None] * 6)
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any) -> Any:
         x, weight, _, mean, rstd = ctx.saved_tensors
-        dy: Tensor | None = None
+        n = _Normalised(x, mean, rstd, ctx.training, ctx.eps)
+        dy = torch.zeros_like(n.xhat)
         if dx is not None:
-            # P is symmetric: the tangent is the gradient with dx in the place of dy.
-            dy = _Backward.apply(
-                dx.to(x.dtype), x, weight, None, mean, rstd, ctx.training, (True, False, False)
-            )[0]
-        n = _Normalised(x, mean, rstd, ctx.training)
+            dy = dy + _per_channel(weight, x) * n.rstd * n.project(dx.to(dy.dtype))
         if dweight is not None:
-            dy = _add(dy, (_per_channel(dweight, x) * n.xhat).to(x.dtype))
+            dy = dy + _per_channel(dweight, x) * n.xhat
         if dbias is not None:
-            dy = _add(dy, (_per_channel(dbias, x) * torch.ones_like(n.xhat)).to(x.dtype))
-        return (torch.zeros_like(x) if dy is None else dy), None, None, None, None
+            dy = dy + _per_channel(dbias, x)
+        return dy.to(x.dtype), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        x, weight, bias, running_mean, running_var, training, eps = args
+        x, weight, bias, *buffers, training, momentum, eps = args
         B = info.batch_size
-        fold = _Fold(B, x, in_dims[0])
-        # An unbatched buffer is only read here; the caller's update raises, as native does.
-        vectors = [fold.vector(t, d) for t, d in zip(args[1:5], in_dims[1:5], strict=True)]
-        y, *statistics = _Forward.apply(fold.tensor(x, in_dims[0]), *vectors, training, eps)
-        return (fold.unfold(y), *(s.reshape(B, -1) for s in statistics)), (1, 0, 0, 0, 0)
+        _refuse_shared_buffers(buffers, in_dims[3:6], training)
+        counter = buffers[2]
+        if momentum is None and counter is not None:
+            # Each of the B batch norms has its own count, hence its own momentum.
+            slices = [
+                [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+                for i in range(B)
+            ]
+            outputs = [_Forward.apply(*one) for one in slices]
+            return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0, 0, 0)
+        folded = [_fold_vector(t, d, B) for t, d in zip(args[1:5], in_dims[1:5], strict=True)]
+        y, mean, rstd = _Forward.apply(
+            _fold(x, in_dims[0], B), *folded, None, training, momentum, eps
+        )
+        if training:
+            for t, new, d in zip(buffers[:2], folded[2:], in_dims[3:5], strict=True):
+                if t is not None:
+                    t.movedim(d, 0).copy_(new.reshape(B, -1))
+            if counter is not None:
+                counter.add_(1)
+        return (_unfold(y, B), mean.reshape(B, -1), rstd.reshape(B, -1)), (1, 0, 0)
 
 
 class _Backward(torch.autograd.Function):
-    """(dy, x, weight) -> (dx, dweight, dbias), None where not wanted; mean and rstd as functions of
-    x in training, as constants otherwise."""
+    """(dy, x, weight) -> (dx, dweight, dbias), None where not wanted. mean and rstd are functions of
+    x in training, constants otherwise."""
 
     @staticmethod
     def forward(
@@ -177,106 +201,148 @@ class _Backward(torch.autograd.Function):
         mean: Tensor,
         rstd: Tensor,
         training: bool,
+        eps: float,
         wanted: tuple[bool, bool, bool],
-    ) -> _Gradients:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         ops = torch.ops.bnorm_ext
-        mask = (wanted[0], False, wanted[1], wanted[2])
+        given = (dy, x, None, weight, bias, mean, rstd, None)
         if training:
-            dx, _, dweight, dbias = ops.batch_norm_backward(
-                dy, x, None, weight, bias, mean, rstd, None, "identity", 0.0, mask
-            )
-        else:
-            zero = torch.zeros_like(mean)
-            dx, _ = ops.batch_norm_backward_apply(
-                dy, x, None, weight, bias, mean, rstd, None, zero, zero
-            )
-            dbias, dweight = ops.batch_norm_backward_reduce(
-                dy, x, None, weight, bias, mean, rstd, None
-            )
-            dx = dx if wanted[0] else None
-            dweight = dweight.to(dweight.dtype if weight is None else weight.dtype)
-            dbias = dbias.to(dbias.dtype if bias is None else bias.dtype)
-        return dx, dweight if wanted[1] else None, dbias if wanted[2] else None
+            mask = (wanted[0], False, wanted[1], wanted[2])
+            dx, _, dweight, dbias = ops.batch_norm_backward(*given, "identity", 0.0, mask)
+            return dx, dweight, dbias
+        # The halves that batch_norm_inference_backward is made of, for statistics in this form.
+        zero = torch.zeros_like(mean)
+        dx = ops.batch_norm_backward_apply(*given, zero, zero)[0] if wanted[0] else None
+        if not (wanted[1] or wanted[2]):
+            return dx, None, None
+        dbias, dweight = ops.batch_norm_backward_reduce(*given)
+        return (
+            dx,
+            (dweight if weight is None else dweight.to(weight.dtype)) if wanted[1] else None,
+            (dbias if bias is None else dbias.to(bias.dtype)) if wanted[2] else None,
+        )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Gradients) -> None:
-        dy, x, weight, bias, mean, rstd, ctx.training, ctx.wanted = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        dy, x, weight, bias, mean, rstd, ctx.training, ctx.eps, ctx.wanted = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, x, weight, mean, rstd)
         ctx.save_for_forward(dy, x, weight, mean, rstd)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None) -> Any:
+        """The gradients of <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>; derived in
+        csrc/autograd.cpp, beside the same in C++."""
         dy, x, weight, mean, rstd = ctx.saved_tensors
-        gradients = torch.ops.bnorm_ext.batch_norm_double_backward(
-            ddx, ddweight, ddbias, dy, x, weight, mean, rstd, ctx.training, ctx.needs_input_grad[:3]
-        )
-        return (*gradients, None, None, None, None, None)
+        n = _Normalised(x, mean, rstd, ctx.training, ctx.eps)
+        g = dy.to(n.xhat.dtype)
+        scale, p_dy = _per_channel(weight, x) * n.rstd, n.project(g)
+        zero = torch.zeros_like(n.xhat)
+        g_dy, g_x, g_weight = zero, zero, None
+        if ddx is not None:
+            a = ddx.to(n.xhat.dtype)
+            g_dy = g_dy + scale * n.project(a)
+            if ctx.training:
+                g_x = g_x - scale * n.rstd * (
+                    n.xhat * n.average(a * p_dy)
+                    + n.project(a) * n.average(g * n.xhat)
+                    + p_dy * n.average(a * n.xhat)
+                )
+            if weight is not None:
+                g_weight = (a * n.rstd * p_dy).sum(n.dims).to(weight.dtype)
+        if ddweight is not None:
+            b = _per_channel(ddweight, x)
+            g_dy = g_dy + b * n.xhat
+            g_x = g_x + b * n.rstd * p_dy
+        if ddbias is not None:
+            g_dy = g_dy + _per_channel(ddbias, x)
+        return (g_dy.to(dy.dtype), g_x.to(x.dtype), g_weight, *[None] * 6)
 
     @staticmethod
     def jvp(ctx: Any, ddy: Tensor | None, dx: Tensor | None, dweight: Tensor | None, *_: Any) -> Any:
         """Tangents of (dx, dweight, dbias) for tangents ddy, dx, dweight of (dy, x, weight)."""
         dy, x, weight, mean, rstd = ctx.saved_tensors
-        n = _Normalised(x, mean, rstd, ctx.training)
-        acc = _acc(x.dtype)
+        n = _Normalised(x, mean, rstd, ctx.training, ctx.eps)
+        acc = n.xhat.dtype
         g, w = dy.to(acc), _per_channel(weight, x)
         p_g = n.project(g)
-        t_dx = t_dweight = t_dbias = None
+        t_dx = torch.zeros_like(n.xhat)
+        t_dweight = torch.zeros_like(mean)
+        t_dbias = torch.zeros_like(mean)
         if ddy is not None:
-            t_dx = w * n.rstd * n.project(ddy.to(acc))
-            t_dweight = (ddy * n.xhat).sum(n.dims)
-            t_dbias = ddy.to(acc).sum(n.dims)
+            v = ddy.to(acc)
+            t_dx = t_dx + w * n.rstd * n.project(v)
+            t_dweight = t_dweight + (v * n.xhat).sum(n.dims)
+            t_dbias = t_dbias + v.sum(n.dims)
         if dx is not None:
             v = dx.to(acc)
             t_xhat = n.rstd * n.project(v)
             if ctx.training:
                 t_rstd = -n.rstd * n.rstd * n.average(n.xhat * v)
                 t_project = -t_xhat * n.average(g * n.xhat) - n.xhat * n.average(g * t_xhat)
-                t_dx = _add(t_dx, w * (t_rstd * p_g + n.rstd * t_project))
-            t_dweight = _add(t_dweight, (g * t_xhat).sum(n.dims))
+                t_dx = t_dx + w * (t_rstd * p_g + n.rstd * t_project)
+            t_dweight = t_dweight + (g * t_xhat).sum(n.dims)
         if dweight is not None:
-            t_dx = _add(t_dx, _per_channel(dweight, x) * n.rstd * p_g)
-        types = (x.dtype, x.dtype if weight is None else weight.dtype, acc)
-        shapes = (x, mean, mean)
+            t_dx = t_dx + _per_channel(dweight, x) * n.rstd * p_g
+        types = (x.dtype, acc if weight is None else weight.dtype, ctx.bias_dtype or acc)
         return tuple(
-            None if not wanted else torch.zeros_like(like, dtype=t) if v is None else v.to(t)
-            for v, wanted, t, like in zip(
-                (t_dx, t_dweight, t_dbias), ctx.wanted, types, shapes, strict=True
+            v.to(dtype) if wanted else None
+            for v, dtype, wanted in zip(
+                (t_dx, t_dweight, t_dbias), types, ctx.wanted, strict=True
             )
         )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        dy, x, weight, bias, mean, rstd, training, wanted = args
         B = info.batch_size
-        fold = _Fold(B, x, in_dims[1])
-        vectors = [fold.vector(t, d) for t, d in zip(args[2:6], in_dims[2:6], strict=True)]
-        dx, dweight, dbias = _Backward.apply(
-            fold.tensor(dy, in_dims[0]), fold.tensor(x, in_dims[1]), *vectors, training, wanted
-        )
+        dy, x = (_fold(t, d, B) for t, d in zip(args[:2], in_dims[:2], strict=True))
+        vectors = [_fold_vector(t, d, B) for t, d in zip(args[2:6], in_dims[2:6], strict=True)]
+        dx, dweight, dbias = _Backward.apply(dy, x, *vectors, *args[6:])
         return (
-            None if dx is None else fold.unfold(dx),
+            None if dx is None else _unfold(dx, B),
             None if dweight is None else dweight.reshape(B, -1),
             None if dbias is None else dbias.reshape(B, -1),
         ), (1, 0, 0)
 
 
-class _Fold:
-    """Folds a mapped dimension of size B into the channels: batch norm of (N, B * C, ...) is B batch
-    norms of (N, C, ...)."""
+# A mapped dimension of size B is folded into the channels: one batch norm of (N, B * C, ...) is B
+# batch norms of (N, C, ...).
 
-    def __init__(self, B: int, x: Tensor, dim: int | None) -> None:
-        self.B = B
 
-    def tensor(self, x: Tensor, dim: int | None) -> Tensor:
-        x = x.unsqueeze(1).expand(-1, self.B, *[-1] * (x.dim() - 1)) if dim is None else x.movedim(dim, 1)
-        return x.flatten(1, 2)
+def _fold(x: Tensor, dim: int | None, B: int) -> Tensor:
+    if dim is None:
+        x = x.unsqueeze(1).expand(-1, B, *[-1] * (x.dim() - 1))
+    else:
+        x = x.movedim(dim, 1)
+    return x.flatten(1, 2)
 
-    def vector(self, t: Tensor | None, dim: int | None) -> Tensor | None:
-        if t is None:
-            return None
-        t = t.unsqueeze(0).expand(self.B, *[-1] * t.dim()) if dim is None else t.movedim(dim, 0)
-        return t.reshape(-1)
 
-    def unfold(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (self.B, -1))
+def _fold_vector(t: Tensor | None, dim: int | None, B: int) -> Tensor | None:
+    if t is None:
+        return None
+    t = t.unsqueeze(0).expand(B, *[-1] * t.dim()) if dim is None else t.movedim(dim, 0)
+    return t.reshape(-1).clone()  # not a view: the update of the caller's buffer is a copy back
+
+
+def _unfold(x: Tensor, B: int) -> Tensor:
+    return x.unflatten(1, (B, -1))
+
+
+def _refuse_shared_buffers(buffers: list[Any], dims: tuple[Any, ...], training: bool) -> None:
+    """Many batches cannot update one buffer; native's text."""
+    if not training:
+        return
+    if any(t is not None and d is None for t, d in zip(buffers[:2], dims[:2], strict=True)):
+        raise RuntimeError(
+            "Batch norm got a batched tensor as input while the running_mean or running_var, which "
+            "will be updated in place, were not batched.\nIf you are using a module and do not "
+            "need eval mode, please set `track_running_stats` to be False.If you are using a "
+            "prebuilt module and do not need eval mode, please see the functorch website for "
+            "resources on how to patch your module to work with vmap"
+        )
+    if buffers[2] is not None and dims[2] is None:
+        raise RuntimeError(
+            "vmap: num_batches_tracked would be updated in place but is not batched, while the "
+            "input is."
+        )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function_variadic
+from torch.fx import Proxy
 
 from . import _transforms
 from ._ops import KERNEL_DEVICES
@@ -24,6 +24,10 @@ _training_op: Any = _ops.batch_norm_training.default if KERNEL_DEVICES else None
 _inference_op: Any = _ops.batch_norm_inference.default if KERNEL_DEVICES else None
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_PLAIN_TORCH_FUNCTIONS = (
+    Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]  # a classmethod
+    torch._C._disabled_torch_function_impl,
+)
 
 
 def batch_norm(
@@ -71,20 +75,19 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
-    if _is_dynamo_compiling():
-        return _call_op(
-            input, running_mean, running_var, weight, bias, training, momentum, eps,
-            num_batches_tracked,
-        )  # fmt: skip
     arguments = (
         input, running_mean, running_var, weight, bias, training, momentum, eps,
         num_batches_tracked,
     )  # fmt: skip
+    if _is_dynamo_compiling():
+        # Compiled transforms take neither kind of autograd Function.
+        return _native(*arguments) if _transforms_active() else _call_op(*arguments)
     try:
-        if (
-            has_torch_function_variadic(input, running_mean, running_var, weight, bias)
-            or _takes_native_path(input)
-        ):
+        if type(input) is not Tensor and isinstance(input, Proxy):
+            return input.tracer.create_proxy(
+                "call_function", batch_norm, arguments[:-1], {"num_batches_tracked": arguments[-1]}
+            )
+        if _takes_native_path(input):
             return _native(*arguments)
         if _transforms_active() or forward_ad._current_level >= 0:
             return _transforms.batch_norm(*arguments)
@@ -119,8 +122,13 @@ def _takes_native_path(input: Tensor) -> bool:
         return True
     if type(input) is Tensor:
         return input.is_nested
+    torch_function: Any = type(input).__torch_function__
+    if getattr(torch_function, "__func__", torch_function) not in _PLAIN_TORCH_FUNCTIONS:
+        return True  # a subclass that treats torch's functions its own way
+    if input.is_nested:
+        return True
     dtensor = sys.modules.get("torch.distributed.tensor")
-    return input.is_nested or (dtensor is not None and isinstance(input, dtensor.DTensor))
+    return dtensor is not None and isinstance(input, dtensor.DTensor)
 
 
 def _native(

@@ -1,5 +1,5 @@
-// Derivatives: C++ autograd Functions on the Autograd key of the operators, version counters on the
-// ADInplaceOrView key, and the double backward as plain differentiable ATen operations.
+// Derivatives: C++ autograd Functions on the Autograd key of the operators, and version counters on
+// the ADInplaceOrView key. The backward operators are differentiable themselves.
 //
 // Training saves x, weight, mean and rstd and nothing that a later forward pass changes: two
 // forward passes before one backward are safe. Inference saves the running statistics, like native.
@@ -13,6 +13,8 @@
 #include <tuple>
 
 #include "checks.h"
+#include "double_backward.h"
+#include "operators.h"
 
 namespace bnorm_ext {
 namespace {
@@ -21,71 +23,13 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using ForwardOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-using TrainingSignature = ForwardOutputs(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                         const OptionalTensor&, const OptionalTensor&,
-                                         const OptionalTensor&, const OptionalTensor&,
-                                         std::optional<double>, double, std::string_view, double);
-using InferenceSignature = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&,
-                                                      const OptionalTensor&, const OptionalTensor&,
-                                                      const Tensor&, const Tensor&, double,
-                                                      std::string_view, double);
-using BackwardSignature = Gradients(const Tensor&, const Tensor&, const OptionalTensor&,
-                                    const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                                    const Tensor&, const OptionalTensor&, std::string_view, double,
-                                    std::array<bool, 4>);
-using InferenceBackwardSignature = Gradients(const Tensor&, const Tensor&, const OptionalTensor&,
-                                             const OptionalTensor&, const OptionalTensor&,
-                                             const Tensor&, const Tensor&, double,
-                                             const OptionalTensor&, std::string_view, double,
-                                             std::array<bool, 4>);
-using MergeSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                                  const OptionalTensor&, const OptionalTensor&,
-                                                  const OptionalTensor&, std::optional<double>,
-                                                  double, at::ScalarType);
-using DoubleBackwardSignature = std::tuple<Tensor, Tensor, Tensor>(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-    const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, bool, std::array<bool, 3>);
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+bool requires_grad(const OptionalTensor& t) {
+  return given(t) && t->requires_grad();
 }
 
-// One handle an operator, looked up at its first call.
-const auto& training_op() {
-  static const auto op = find<TrainingSignature>("bnorm_ext::batch_norm_training");
-  return op;
+OptionalTensor optional(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
-const auto& inference_op() {
-  static const auto op = find<InferenceSignature>("bnorm_ext::batch_norm_inference");
-  return op;
-}
-const auto& backward_op() {
-  static const auto op = find<BackwardSignature>("bnorm_ext::batch_norm_backward");
-  return op;
-}
-const auto& inference_backward_op() {
-  static const auto op =
-      find<InferenceBackwardSignature>("bnorm_ext::batch_norm_inference_backward");
-  return op;
-}
-const auto& double_backward_op() {
-  static const auto op = find<DoubleBackwardSignature>("bnorm_ext::batch_norm_double_backward");
-  return op;
-}
-const auto& merge_op() {
-  static const auto op = find<MergeSignature>("bnorm_ext::batch_norm_merge_stats");
-  return op;
-}
-
-bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
-
-bool requires_grad(const OptionalTensor& t) { return given(t) && t->requires_grad(); }
-
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 // Weight and bias of other than one dimension, as native takes them.
 OptionalTensor flat(const OptionalTensor& t) {
@@ -126,6 +70,9 @@ struct TrainingCall {
   double eps;
   std::string_view act;
   double negative_slope;
+  // Outputs without a derivative go round the Function: compiled autograd takes no Function that
+  // marks some of its outputs.
+  Tensor mean, rstd, mask;
 };
 
 struct InferenceCall {
@@ -134,24 +81,26 @@ struct InferenceCall {
   double eps;
   std::string_view act;
   double negative_slope;
+  Tensor mask;
 };
 
 struct Training : torch::autograd::Function<Training> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual,
-                               const OptionalTensor& weight, const OptionalTensor& bias,
-                               const TrainingCall& call) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x,
+                               const OptionalTensor& residual, const OptionalTensor& weight,
+                               const OptionalTensor& bias, TrainingCall* call) {
     at::AutoDispatchBelowAutograd guard;
     auto [y, mean, rstd, mask] = training_op().call(
-        x, residual, weight, bias, call.running_mean, call.running_var, call.num_batches_tracked,
-        call.momentum, call.eps, call.act, call.negative_slope);
+        x, residual, weight, bias, call->running_mean, call->running_var, call->num_batches_tracked,
+        call->momentum, call->eps, call->act, call->negative_slope);
     ctx->save_for_backward({x, given(weight) ? *weight : Tensor(), mean, rstd});
-    ctx->saved_data["given"] =
-        given_bits({true, given(residual), given(weight), given(bias)});
-    ctx->mark_non_differentiable({mean, rstd, mask});
+    ctx->saved_data["given"] = given_bits({true, given(residual), given(weight), given(bias)});
     ctx->set_materialize_grads(false);
-    return {y, mean, rstd, mask};
+    call->mean = mean;
+    call->rstd = rstd;
+    call->mask = mask;
+    return {y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -169,21 +118,20 @@ struct Training : torch::autograd::Function<Training> {
 struct Inference : torch::autograd::Function<Inference> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual,
-                               const OptionalTensor& weight, const OptionalTensor& bias,
-                               const InferenceCall& call) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x,
+                               const OptionalTensor& residual, const OptionalTensor& weight,
+                               const OptionalTensor& bias, InferenceCall* call) {
     at::AutoDispatchBelowAutograd guard;
     auto [y, mask] =
-        inference_op().call(x, residual, weight, bias, call.running_mean, call.running_var,
-                            call.eps, call.act, call.negative_slope);
+        inference_op().call(x, residual, weight, bias, call->running_mean, call->running_var,
+                            call->eps, call->act, call->negative_slope);
     ctx->save_for_backward(
-        {x, given(weight) ? *weight : Tensor(), call.running_mean, call.running_var});
-    ctx->saved_data["given"] =
-        given_bits({true, given(residual), given(weight), given(bias)});
-    ctx->saved_data["eps"] = call.eps;
-    ctx->mark_non_differentiable({mask});
+        {x, given(weight) ? *weight : Tensor(), call->running_mean, call->running_var});
+    ctx->saved_data["given"] = given_bits({true, given(residual), given(weight), given(bias)});
+    ctx->saved_data["eps"] = call->eps;
     ctx->set_materialize_grads(false);
-    return {y, mask};
+    call->mask = mask;
+    return {y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -211,10 +159,11 @@ ForwardOutputs training(const Tensor& x, const OptionalTensor& residual,
     return training_op().call(x, residual, weight, bias, running_mean, running_var,
                               num_batches_tracked, momentum, eps, act, negative_slope);
   }
-  const TrainingCall call{running_mean, running_var, num_batches_tracked, momentum,
-                          eps,          act,         negative_slope};
-  variable_list out = Training::apply(x, residual, flat(weight), flat(bias), call);
-  return {std::move(out[0]), std::move(out[1]), std::move(out[2]), std::move(out[3])};
+  TrainingCall call{running_mean, running_var, num_batches_tracked, momentum,
+                    eps,          act,         negative_slope,      {},
+                    {},           {}};
+  variable_list out = Training::apply(x, residual, flat(weight), flat(bias), &call);
+  return {std::move(out[0]), std::move(call.mean), std::move(call.rstd), std::move(call.mask)};
 }
 
 std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& residual,
@@ -229,9 +178,9 @@ std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& resi
     return inference_op().call(x, residual, weight, bias, running_mean, running_var, eps, act,
                                negative_slope);
   }
-  const InferenceCall call{running_mean, running_var, eps, act, negative_slope};
-  variable_list out = Inference::apply(x, residual, flat(weight), flat(bias), call);
-  return {std::move(out[0]), std::move(out[1])};
+  InferenceCall call{running_mean, running_var, eps, act, negative_slope, {}};
+  variable_list out = Inference::apply(x, residual, flat(weight), flat(bias), &call);
+  return {std::move(out[0]), std::move(call.mask)};
 }
 
 // ---- Backward, itself differentiable ----------------------------------------------------------
@@ -278,9 +227,9 @@ struct Backward : torch::autograd::Function<Backward> {
     }
     WantedGradients wanted(ctx, ctx->saved_data["given"].toInt());
     const std::array<bool, 3> mask = {wanted.next(), wanted.next(), wanted.next()};
-    auto [ddy, dx, dweight] = double_backward_op().call(
-        dd[0], dd[1], dd[2], saved[0], saved[1], optional(saved[2]), saved[3], saved[4],
-        ctx->saved_data["training"].toBool(), mask);
+    auto [ddy, dx, dweight] =
+        double_backward(dd[0], dd[1], dd[2], saved[0], saved[1], optional(saved[2]), saved[3],
+                        saved[4], ctx->saved_data["training"].toBool(), mask);
     return {ddy, dx, dweight, Tensor()};
   }
 };
@@ -337,68 +286,7 @@ Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTe
   const at::ScalarType type = accumulation_type(x.scalar_type());
   const Tensor rstd = (running_var.detach().to(at::kDouble) + eps).rsqrt().to(type);
   return differentiable_backward(
-      dy, x, weight,
-      {running_mean.detach(), rstd, false, output_mask, run, &running_var, eps});
-}
-
-// With xhat = (x - mean) * rstd and P(v) = v - mean(v) - xhat * mean(v * xhat), means over all but
-// the channels, batch_norm_backward computes
-//   dx = weight * rstd * P(dy),   dweight = sum(dy * xhat),   dbias = sum(dy)
-// and, because P is symmetric and d xhat = rstd * P(d x), the gradients of
-//   <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>
-// are those below. In inference the statistics are constants: P(v) = v and d xhat = rstd * d x.
-// mean and rstd are made functions of x again, with the values they have, so that derivatives of
-// any order are right.
-std::tuple<Tensor, Tensor, Tensor> double_backward(
-    const OptionalTensor& ddx, const OptionalTensor& ddweight, const OptionalTensor& ddbias,
-    const Tensor& dy_in, const Tensor& x_in, const OptionalTensor& weight, const Tensor& mean_in,
-    const Tensor& rstd_in, bool training, std::array<bool, 3> output_mask) {
-  if (!given(ddx) && !given(ddweight) && !given(ddbias)) return {};
-  const at::ScalarType type = accumulation_type(x_in.scalar_type());
-  std::vector<int64_t> dims = {0};
-  for (int64_t d = 2; d < x_in.dim(); ++d) dims.push_back(d);
-  std::vector<c10::SymInt> per_channel(static_cast<size_t>(x_in.dim()), 1);
-  per_channel[1] = x_in.sym_size(1);
-  const auto broadcast = [&](const Tensor& t) { return t.to(type).reshape_symint(per_channel); };
-  const auto average = [&](const Tensor& t) { return t.mean(dims, /*keepdim=*/true); };
-
-  const Tensor x = x_in.to(type), dy = dy_in.to(type);
-  Tensor mean = broadcast(mean_in), rstd = broadcast(rstd_in);
-  if (training) {
-    const Tensor mean_of_x = average(x);
-    mean = mean.detach() + (mean_of_x - mean_of_x.detach());
-    const Tensor var_of_x = average((x - mean).square());
-    rstd = (rstd.detach().pow(-2) + (var_of_x - var_of_x.detach())).rsqrt();
-  }
-  const Tensor xhat = (x - mean) * rstd;
-  const auto project = [&](const Tensor& v) {
-    return training ? v - average(v) - xhat * average(v * xhat) : v;
-  };
-  const Tensor scale = given(weight) ? broadcast(*weight) * rstd : rstd;
-  const Tensor p_dy = project(dy);
-
-  Tensor g_dy, g_x, g_weight;
-  const auto add = [](Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; };
-  if (given(ddx)) {
-    const Tensor a = ddx->to(type);
-    if (output_mask[0]) add(g_dy, scale * project(a));
-    if (output_mask[1] && training) {
-      const Tensor terms = xhat * average(a * p_dy) + project(a) * average(dy * xhat) +
-                           p_dy * average(a * xhat);
-      add(g_x, -(scale * rstd) * terms);
-    }
-    if (output_mask[2]) g_weight = (a * rstd * p_dy).sum(dims);
-  }
-  if (given(ddweight)) {
-    const Tensor b = broadcast(*ddweight);
-    if (output_mask[0]) add(g_dy, b * xhat);
-    if (output_mask[1]) add(g_x, b * rstd * p_dy);
-  }
-  if (given(ddbias) && output_mask[0]) add(g_dy, broadcast(*ddbias).expand_as(dy));
-  if (g_dy.defined()) g_dy = g_dy.to(dy_in.scalar_type());
-  if (g_x.defined()) g_x = g_x.to(x_in.scalar_type());
-  if (g_weight.defined() && given(weight)) g_weight = g_weight.to(weight->scalar_type());
-  return {g_dy, g_x, g_weight};
+      dy, x, weight, {running_mean.detach(), rstd, false, output_mask, run, &running_var, eps});
 }
 
 // ---- Version counters of the buffers that are changed in place ---------------------------------
@@ -460,10 +348,6 @@ TORCH_LIBRARY_IMPL(bnorm_ext, Autograd, m) {
 TORCH_LIBRARY_IMPL(bnorm_ext, ADInplaceOrView, m) {
   m.impl("batch_norm_training", training_in_place);
   m.impl("batch_norm_merge_stats", merge_in_place);
-}
-
-TORCH_LIBRARY_IMPL(bnorm_ext, CompositeImplicitAutograd, m) {
-  m.impl("batch_norm_double_backward", double_backward);
 }
 
 }  // namespace bnorm_ext

@@ -31,13 +31,6 @@ TORCH_LIBRARY(bnorm_ext, m) {
       "Tensor? bias, Tensor running_mean, Tensor running_var, float eps, Tensor? mask, str act, "
       "float negative_slope, bool[4] output_mask) "
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
-  // Gradients of batch_norm_backward and, with training=False, batch_norm_inference_backward, given
-  // those of dx, dweight and dbias. Plain differentiable torch operations.
-  m.def(
-      "batch_norm_double_backward(Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor dy, "
-      "Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool training, bool[3] output_mask) "
-      "-> (Tensor ddy, Tensor dx, Tensor dweight)");
-
   // The halves of the above, for statistics that are shared between processes. mean and var
   // (biased) of batch_norm_stats are double whatever x is, so that merging loses nothing.
   m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)");

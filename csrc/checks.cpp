@@ -9,9 +9,9 @@ bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
 
-bool is_16_bit(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
-
-bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+bool is_16_bit(at::ScalarType type) {
+  return type == at::kHalf || type == at::kBFloat16;
+}
 
 // C elements on the device of x, all such tensors of one call of the same dtype `type`, which is
 // that of x or, for 16-bit x, float: what native takes.
@@ -19,7 +19,8 @@ bool fits(const OptionalTensor& t, const at::Tensor& x, std::optional<at::Scalar
   if (!given(t)) return true;
   const at::ScalarType own = t->scalar_type();
   if (!type) type = own;
-  return own == *type && (own == x.scalar_type() || (own == at::kFloat && is_16_bit(x.scalar_type()))) &&
+  return own == *type &&
+         (own == x.scalar_type() || (own == at::kFloat && is_16_bit(x.scalar_type()))) &&
          t->device() == x.device() && t->layout() == at::kStrided && t->numel() == x.size(1);
 }
 
@@ -67,21 +68,28 @@ at::Tensor copy_of(const OptionalTensor& t) {
 
 DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return DType::Float;
-    case at::kDouble: return DType::Double;
-    case at::kHalf: return DType::Half;
-    case at::kBFloat16: return DType::BFloat16;
-    default: TORCH_CHECK_NOT_IMPLEMENTED(false, "bnorm_ext: no kernels for ", t.scalar_type());
+    case at::kFloat:
+      return DType::Float;
+    case at::kDouble:
+      return DType::Double;
+    case at::kHalf:
+      return DType::Half;
+    case at::kBFloat16:
+      return DType::BFloat16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "bnorm_ext: no kernels for ", t.scalar_type());
   }
 }
 
-at::ScalarType accumulation_type(at::ScalarType type) { return is_16_bit(type) ? at::kFloat : type; }
+at::ScalarType accumulation_type(at::ScalarType type) {
+  return is_16_bit(type) ? at::kFloat : type;
+}
 
 ChannelVector channel_vector(const OptionalTensor& t) {
   if (!given(t)) return {};
   // Weight and bias may have any rank; only a strided one cannot be walked with one stride.
-  TORCH_CHECK(t->dim() == 1 || t->is_contiguous(),
-              "bnorm_ext: a per-channel tensor of shape ", t->sizes(), " must be contiguous");
+  TORCH_CHECK(t->dim() == 1 || t->is_contiguous(), "bnorm_ext: a per-channel tensor of shape ",
+              t->sizes(), " must be contiguous");
   const int64_t stride = t->dim() == 1 ? t->stride(0) : 1;
   return {t->data_ptr(), stride, dtype_of(*t)};
 }
@@ -119,9 +127,9 @@ void check_forward(const ForwardArguments& a) {
                 "num_batches_tracked must be one int64 value on ", a.x.device(), ", but got shape ",
                 counter.sizes(), ", dtype ", counter.scalar_type(), " on ", counter.device());
   }
-  TORCH_CHECK_TYPE(!a.training || a.momentum || given(a.num_batches_tracked) ||
-                       !given(a.running_mean),
-                   "momentum=None needs num_batches_tracked");
+  TORCH_CHECK_TYPE(
+      !a.training || a.momentum || given(a.num_batches_tracked) || !given(a.running_mean),
+      "momentum=None needs num_batches_tracked");
 }
 
 void check_input(const char* op, const char* name, const at::Tensor& x) {
@@ -157,9 +165,10 @@ void check_backward(const BackwardArguments& a) {
 }
 
 void check_activation(std::string_view act, const OptionalTensor& residual) {
-  TORCH_CHECK_NOT_IMPLEMENTED(act == "identity" && !given(residual),
-                              "bnorm_ext: fused activation and residual are not there yet; got act='",
-                              act, "'", given(residual) ? " and a residual" : "");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      act == "identity" && !given(residual),
+      "bnorm_ext: fused activation and residual are not there yet; got act='", act, "'",
+      given(residual) ? " and a residual" : "");
 }
 
 }  // namespace bnorm_ext

@@ -16,6 +16,10 @@ namespace bnorm_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+inline bool given(const OptionalTensor& t) {
+  return t.has_value() && t->defined();
+}
+
 // A tensor that the kernels can walk.
 struct Input {
   at::Tensor tensor;  // dense in `format`: the caller's own where it is, else a copy

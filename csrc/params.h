@@ -45,10 +45,10 @@ struct RunningUpdate {
 
 struct ForwardParams {
   Shape shape;
-  DType dtype = DType::Float;  // of x and y
-  const void* x = nullptr;     // [N, C, S]
-  void* y = nullptr;           // [N, C, S]
-  const void* mean = nullptr;  // [C] acc
+  DType dtype = DType::Float;   // of x and y
+  const void* x = nullptr;      // [N, C, S]
+  void* y = nullptr;            // [N, C, S]
+  const void* mean = nullptr;   // [C] acc
   const void* scale = nullptr;  // [C] acc, weight * rstd
   const void* shift = nullptr;  // [C] acc, bias
   bool stream = false;          // CPU: y is written past the caches

@@ -22,20 +22,31 @@ using at::Tensor;
 double get(const ChannelVector& v, int64_t c) {
   const int64_t i = c * v.stride;
   switch (v.dtype) {
-    case DType::Float: return static_cast<const float*>(v.data)[i];
-    case DType::Double: return static_cast<const double*>(v.data)[i];
-    case DType::Half: return static_cast<const c10::Half*>(v.data)[i];
-    default: return static_cast<const c10::BFloat16*>(v.data)[i];
+    case DType::Float:
+      return static_cast<const float*>(v.data)[i];
+    case DType::Double:
+      return static_cast<const double*>(v.data)[i];
+    case DType::Half:
+      return static_cast<const c10::Half*>(v.data)[i];
+    default:
+      return static_cast<const c10::BFloat16*>(v.data)[i];
   }
 }
 
 void set(const ChannelVector& v, int64_t c, double value) {
   const int64_t i = c * v.stride;
   switch (v.dtype) {
-    case DType::Float: static_cast<float*>(v.data)[i] = static_cast<float>(value); break;
-    case DType::Double: static_cast<double*>(v.data)[i] = value; break;
-    case DType::Half: static_cast<c10::Half*>(v.data)[i] = static_cast<float>(value); break;
-    default: static_cast<c10::BFloat16*>(v.data)[i] = static_cast<float>(value);
+    case DType::Float:
+      static_cast<float*>(v.data)[i] = static_cast<float>(value);
+      break;
+    case DType::Double:
+      static_cast<double*>(v.data)[i] = value;
+      break;
+    case DType::Half:
+      static_cast<c10::Half*>(v.data)[i] = static_cast<float>(value);
+      break;
+    default:
+      static_cast<c10::BFloat16*>(v.data)[i] = static_cast<float>(value);
   }
 }
 
@@ -70,7 +81,7 @@ class RunningStatistics {
   RunningStatistics(const ForwardArguments& a, int64_t count) : count_(static_cast<double>(count)) {
     update_.mean = channel_vector(a.running_mean);
     update_.var = channel_vector(a.running_var);
-    if (a.num_batches_tracked && a.num_batches_tracked->defined()) {
+    if (given(a.num_batches_tracked)) {
       update_.num_batches_tracked = a.num_batches_tracked->data_ptr<int64_t>();
     }
     if (a.momentum) {
@@ -106,7 +117,9 @@ Tensor statistic_like(const Tensor& x) {
   return at::empty({x.size(1)}, x.options().dtype(accumulation_type(x.scalar_type())));
 }
 
-Tensor no_mask(const Tensor& x) { return at::empty({0}, x.options().dtype(at::kByte)); }
+Tensor no_mask(const Tensor& x) {
+  return at::empty({0}, x.options().dtype(at::kByte));
+}
 
 template <typename A>
 double rstd_of(double var, double eps) {
@@ -119,8 +132,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, std::string_view act, double) {
   check_activation(act, residual);
-  const ForwardArguments arguments{x, weight, bias, running_mean, running_var, num_batches_tracked,
-                                   /*training=*/true, momentum, eps};
+  const ForwardArguments arguments{x,
+                                   weight,
+                                   bias,
+                                   running_mean,
+                                   running_var,
+                                   num_batches_tracked,
+                                   /*training=*/true,
+                                   momentum,
+                                   eps};
   check_forward(arguments);
   const Input in = resolve(x);
   Tensor y = at::empty_like(in.tensor, in.format);
@@ -128,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
   if (x.numel() == 0) {
     mean.zero_();
     rstd.zero_();
-    if (num_batches_tracked) num_batches_tracked->add_(1);
+    if (given(num_batches_tracked)) num_batches_tracked->add_(1);
     return {y, mean, rstd, no_mask(x)};
   }
   const RunningStatistics running(arguments, in.shape.count());
@@ -138,8 +158,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     Coefficients<A> coefficients(2, in.shape.C);
     A *scale = coefficients[0], *shift = coefficients[1];
     A *mean_of = mean.data_ptr<A>(), *rstd_of_c = rstd.data_ptr<A>();
-    const ForwardParams p{in.shape, in.dtype, in.tensor.const_data_ptr(), y.data_ptr(),
-                          mean_of,  scale,    shift,    streams(y)};
+    const ForwardParams p{in.shape,     in.dtype,  in.tensor.const_data_ptr(),
+                          y.data_ptr(), mean_of,   scale,
+                          shift,        streams(y)};
     const auto moments = kernels().moments[static_cast<int>(in.dtype)];
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
     two_passes<Moments, ChannelMoments>(
@@ -179,11 +200,11 @@ Tensor normalise_with(const Tensor& x, const OptionalTensor& weight, const Optio
       scale[c] = static_cast<A>(get_or(w, c, 1)) * static_cast<A>(rstd_of(c));
       shift[c] = static_cast<A>(get_or(b, c, 0));
     }
-    const ForwardParams p{in.shape, in.dtype, in.tensor.const_data_ptr(), y.data_ptr(),
-                          mean,     scale,    shift,    streams(y)};
+    const ForwardParams p{in.shape,     in.dtype,  in.tensor.const_data_ptr(),
+                          y.data_ptr(), mean,      scale,
+                          shift,        streams(y)};
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
-    one_pass(in.shape,
-             [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
+    one_pass(in.shape, [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
   });
   return y;
 }
@@ -193,8 +214,8 @@ std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& resi
                                      const Tensor& running_mean, const Tensor& running_var,
                                      double eps, std::string_view act, double) {
   check_activation(act, residual);
-  check_forward({x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0,
-                 eps});
+  check_forward(
+      {x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0, eps});
   const ChannelVector mean = channel_vector(running_mean), var = channel_vector(running_var);
   const bool is_double = x.scalar_type() == at::kDouble;
   Tensor y = normalise_with(
@@ -241,10 +262,12 @@ std::tuple<Tensor, Tensor> stats(const Tensor& x) {
   return {mean, var};
 }
 
-std::tuple<Tensor, Tensor> merge_stats(
-    const Tensor& mean, const Tensor& var, const Tensor& count, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-    std::optional<double> momentum, double eps, at::ScalarType dtype) {
+std::tuple<Tensor, Tensor> merge_stats(const Tensor& mean, const Tensor& var, const Tensor& count,
+                                       const OptionalTensor& running_mean,
+                                       const OptionalTensor& running_var,
+                                       const OptionalTensor& num_batches_tracked,
+                                       std::optional<double> momentum, double eps,
+                                       at::ScalarType dtype) {
   const char* op = "batch_norm_merge_stats";
   TORCH_CHECK(mean.dim() == 2 && mean.sizes() == var.sizes() && count.dim() == 1 &&
                   count.size(0) == mean.size(0) && mean.scalar_type() == at::kDouble &&
@@ -255,8 +278,10 @@ std::tuple<Tensor, Tensor> merge_stats(
   const Tensor total = count.sum();
   // The running statistics are checked as those of a batch of this many values per channel.
   const Tensor like = at::empty({2, mean.size(1)}, mean.options().dtype(dtype));
-  const ForwardArguments arguments{like, std::nullopt, std::nullopt, running_mean, running_var,
-                                   num_batches_tracked, /*training=*/true, momentum, eps};
+  const ForwardArguments arguments{
+      like,        std::nullopt,        std::nullopt,      running_mean,
+      running_var, num_batches_tracked, /*training=*/true, momentum,
+      eps};
   check_forward(arguments);
   const RunningStatistics running(arguments, static_cast<int64_t>(total.item<double>()));
   Tensor merged_mean = statistic_like(like), merged_rstd = statistic_like(like);
@@ -366,8 +391,8 @@ Gradients gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& wei
   if (output_mask[2]) dweight = like(weight);
   if (output_mask[3]) dbias = like(bias);
   const ChannelVector dw = channel_vector(dweight), db = channel_vector(dbias);
-  const Backward backward{dy,       x, weight, mean, rstd, training, output_mask[2] || output_mask[3],
-                          output_mask[0]};
+  const Backward backward{
+      dy, x, weight, mean, rstd, training, output_mask[2] || output_mask[3], output_mask[0]};
   Tensor dx = backward.run([&](int64_t c, double sum_dy, double sum_dy_xhat) {
     if (db.data != nullptr) set(db, c, sum_dy);
     if (dw.data != nullptr) set(dw, c, sum_dy_xhat);
@@ -391,8 +416,8 @@ Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTe
                              std::array<bool, 4> output_mask) {
   check_activation(act, residual);
   check_input("batch_norm_inference_backward", "x", x);
-  check_forward({x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0,
-                 eps});
+  check_forward(
+      {x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0, eps});
   const Tensor mean = running_mean.to(accumulation_type(x.scalar_type())).contiguous();
   const Tensor rstd = statistic_like(x);
   if (x.numel() != 0) {
@@ -412,28 +437,33 @@ std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x,
   check_backward({"batch_norm_backward_reduce", dy, x, weight, bias, mean, rstd});
   Tensor sum_dy = statistic_like(x), sum_dy_xhat = statistic_like(x);
   const ChannelVector s1 = channel_vector(sum_dy), s2 = channel_vector(sum_dy_xhat);
-  Backward{dy, x, weight, mean, rstd, /*training=*/true, /*wants_sums=*/true, /*wants_dx=*/false}.run(
-      [&](int64_t c, double dy_sum, double dy_xhat_sum) {
+  Backward{dy, x, weight, mean, rstd, /*training=*/true, /*wants_sums=*/true, /*wants_dx=*/false}
+      .run([&](int64_t c, double dy_sum, double dy_xhat_sum) {
         set(s1, c, dy_sum);
         set(s2, c, dy_xhat_sum);
       });
   return {sum_dy, sum_dy_xhat};
 }
 
-std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x,
-                                          const OptionalTensor& residual,
-                                          const OptionalTensor& weight, const OptionalTensor& bias,
-                                          const Tensor& mean, const Tensor& rstd,
-                                          const OptionalTensor&, const Tensor& mean_dy,
-                                          const Tensor& mean_dy_xhat, std::string_view act,
-                                          double) {
+std::tuple<Tensor, Tensor> backward_apply(
+    const Tensor& dy, const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, const OptionalTensor&,
+    const Tensor& mean_dy, const Tensor& mean_dy_xhat, std::string_view act, double) {
   const char* op = "batch_norm_backward_apply";
   check_activation(act, residual);
   check_backward({op, dy, x, weight, bias, mean, rstd});
   check_statistic(op, "mean_dy", mean_dy, x);
   check_statistic(op, "mean_dy_xhat", mean_dy_xhat, x);
-  const Backward backward{dy, x, weight, mean, rstd, /*training=*/true, /*wants_sums=*/false,
-                          /*wants_dx=*/true, &mean_dy, &mean_dy_xhat};
+  const Backward backward{dy,
+                          x,
+                          weight,
+                          mean,
+                          rstd,
+                          /*training=*/true,
+                          /*wants_sums=*/false,
+                          /*wants_dx=*/true,
+                          &mean_dy,
+                          &mean_dy_xhat};
   return {backward.run([](int64_t, double, double) {}), Tensor()};
 }
 

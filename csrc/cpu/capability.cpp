@@ -29,7 +29,8 @@ const KernelTable& choose() {
     if (std::strcmp(available[i]->capability, wanted) == 0) return *available[i];
     known += std::string(i ? ", " : "") + available[i]->capability;
   }
-  TORCH_CHECK_VALUE(false, "BNORM_EXT_CPU_CAPABILITY=", wanted, " is not one of this CPU's: ", known);
+  TORCH_CHECK_VALUE(false, "BNORM_EXT_CPU_CAPABILITY=", wanted,
+                    " is not one of this CPU's: ", known);
 }
 
 }  // namespace
@@ -39,7 +40,9 @@ const KernelTable& kernels() {
   return table;
 }
 
-std::string capability() { return kernels().capability; }
+std::string capability() {
+  return kernels().capability;
+}
 
 }  // namespace cpu
 }  // namespace bnorm_ext

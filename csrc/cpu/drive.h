@@ -103,27 +103,28 @@ void two_passes(const Shape& shape, First first, Finish finish, Second second, b
   const int64_t finish_grain = std::max<int64_t>(kNeighbours, kGrain / std::max<int64_t>(K, 1));
   at::parallel_for(0, (C + kNeighbours - 1) / kNeighbours, finish_grain / kNeighbours,
                    [&](int64_t begin, int64_t end) {
-    for (int64_t c0 = begin * kNeighbours; c0 < std::min(end * kNeighbours, C); c0 += kNeighbours) {
-      const int64_t n = std::min(kNeighbours, C - c0);
-      Total totals[kNeighbours];
-      for (int64_t k = 0; k < K; ++k) {
-        const double count = static_cast<double>(chunks[k].count());
-        for (int64_t i = 0; i < n; ++i) {
-          totals[i].add(partials[static_cast<size_t>(k * C + c0 + i)], count);
-        }
-      }
-      for (int64_t i = 0; i < n; ++i) finish(c0 + i, totals[i]);
-    }
-  });
+                     for (int64_t c0 = begin * kNeighbours; c0 < std::min(end * kNeighbours, C);
+                          c0 += kNeighbours) {
+                       const int64_t n = std::min(kNeighbours, C - c0);
+                       Total totals[kNeighbours];
+                       for (int64_t k = 0; k < K; ++k) {
+                         const double count = static_cast<double>(chunks[k].count());
+                         for (int64_t i = 0; i < n; ++i) {
+                           totals[i].add(partials[static_cast<size_t>(k * C + c0 + i)], count);
+                         }
+                       }
+                       for (int64_t i = 0; i < n; ++i) finish(c0 + i, totals[i]);
+                     }
+                   });
   if (!has_second) return;
   const int64_t second_blocks = by_row ? 1 : C;
   at::parallel_for(0, K * second_blocks, threads == 1 ? K * second_blocks : 1,
                    [&](int64_t begin, int64_t end) {
-    for (int64_t task = end - 1; task >= begin; --task) {
-      const int64_t c0 = task % second_blocks;
-      second(chunks[task / second_blocks], c0, by_row ? C : c0 + 1);
-    }
-  });
+                     for (int64_t task = end - 1; task >= begin; --task) {
+                       const int64_t c0 = task % second_blocks;
+                       second(chunks[task / second_blocks], c0, by_row ? C : c0 + 1);
+                     }
+                   });
 }
 
 // second(span, c0, c1) over every chunk, in order: for passes that need no totals.

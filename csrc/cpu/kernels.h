@@ -1,4 +1,5 @@
-// The table of the vectorised CPU kernels: one per instruction set, the best one chosen at run time.
+// The table of the vectorised CPU kernels: one per instruction set, the best one chosen at run
+// time.
 //
 // A kernel is single-threaded and works on one chunk of a range of channels. Chunks depend on the
 // shape alone, never on the number of threads, and are merged in index order by the caller: that

@@ -1,8 +1,8 @@
 // The CPU kernels, compiled once per instruction set by kernels_<isa>.cpp.
 //
 // Forward   mean, m2 of a chunk; y = fma(x - mean, scale, shift), scale = weight * rstd
-// Backward  sums of dy and dy * xhat of a chunk; dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * scale
-// Source    Ioffe and Szegedy 2015, arXiv:1502.03167
+// Backward  sums of dy and dy * xhat of a chunk; dx = ((dy - mean_dy) - xhat * mean_dy_xhat) *
+// scale Source    Ioffe and Szegedy 2015, arXiv:1502.03167
 //
 // Numerics: the moments of a chunk are gathered in two passes over data that is in cache: a mean in
 // the accumulation type, then sums of d = x - mean and d * d, so that nothing cancels however large
@@ -29,8 +29,12 @@ struct AccOf<double> {
 template <typename T>
 using Acc = typename AccOf<T>::type;
 
-BNORM_INLINE bool finite(double a) { return a - a == 0.0; }
-BNORM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+BNORM_INLINE bool finite(double a) {
+  return a - a == 0.0;
+}
+BNORM_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 template <typename T>
 BNORM_INLINE double value(const T* p) {
@@ -243,8 +247,8 @@ void sums_channels_last(const BackwardParams& p, const Span& span, int64_t c0, i
         g[u] = load(dy + (r + u) * C + i, part, zero);
         centred[u] = load(x + (r + u) * C + i, part, mu) - mu;
       }
-      const V dot = fma(g[0], centred[0], g[1] * centred[1]) +
-                    fma(g[2], centred[2], g[3] * centred[3]);
+      const V dot =
+          fma(g[0], centred[0], g[1] * centred[1]) + fma(g[2], centred[2], g[3] * centred[3]);
       g1.set(i, g1.get(i) + ((g[0] + g[1]) + (g[2] + g[3])));
       g2.set(i, fma(dot, load(rstd + i, part, zero), g2.get(i)));
     });

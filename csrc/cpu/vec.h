@@ -43,7 +43,6 @@ struct Part {
   int64_t n;
 };
 
-
 // How to store: through the caches, or past them.
 struct Cached {};
 struct Streamed {};
