@@ -1,0 +1,160 @@
+// The backward kernels.
+//
+// Formula   With xhat = (x - mean) * rstd: sums of dy and dy * xhat of a chunk, and
+//           dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * scale, scale = weight * rstd
+//           (Ioffe and Szegedy 2015, arXiv:1502.03167)
+// Bytes     sums: reads dy and x; dx: reads dy and x, writes dx
+// Numerics  Products and lane sums in the accumulation type, lanes and chunks added in double.
+// Where
+//           a float sum is not finite the chunk is gathered again in double.
+#pragma once
+
+#include "walk.h"
+
+namespace bnorm_ext {
+namespace cpu {
+namespace {
+
+template <typename T>
+void sums_in_double(const BackwardParams& p, const Span& span, int64_t c, Sums* out) {
+  const T* dy = static_cast<const T*>(p.dy);
+  const T* x = static_cast<const T*>(p.x);
+  const double mean = static_cast<const Acc<T>*>(p.mean)[c];
+  const double rstd = static_cast<const Acc<T>*>(p.rstd)[c];
+  *out = {0, 0};
+  each_element(p.shape, span, c, [&](int64_t i) {
+    out->dy += value(dy + i);
+    out->dy_xhat += value(dy + i) * ((value(x + i) - mean) * rstd);
+  });
+}
+
+// ChannelsFirst: one channel, rows of contiguous positions.
+template <typename T>
+void sums_channels_first(const BackwardParams& p, const Span& span, int64_t c, Sums* out) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  const T* dy = static_cast<const T*>(p.dy);
+  const T* x = static_cast<const T*>(p.x);
+  const V mean = V::all(static_cast<const A*>(p.mean)[c]);
+  const V rstd = V::all(static_cast<const A*>(p.rstd)[c]);
+
+  FourSums<V> s1, s2;
+  each_row(p.shape, span, c, [&](int64_t offset, int64_t length) {
+    each_vector_of_four<A>(length, [&](int64_t i, int u, auto part) {
+      const V g = load(dy + offset + i, part, V::all(0));
+      const V xhat = (load(x + offset + i, part, mean) - mean) * rstd;
+      s1.v[u] = s1.v[u] + g;
+      s2.v[u] = fma(g, xhat, s2.v[u]);
+    });
+  });
+  *out = {s1.total(), s2.total()};
+  if (!finite(out->dy) || !finite(out->dy_xhat)) sums_in_double<T>(p, span, c, out);
+}
+
+// ChannelsLast: vectors along the channels, four rows at a time.
+template <typename T>
+void sums_channels_last(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1,
+                        Sums* out) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  const int64_t C = p.shape.C, width = c1 - c0;
+  const T* dy = static_cast<const T*>(p.dy) + c0;
+  const T* x = static_cast<const T*>(p.x) + c0;
+  const A* mean = static_cast<const A*>(p.mean) + c0;
+  const A* rstd = static_cast<const A*>(p.rstd) + c0;
+  Block<A> g1, g2;
+
+  const V zero = V::all(0);
+  each_vector<A>(width, [&](int64_t i, auto) {
+    g1.set(i, zero);
+    g2.set(i, zero);
+  });
+  int64_t r = span.s0;
+  for (; r + 4 <= span.s1; r += 4) {
+    each_vector<A>(width, [&](int64_t i, auto part) {
+      const V mu = load(mean + i, part, zero);
+      V g[4], centred[4];
+      for (int64_t u = 0; u < 4; ++u) {
+        g[u] = load(dy + (r + u) * C + i, part, zero);
+        centred[u] = load(x + (r + u) * C + i, part, mu) - mu;
+      }
+      const V dot =
+          fma(g[0], centred[0], g[1] * centred[1]) + fma(g[2], centred[2], g[3] * centred[3]);
+      g1.set(i, g1.get(i) + ((g[0] + g[1]) + (g[2] + g[3])));
+      g2.set(i, fma(dot, load(rstd + i, part, zero), g2.get(i)));
+    });
+  }
+  for (; r < span.s1; ++r) {
+    each_vector<A>(width, [&](int64_t i, auto part) {
+      const V mu = load(mean + i, part, zero);
+      const V g = load(dy + r * C + i, part, zero);
+      const V xhat = (load(x + r * C + i, part, mu) - mu) * load(rstd + i, part, zero);
+      g1.set(i, g1.get(i) + g);
+      g2.set(i, fma(g, xhat, g2.get(i)));
+    });
+  }
+  for (int64_t i = 0; i < width; ++i) {
+    out[i] = {static_cast<double>(g1.a[i]), static_cast<double>(g2.a[i])};
+    if (!finite(out[i].dy) || !finite(out[i].dy_xhat)) sums_in_double<T>(p, span, c0 + i, out + i);
+  }
+}
+
+template <typename T>
+void sums(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1, Sums* out) {
+  if (p.shape.layout == Layout::ChannelsLast) {
+    sums_channels_last<T>(p, span, c0, c1, out);
+  } else {
+    sums_channels_first<T>(p, span, c0, out);
+  }
+}
+
+template <typename V>
+BNORM_INLINE V input_gradient(V dy, V x, V mean, V rstd, V mean_dy, V mean_dy_xhat, V scale) {
+  return ((dy - mean_dy) - ((x - mean) * rstd) * mean_dy_xhat) * scale;
+}
+
+template <typename T>
+void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  const T* dy = static_cast<const T*>(p.dy);
+  const T* x = static_cast<const T*>(p.x);
+  T* dx = static_cast<T*>(p.dx);
+  const A* mean = static_cast<const A*>(p.mean);
+  const A* rstd = static_cast<const A*>(p.rstd);
+  const A* mean_dy = static_cast<const A*>(p.mean_dy);
+  const A* mean_dy_xhat = static_cast<const A*>(p.mean_dy_xhat);
+  const A* scale = static_cast<const A*>(p.scale);
+  const V zero = V::all(0);
+  if (p.shape.layout == Layout::ChannelsLast) {
+    for (int64_t r = span.s0; r < span.s1; ++r) {
+      T* row = dx + r * p.shape.C + c0;
+      each_vector_to<A>(row, c1 - c0, p.stream, [&](int64_t i, auto part, auto how) {
+        const int64_t c = c0 + i, at = r * p.shape.C + c;
+        store(row + i, part,
+              input_gradient(load(dy + at, part, zero), load(x + at, part, zero),
+                             load(mean + c, part, zero), load(rstd + c, part, zero),
+                             load(mean_dy + c, part, zero), load(mean_dy_xhat + c, part, zero),
+                             load(scale + c, part, zero)),
+              how);
+      });
+    }
+    if (p.stream) fence();
+    return;
+  }
+  const V m = V::all(mean[c0]), r = V::all(rstd[c0]), s = V::all(scale[c0]);
+  const V k1 = V::all(mean_dy[c0]), k2 = V::all(mean_dy_xhat[c0]);
+  each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
+    each_vector_to<A>(dx + offset, length, p.stream, [&](int64_t i, auto part, auto how) {
+      const int64_t at = offset + i;
+      store(dx + at, part,
+            input_gradient(load(dy + at, part, zero), load(x + at, part, zero), m, r, k1, k2, s),
+            how);
+    });
+  });
+  if (p.stream) fence();
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace bnorm_ext

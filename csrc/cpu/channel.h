@@ -1,0 +1,127 @@
+// What the host code of both directions does per channel: reading parameters, coefficients for the
+// kernels, running statistics.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <vector>
+
+#include "../checks.h"
+
+namespace bnorm_ext {
+namespace cpu {
+
+using at::Tensor;
+
+inline double get(const ChannelVector& v, int64_t c) {
+  const int64_t i = c * v.stride;
+  switch (v.dtype) {
+    case DType::Float:
+      return static_cast<const float*>(v.data)[i];
+    case DType::Double:
+      return static_cast<const double*>(v.data)[i];
+    case DType::Half:
+      return static_cast<const c10::Half*>(v.data)[i];
+    default:
+      return static_cast<const c10::BFloat16*>(v.data)[i];
+  }
+}
+
+inline void set(const ChannelVector& v, int64_t c, double value) {
+  const int64_t i = c * v.stride;
+  switch (v.dtype) {
+    case DType::Float:
+      static_cast<float*>(v.data)[i] = static_cast<float>(value);
+      break;
+    case DType::Double:
+      static_cast<double*>(v.data)[i] = value;
+      break;
+    case DType::Half:
+      static_cast<c10::Half*>(v.data)[i] = static_cast<float>(value);
+      break;
+    default:
+      static_cast<c10::BFloat16*>(v.data)[i] = static_cast<float>(value);
+  }
+}
+
+inline double get_or(const ChannelVector& v, int64_t c, double otherwise) {
+  return v.data == nullptr ? otherwise : get(v, c);
+}
+
+// Some [C] arrays of the accumulation type, written per channel by whichever thread finishes it. On
+// the stack for usual numbers of channels.
+template <typename A>
+class Coefficients {
+ public:
+  Coefficients(int64_t arrays, int64_t C) : C_(C), data_(stack_) {
+    if (arrays * C > kOnStack) {
+      heap_.resize(static_cast<size_t>(arrays * C));
+      data_ = heap_.data();
+    }
+  }
+  A* operator[](int64_t i) { return data_ + i * C_; }
+
+ private:
+  static constexpr int64_t kOnStack = 3 * 512;
+  int64_t C_;
+  A stack_[kOnStack];
+  std::vector<A> heap_;
+  A* data_;
+};
+
+// Moves the running statistics towards this batch. In double, whatever the buffers are.
+class RunningStatistics {
+ public:
+  RunningStatistics(const ForwardArguments& a, int64_t count) : count_(static_cast<double>(count)) {
+    update_.mean = channel_vector(a.running_mean);
+    update_.var = channel_vector(a.running_var);
+    if (given(a.num_batches_tracked)) {
+      update_.num_batches_tracked = a.num_batches_tracked->data_ptr<int64_t>();
+    }
+    if (a.momentum) {
+      update_.momentum = *a.momentum;
+    } else if (update_.num_batches_tracked != nullptr) {
+      update_.momentum = 1.0 / static_cast<double>(*update_.num_batches_tracked + 1);
+    }
+  }
+
+  void update(int64_t c, double mean, double var) const {
+    if (update_.mean.data == nullptr) return;
+    const double m = update_.momentum;
+    set(update_.mean, c, m * mean + (1 - m) * get(update_.mean, c));
+    const double unbiased = var * (count_ / (count_ - 1));
+    set(update_.var, c, m * unbiased + (1 - m) * get(update_.var, c));
+  }
+
+  void count_batch() const {
+    if (update_.num_batches_tracked != nullptr) ++*update_.num_batches_tracked;
+  }
+
+ private:
+  RunningUpdate update_;
+  double count_;
+};
+
+template <typename F>
+auto with_accumulator(DType dtype, F f) {
+  return dtype == DType::Double ? f(double{}) : f(float{});
+}
+
+inline Tensor statistic_like(const Tensor& x) {
+  return at::empty({x.size(1)}, x.options().dtype(accumulation_type(x.scalar_type())));
+}
+
+inline Tensor no_mask(const Tensor& x) {
+  return at::empty({0}, x.options().dtype(at::kByte));
+}
+
+template <typename A>
+double rstd_of(double var, double eps) {
+  return static_cast<A>(1.0 / std::sqrt(var + eps));
+}
+
+}  // namespace cpu
+}  // namespace bnorm_ext

@@ -1,0 +1,204 @@
+// The forward operators on CPU tensors: checks, allocation, per-channel coefficients, and which
+// kernels to run (drive.h runs them, forward_kernels.h is what they do).
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "channel.h"
+#include "drive.h"
+
+namespace bnorm_ext {
+namespace cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> training(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    std::optional<double> momentum, double eps, std::string_view act, double) {
+  check_activation(act, residual);
+  const ForwardArguments arguments{x,
+                                   weight,
+                                   bias,
+                                   running_mean,
+                                   running_var,
+                                   num_batches_tracked,
+                                   /*training=*/true,
+                                   momentum,
+                                   eps};
+  check_forward(arguments);
+  const Input in = resolve(x);
+  Tensor y = at::empty_like(in.tensor, in.format);
+  Tensor mean = statistic_like(x), rstd = statistic_like(x);
+  if (x.numel() == 0) {
+    mean.zero_();
+    rstd.zero_();
+    if (given(num_batches_tracked)) num_batches_tracked->add_(1);
+    return {y, mean, rstd, no_mask(x)};
+  }
+  const RunningStatistics running(arguments, in.shape.count());
+  const ChannelVector w = channel_vector(weight), b = channel_vector(bias);
+  with_accumulator(in.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    Coefficients<A> coefficients(2, in.shape.C);
+    A *scale = coefficients[0], *shift = coefficients[1];
+    A *mean_of = mean.data_ptr<A>(), *rstd_of_c = rstd.data_ptr<A>();
+    const ForwardParams p{in.shape,     in.dtype,  in.tensor.const_data_ptr(),
+                          y.data_ptr(), mean_of,   scale,
+                          shift,        streams(y)};
+    const auto moments = kernels().moments[static_cast<int>(in.dtype)];
+    const auto apply = kernels().apply[static_cast<int>(in.dtype)];
+    two_passes<Moments, ChannelMoments>(
+        in.shape,
+        [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
+          moments(p, span, c0, c1, out);
+        },
+        [&](int64_t c, const ChannelMoments& total) {
+          const double var = total.var();
+          mean_of[c] = static_cast<A>(total.mean());
+          rstd_of_c[c] = static_cast<A>(rstd_of<A>(var, eps));
+          scale[c] = static_cast<A>(get_or(w, c, 1)) * rstd_of_c[c];
+          shift[c] = static_cast<A>(get_or(b, c, 0));
+          running.update(c, total.mean(), var);
+        },
+        [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); }, true);
+  });
+  running.count_batch();
+  return {y, mean, rstd, no_mask(x)};
+}
+
+// y from statistics that are known, given per channel by mean_of(c) and rstd_of(c).
+template <typename MeanOf, typename RstdOf>
+Tensor normalise_with(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                      MeanOf mean_of, RstdOf rstd_of) {
+  const Input in = resolve(x);
+  Tensor y = at::empty_like(in.tensor, in.format);
+  if (x.numel() == 0) return y;
+  const ChannelVector w = channel_vector(weight), b = channel_vector(bias);
+  with_accumulator(in.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    const int64_t C = in.shape.C;
+    Coefficients<A> coefficients(3, C);
+    A *mean = coefficients[0], *scale = coefficients[1], *shift = coefficients[2];
+    for (int64_t c = 0; c < C; ++c) {
+      mean[c] = static_cast<A>(mean_of(c));
+      scale[c] = static_cast<A>(get_or(w, c, 1)) * static_cast<A>(rstd_of(c));
+      shift[c] = static_cast<A>(get_or(b, c, 0));
+    }
+    const ForwardParams p{in.shape,     in.dtype,  in.tensor.const_data_ptr(),
+                          y.data_ptr(), mean,      scale,
+                          shift,        streams(y)};
+    const auto apply = kernels().apply[static_cast<int>(in.dtype)];
+    one_pass(in.shape, [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& residual,
+                                     const OptionalTensor& weight, const OptionalTensor& bias,
+                                     const Tensor& running_mean, const Tensor& running_var,
+                                     double eps, std::string_view act, double) {
+  check_activation(act, residual);
+  check_forward(
+      {x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0, eps});
+  const ChannelVector mean = channel_vector(running_mean), var = channel_vector(running_var);
+  const bool is_double = x.scalar_type() == at::kDouble;
+  Tensor y = normalise_with(
+      x, weight, bias, [&](int64_t c) { return get(mean, c); },
+      [&](int64_t c) {
+        return is_double ? rstd_of<double>(get(var, c), eps) : rstd_of<float>(get(var, c), eps);
+      });
+  return {y, no_mask(x)};
+}
+
+std::tuple<Tensor, Tensor> apply(const Tensor& x, const OptionalTensor& residual,
+                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const Tensor& mean, const Tensor& rstd, std::string_view act,
+                                 double) {
+  check_activation(act, residual);
+  check_backward({"batch_norm_apply", x, x, weight, bias, mean, rstd});
+  const ChannelVector m = channel_vector(mean), r = channel_vector(rstd);
+  Tensor y = normalise_with(
+      x, weight, bias, [&](int64_t c) { return get(m, c); }, [&](int64_t c) { return get(r, c); });
+  return {y, no_mask(x)};
+}
+
+std::tuple<Tensor, Tensor> stats(const Tensor& x) {
+  check_input("batch_norm_stats", "x", x);
+  const Input in = resolve(x);
+  const auto options = x.options().dtype(at::kDouble);
+  Tensor mean = at::zeros({x.size(1)}, options), var = at::zeros({x.size(1)}, options);
+  if (x.numel() == 0) return {mean, var};
+  double *mean_of = mean.data_ptr<double>(), *var_of = var.data_ptr<double>();
+  ForwardParams p;
+  p.shape = in.shape;
+  p.x = in.tensor.const_data_ptr();
+  const auto moments = kernels().moments[static_cast<int>(in.dtype)];
+  two_passes<Moments, ChannelMoments>(
+      in.shape,
+      [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
+        moments(p, span, c0, c1, out);
+      },
+      [&](int64_t c, const ChannelMoments& total) {
+        mean_of[c] = total.mean();
+        var_of[c] = total.var();
+      },
+      [](const Span&, int64_t, int64_t) {}, false);
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor> merge_stats(const Tensor& mean, const Tensor& var, const Tensor& count,
+                                       const OptionalTensor& running_mean,
+                                       const OptionalTensor& running_var,
+                                       const OptionalTensor& num_batches_tracked,
+                                       std::optional<double> momentum, double eps,
+                                       at::ScalarType dtype) {
+  const char* op = "batch_norm_merge_stats";
+  TORCH_CHECK(mean.dim() == 2 && mean.sizes() == var.sizes() && count.dim() == 1 &&
+                  count.size(0) == mean.size(0) && mean.scalar_type() == at::kDouble &&
+                  var.scalar_type() == at::kDouble && count.scalar_type() == at::kDouble,
+              op, ": mean and var must be (W, C) and count (W,), all in double, but got shapes ",
+              mean.sizes(), ", ", var.sizes(), ", ", count.sizes(), " and dtypes ",
+              mean.scalar_type(), ", ", var.scalar_type(), ", ", count.scalar_type());
+  const Tensor total = count.sum();
+  // The running statistics are checked as those of a batch of this many values per channel.
+  const Tensor like = at::empty({2, mean.size(1)}, mean.options().dtype(dtype));
+  const ForwardArguments arguments{
+      like,        std::nullopt,        std::nullopt,      running_mean,
+      running_var, num_batches_tracked, /*training=*/true, momentum,
+      eps};
+  check_forward(arguments);
+  const RunningStatistics running(arguments, static_cast<int64_t>(total.item<double>()));
+  Tensor merged_mean = statistic_like(like), merged_rstd = statistic_like(like);
+  const auto means = mean.accessor<double, 2>(), vars = var.accessor<double, 2>();
+  const auto counts = count.accessor<double, 1>();
+  with_accumulator(dtype_of(like), [&](auto zero) {
+    using A = decltype(zero);
+    for (int64_t c = 0; c < mean.size(1); ++c) {
+      ChannelMoments moments;
+      for (int64_t w = 0; w < mean.size(0); ++w) {
+        if (counts[w] > 0) moments.add({means[w][c], vars[w][c] * counts[w]}, counts[w]);
+      }
+      merged_mean.data_ptr<A>()[c] = static_cast<A>(moments.mean());
+      merged_rstd.data_ptr<A>()[c] = static_cast<A>(rstd_of<A>(moments.var(), eps));
+      running.update(c, moments.mean(), moments.var());
+    }
+  });
+  running.count_batch();
+  return {merged_mean, merged_rstd};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bnorm_ext, CPU, m) {
+  m.impl("batch_norm_training", training);
+  m.impl("batch_norm_inference", inference);
+  m.impl("batch_norm_stats", stats);
+  m.impl("batch_norm_merge_stats", merge_stats);
+  m.impl("batch_norm_apply", apply);
+}
+
+}  // namespace cpu
+}  // namespace bnorm_ext
