@@ -149,7 +149,9 @@ class _Forward(torch.autograd.Function):
         return (*gradients, *[None] * 6)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any) -> Any:
+    def jvp(
+        ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any
+    ) -> Any:
         x, weight, _, mean, rstd = ctx.saved_tensors
         n = _Normalised(x, mean, rstd, ctx.training, ctx.eps)
         dy = torch.zeros_like(n.xhat)
@@ -231,7 +233,9 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_forward(dy, x, weight, mean, rstd)
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None) -> Any:
+    def backward(
+        ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None
+    ) -> Any:
         """The gradients of <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>; derived in
         csrc/autograd.cpp, beside the same in C++."""
         dy, x, weight, mean, rstd = ctx.saved_tensors
@@ -260,7 +264,9 @@ class _Backward(torch.autograd.Function):
         return (g_dy.to(dy.dtype), g_x.to(x.dtype), g_weight, *[None] * 6)
 
     @staticmethod
-    def jvp(ctx: Any, ddy: Tensor | None, dx: Tensor | None, dweight: Tensor | None, *_: Any) -> Any:
+    def jvp(
+        ctx: Any, ddy: Tensor | None, dx: Tensor | None, dweight: Tensor | None, *_: Any
+    ) -> Any:
         """Tangents of (dx, dweight, dbias) for tangents ddy, dx, dweight of (dy, x, weight)."""
         dy, x, weight, mean, rstd = ctx.saved_tensors
         n = _Normalised(x, mean, rstd, ctx.training, ctx.eps)
@@ -288,9 +294,7 @@ class _Backward(torch.autograd.Function):
         types = (x.dtype, acc if weight is None else weight.dtype, ctx.bias_dtype or acc)
         return tuple(
             v.to(dtype) if wanted else None
-            for v, dtype, wanted in zip(
-                (t_dx, t_dweight, t_dbias), types, ctx.wanted, strict=True
-            )
+            for v, dtype, wanted in zip((t_dx, t_dweight, t_dbias), types, ctx.wanted, strict=True)
         )
 
     @staticmethod

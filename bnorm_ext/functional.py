@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
+from torch.nn import Parameter
 
 from . import _transforms
 from ._ops import KERNEL_DEVICES
@@ -81,7 +82,12 @@ def batch_norm(
     )  # fmt: skip
     if _is_dynamo_compiling():
         # Compiled transforms take neither kind of autograd Function.
-        return _native(*arguments) if _transforms_active() else _call_op(*arguments)
+        native = (
+            _transforms_active()
+            or input.device.type not in KERNEL_DEVICES
+            or type(input) not in (Tensor, Parameter)
+        )
+        return _native(*arguments) if native else _call_op(*arguments)
     try:
         if type(input) is not Tensor and isinstance(input, Proxy):
             return input.tracer.create_proxy(
@@ -146,7 +152,14 @@ def _native(
     if training and momentum is None and num_batches_tracked is not None:
         momentum = 1.0 / (float(num_batches_tracked) + 1.0)
     output = F.batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps  # type: ignore[arg-type]  # None: native says what it thinks of it
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,  # type: ignore[arg-type]  # None: native says what it thinks of it
     )
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)

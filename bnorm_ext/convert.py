@@ -1,0 +1,124 @@
+"""Replacing native batch norm inside a model by this package's, and back.
+
+Native module and replacement have the same instance layout, attribute for attribute, so a module
+is converted by giving it the other class, as torch's own lazy modules and parametrisations do.
+The object stays the object: its parameters and buffers, the optimizers that hold them, hooks and
+their handles, train/eval mode, attributes set by the user, and every other reference to it (a
+second name, a second parent, a Python list) stay valid with no copying at all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from . import modules
+
+__all__ = ["convert_batchnorm", "revert_batchnorm"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: modules.BatchNorm1d,
+    nn.BatchNorm2d: modules.BatchNorm2d,
+    nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
+}
+_NATIVE = {ours: native for native, ours in _OURS.items()}
+
+
+def convert_batchnorm(module: ModuleT) -> ModuleT:
+    """Replaces every native batch norm in ``module`` (and ``module`` itself) by this package's.
+
+    Replaced is each module whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or their lazy
+    forms. It keeps the very same parameters and buffers, so an optimizer that was built before
+    goes on, even in the middle of training; it also keeps train/eval mode, ``requires_grad``,
+    hooks of every kind, dtype, device, its own extra attributes and its identity: a module used
+    in several places stays shared. A ``state_dict`` of either side loads on the other with
+    ``strict=True``.
+
+    Already converted modules are left. Other subclasses of native batch norm
+    (``nn.SyncBatchNorm``, timm's ``BatchNormAct2d``, parametrised ones) are left too, since their
+    forward may do more, and are named in one ``UserWarning``.
+
+    The method is that of Ioffe & Szegedy 2015, arXiv:1502.03167; shapes and dtypes are those of
+    :class:`bnorm_ext.BatchNorm1d`, ``2d`` and ``3d``.
+
+    Args:
+        module: a model, or a single batch norm; changed in place. To keep the original, pass
+            ``copy.deepcopy(model)``.
+
+    Returns:
+        ``module`` itself.
+
+    Raises:
+        TypeError: ``module`` is not a ``torch.nn.Module``.
+
+    Example::
+
+        >>> model = bnorm_ext.convert_batchnorm(torchvision.models.resnet50())
+    """
+    return _change_classes(
+        module, _OURS, "convert_batchnorm", nn.modules.batchnorm._BatchNorm, modules._OneCallForward
+    )
+
+
+def revert_batchnorm(module: ModuleT) -> ModuleT:
+    """Undoes :func:`convert_batchnorm`: gives plain ``torch.nn`` batch norms back.
+
+    Replaced is each module whose type is exactly one of this package's ``BatchNorm1d/2d/3d`` or
+    their lazy forms, wherever it came from; everything that :func:`convert_batchnorm` keeps is
+    kept here as well. Use it before tools that look for native's exact types (ONNX export,
+    quantisation, conv-bn folding in FX graphs). Subclasses of this package's modules are left and
+    named in one ``UserWarning``.
+
+    Args:
+        module: a model, or a single batch norm; changed in place.
+
+    Returns:
+        ``module`` itself.
+
+    Raises:
+        TypeError: ``module`` is not a ``torch.nn.Module``.
+    """
+    return _change_classes(module, _NATIVE, "revert_batchnorm", modules._OneCallForward, ())
+
+
+def _change_classes(
+    module: ModuleT,
+    replacements: Mapping[type[nn.Module], type[nn.Module]],
+    caller: str,
+    concerned: type[nn.Module],
+    exempt: type[nn.Module] | tuple[()],
+) -> ModuleT:
+    """Gives every module of a class in ``replacements`` the class found there.
+
+    Warns once of modules that are instances of ``concerned`` but not of ``exempt`` and whose
+    class is not in ``replacements``.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{caller} expects a torch.nn.Module, got {type(module).__name__}")
+    left: dict[str, list[str]] = {}
+    for name, child in module.named_modules():
+        cls = type(child)
+        if cls in replacements:
+            child.__class__ = replacements[cls]
+            # torch.compile guards a module by its type, but looks again only once the module's
+            # dictionary has changed.
+            child.__dict__["_class_changed"] = True
+            del child.__dict__["_class_changed"]
+        elif isinstance(child, concerned) and not isinstance(child, exempt):
+            left.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(name or "(root)")
+    if left:
+        listed = "; ".join(f"{cls}: {', '.join(names)}" for cls, names in left.items())
+        warnings.warn(
+            f"{caller} left these batch norms as they are, since the forward of a subclass may do "
+            f"more than batch normalisation: {listed}",
+            stacklevel=3,
+        )
+    return module

@@ -1,0 +1,125 @@
+"""The mathematics of batch normalisation in plain torch and float64: what is right.
+
+Slow and obvious on purpose. Nothing here knows the compiled extension; the tests and the benchmark
+measure every implementation, native's too, by its distance from this one.
+
+Source: S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+Internal Covariate Shift", 2015, arXiv:1502.03167.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ForwardReference(NamedTuple):
+    """All float64. ``mean`` and ``var`` are those that normalised: of the batch, or running."""
+
+    y: Tensor  #: (N, C, ...)
+    mean: Tensor  #: (C,)
+    var: Tensor  #: (C,), biased
+    rstd: Tensor  #: (C,), 1 / sqrt(var + eps)
+    running_mean: Tensor | None  #: (C,), after the step
+    running_var: Tensor | None  #: (C,), after the step, which moved it by the unbiased variance
+
+
+class BackwardReference(NamedTuple):
+    """All float64."""
+
+    dx: Tensor  #: (N, C, ...)
+    dweight: Tensor  #: (C,)
+    dbias: Tensor  #: (C,)
+
+
+class _Normalised(NamedTuple):
+    xhat: Tensor  # (N, C, ...)
+    mean: Tensor  # (1, C, 1, ...), like the next two
+    var: Tensor
+    rstd: Tensor
+
+
+def _dims(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    """(C,), or any shape of C elements, in float64 as (1, C, 1, ...)."""
+    return t.detach().double().reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def _normalise(x: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> _Normalised:
+    """With the given statistics or, where they are None, with those of the batch."""
+    x = x.detach().double()
+    if mean is None or var is None:
+        # The mean is not rounded before it is subtracted: where it exceeds the deviations by far,
+        # even float64 would lose what float64 input holds.
+        shift = x.mean(_dims(x), keepdim=True)
+        rest = (x - shift).mean(_dims(x), keepdim=True)
+        centred = (x - shift) - rest
+        m = shift + rest
+        v = centred.square().mean(_dims(x), keepdim=True)
+    else:
+        m, v = _per_channel(mean, x), _per_channel(var, x)
+        centred = x - m
+    rstd = 1 / torch.sqrt(v + eps)
+    return _Normalised(centred * rstd, m, v, rstd)
+
+
+def batch_norm_reference(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> ForwardReference:
+    """``y = (x - mean) * rstd * weight + bias`` per channel (arXiv:1502.03167, algorithm 1).
+
+    x is (N, C, ...), everything else (C,). No argument is changed: a training step returns what the
+    running statistics become. A cumulative average is ``momentum = 1 / number of batches so far``.
+    """
+    n = _normalise(x, *(None, None) if training else (running_mean, running_var), eps)
+    y = n.xhat
+    if weight is not None:
+        y = y * _per_channel(weight, x)
+    if bias is not None:
+        y = y + _per_channel(bias, x)
+    mean, var = n.mean.flatten(), n.var.flatten()
+    moved = [None if t is None else t.detach().double() for t in (running_mean, running_var)]
+    if training:
+        count = x.numel() / x.shape[1]
+        for i, batch in enumerate((mean, var * count / (count - 1))):
+            t = moved[i]
+            moved[i] = None if t is None else momentum * batch + (1 - momentum) * t
+    return ForwardReference(y, mean, var, n.rstd.flatten(), *moved)
+
+
+def batch_norm_backward_reference(
+    dy: Tensor,
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    training: bool = False,
+    eps: float = 1e-5,
+) -> BackwardReference:
+    """Gradients for dy (N, C, ...), from the same arguments as the forward pass.
+
+    In training the statistics depend on x, hence the two projections; in inference they do not.
+    """
+    n = _normalise(x, *(None, None) if training else (running_mean, running_var), eps)
+    dy = dy.detach().double()
+    dx = dy
+    if training:
+        along_mean = dy.mean(_dims(x), keepdim=True)
+        along_xhat = (dy * n.xhat).mean(_dims(x), keepdim=True)
+        dx = dy - along_mean - n.xhat * along_xhat
+    dx = dx * n.rstd
+    if weight is not None:
+        dx = dx * _per_channel(weight, x)
+    return BackwardReference(dx, (dy * n.xhat).sum(_dims(x)), dy.sum(_dims(x)))
