@@ -51,7 +51,9 @@ struct ForwardParams {
   const void* mean = nullptr;   // [C] acc
   const void* scale = nullptr;  // [C] acc, weight * rstd
   const void* shift = nullptr;  // [C] acc, bias
-  bool stream = false;          // CPU: y is written past the caches
+  // CPU: whether y is written past the caches, and how many elements ahead x is fetched then.
+  bool stream = false;
+  int64_t ahead = 0;
 };
 
 struct BackwardParams {
@@ -66,7 +68,10 @@ struct BackwardParams {
   const void* mean_dy = nullptr;       // [C] acc, 0 in inference
   const void* mean_dy_xhat = nullptr;  // [C] acc, 0 in inference
   const void* scale = nullptr;         // [C] acc, weight * rstd
-  bool stream = false;                 // CPU: dx is written past the caches
+  // CPU: whether dx is written past the caches, and how many elements ahead dy and x are fetched
+  // then.
+  bool stream = false;
+  int64_t ahead = 0;
 };
 
 }  // namespace bnorm_ext

@@ -47,17 +47,19 @@ struct Backward {
       Coefficients<A> coefficients(3, C);
       A *k1 = coefficients[0], *k2 = coefficients[1], *scale = coefficients[2];
       const A* rstd_of_c = rstd.const_data_ptr<A>();
-      const BackwardParams p{in.shape,
-                             in.dtype,
-                             g.const_data_ptr(),
-                             in.tensor.const_data_ptr(),
-                             wants_dx ? dx.data_ptr() : nullptr,
-                             mean.const_data_ptr(),
-                             rstd_of_c,
-                             k1,
-                             k2,
-                             scale,
-                             streams(dx)};
+      BackwardParams p;
+      p.shape = in.shape;
+      p.dtype = in.dtype;
+      p.dy = g.const_data_ptr();
+      p.x = in.tensor.const_data_ptr();
+      p.dx = wants_dx ? dx.data_ptr() : nullptr;
+      p.mean = mean.const_data_ptr();
+      p.rstd = rstd_of_c;
+      p.mean_dy = k1;
+      p.mean_dy_xhat = k2;
+      p.scale = scale;
+      p.stream = streams(dx);
+      p.ahead = wants_sums || own_means ? fetch_distance(in.shape, 2 * x.element_size()) : 0;
       const auto set_coefficients = [&](int64_t c, A dy_mean, A dy_xhat_mean) {
         k1[c] = dy_mean;
         k2[c] = dy_xhat_mean;
@@ -75,7 +77,7 @@ struct Backward {
         return;
       }
       two_passes<Sums, ChannelSums>(
-          in.shape,
+          in.shape, Chunks(in.shape, kBackwardChunk),
           [&](const Span& span, int64_t c0, int64_t c1, Sums* out) { sums(p, span, c0, c1, out); },
           [&](int64_t c, const ChannelSums& total) {
             const A dy_sum = static_cast<A>(total.dy), dy_xhat_sum = static_cast<A>(total.dy_xhat);

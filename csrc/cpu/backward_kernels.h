@@ -147,6 +147,8 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
     each_vector_to<A>(dx + offset, length, p.stream, [&](int64_t i, auto part, auto how) {
       const int64_t at = offset + i;
+      fetch_ahead(dy + at + p.ahead, how);
+      fetch_ahead(x + at + p.ahead, how);
       store(dx + at, part,
             input_gradient(load(dy + at, part, zero), load(x + at, part, zero), m, r, k1, k2, s),
             how);

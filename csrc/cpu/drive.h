@@ -60,17 +60,30 @@ class ChannelSums {
   double dy = 0, dy_xhat = 0;
 };
 
+// Whether one thread takes a channel through both passes.
+inline bool by_channel(const Shape& shape) {
+  if (shape.layout == Layout::ChannelsLast) return false;
+  const int64_t threads = at::get_num_threads();
+  return shape.numel() <= kGrain || threads == 1 || shape.C >= 4 * threads;
+}
+
+// How far ahead to fetch in the second pass: rows of a channel are followed in memory by those of
+// the next one, which the same thread reads next. Not where L2 could not keep them until then.
+inline int64_t fetch_distance(const Shape& shape, int64_t bytes_per_position) {
+  return by_channel(shape) && shape.count() * bytes_per_position <= (1 << 20) ? shape.S : 0;
+}
+
 // first(span, c0, c1, out): gathers a Partial of each channel of the chunk.
 // finish(c, total): called once per channel, before `second` sees the channel.
 // second(span, c0, c1): writes the chunk. `has_second` is false where only totals are wanted.
 template <typename Partial, typename Total, typename First, typename Finish, typename Second>
-void two_passes(const Shape& shape, First first, Finish finish, Second second, bool has_second) {
-  const Chunks chunks(shape);
+void two_passes(const Shape& shape, const Chunks& chunks, First first, Finish finish, Second second,
+                bool has_second) {
   const int64_t C = shape.C, K = chunks.size(), per_channel = shape.count();
   const bool by_row = shape.layout == Layout::ChannelsLast;
-  const int64_t threads = shape.numel() > kGrain ? at::get_num_threads() : 1;
+  const bool alone = shape.numel() <= kGrain;
 
-  if (!by_row && (threads == 1 || C >= 4 * threads)) {
+  if (by_channel(shape)) {
     const int64_t grain = std::max<int64_t>(1, kGrain / per_channel);
     at::parallel_for(0, C, grain, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
@@ -90,7 +103,7 @@ void two_passes(const Shape& shape, First first, Finish finish, Second second, b
 
   const int64_t block = by_row ? kChannelBlock : 1;
   const int64_t blocks = (C + block - 1) / block;
-  const int64_t grain = threads == 1 ? K * blocks : 1;
+  const int64_t grain = alone ? K * blocks : 1;
   std::vector<Partial> partials(static_cast<size_t>(K * C));
   at::parallel_for(0, K * blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -118,7 +131,7 @@ void two_passes(const Shape& shape, First first, Finish finish, Second second, b
                    });
   if (!has_second) return;
   const int64_t second_blocks = by_row ? 1 : C;
-  at::parallel_for(0, K * second_blocks, threads == 1 ? K * second_blocks : 1,
+  at::parallel_for(0, K * second_blocks, alone ? K * second_blocks : 1,
                    [&](int64_t begin, int64_t end) {
                      for (int64_t task = end - 1; task >= begin; --task) {
                        const int64_t c0 = task % second_blocks;
@@ -130,7 +143,7 @@ void two_passes(const Shape& shape, First first, Finish finish, Second second, b
 // second(span, c0, c1) over every chunk, in order: for passes that need no totals.
 template <typename Second>
 void one_pass(const Shape& shape, Second second) {
-  const Chunks chunks(shape);
+  const Chunks chunks(shape, kForwardChunk);
   const bool by_row = shape.layout == Layout::ChannelsLast;
   const int64_t K = chunks.size(), channels = by_row ? 1 : shape.C, tasks = K * channels;
   const int64_t grain = tasks == 0 ? 1 : std::max<int64_t>(1, kGrain * tasks / shape.numel());

@@ -13,6 +13,17 @@ namespace bnorm_ext {
 namespace cpu {
 namespace {
 
+// Everything but the coefficients.
+ForwardParams forward_params(const Input& in, const Tensor& y) {
+  ForwardParams p;
+  p.shape = in.shape;
+  p.dtype = in.dtype;
+  p.x = in.tensor.const_data_ptr();
+  p.y = y.data_ptr();
+  p.stream = streams(y);
+  return p;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& running_mean,
@@ -45,13 +56,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     Coefficients<A> coefficients(2, in.shape.C);
     A *scale = coefficients[0], *shift = coefficients[1];
     A *mean_of = mean.data_ptr<A>(), *rstd_of_c = rstd.data_ptr<A>();
-    const ForwardParams p{in.shape,     in.dtype,  in.tensor.const_data_ptr(),
-                          y.data_ptr(), mean_of,   scale,
-                          shift,        streams(y)};
+    ForwardParams p = forward_params(in, y);
+    p.mean = mean_of;
+    p.scale = scale;
+    p.shift = shift;
+    p.ahead = fetch_distance(in.shape, y.element_size());
     const auto moments = kernels().moments[static_cast<int>(in.dtype)];
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
     two_passes<Moments, ChannelMoments>(
-        in.shape,
+        in.shape, Chunks(in.shape, kForwardChunk),
         [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
           moments(p, span, c0, c1, out);
         },
@@ -87,9 +100,10 @@ Tensor normalise_with(const Tensor& x, const OptionalTensor& weight, const Optio
       scale[c] = static_cast<A>(get_or(w, c, 1)) * static_cast<A>(rstd_of(c));
       shift[c] = static_cast<A>(get_or(b, c, 0));
     }
-    const ForwardParams p{in.shape,     in.dtype,  in.tensor.const_data_ptr(),
-                          y.data_ptr(), mean,      scale,
-                          shift,        streams(y)};
+    ForwardParams p = forward_params(in, y);
+    p.mean = mean;
+    p.scale = scale;
+    p.shift = shift;
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
     one_pass(in.shape, [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
   });
@@ -137,7 +151,7 @@ std::tuple<Tensor, Tensor> stats(const Tensor& x) {
   p.x = in.tensor.const_data_ptr();
   const auto moments = kernels().moments[static_cast<int>(in.dtype)];
   two_passes<Moments, ChannelMoments>(
-      in.shape,
+      in.shape, Chunks(in.shape, kForwardChunk),
       [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
         moments(p, span, c0, c1, out);
       },

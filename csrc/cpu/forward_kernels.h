@@ -166,6 +166,7 @@ void apply(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   const V m = V::all(mean[c0]), a = V::all(scale[c0]), b = V::all(shift[c0]);
   each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
     each_vector_to<A>(y + offset, length, p.stream, [&](int64_t i, auto part, auto how) {
+      fetch_ahead(x + offset + i + p.ahead, how);
       store(y + offset + i, part, normalise(load(x + offset + i, part, zero), m, a, b), how);
     });
   });

@@ -13,9 +13,11 @@
 namespace bnorm_ext {
 namespace cpu {
 
-// Values per chunk and channel in ChannelsFirst: 16 KB of float, which stays in L1 between the two
-// passes over it and bounds the length of a float accumulation.
-constexpr int64_t kChunkLength = 4096;
+// Values per chunk and channel in ChannelsFirst. Forward: 16 KB of float, which stays in L1 between
+// the two passes over it. Backward goes over it once. Both bound the length of a float
+// accumulation.
+constexpr int64_t kForwardChunk = 4096;
+constexpr int64_t kBackwardChunk = 8192;
 // Channels-last moments are gathered for this many channels at a time, in arrays on the stack.
 constexpr int64_t kChannelBlock = 128;
 
@@ -28,22 +30,22 @@ struct Span {
 
 class Chunks {
  public:
-  explicit Chunks(const Shape& shape) {
+  Chunks(const Shape& shape, int64_t length) {
     if (shape.layout == Layout::ChannelsLast) {
       const int64_t width = shape.C < kChannelBlock ? shape.C : kChannelBlock;
       outer_ = 1;
       inner_ = shape.N * shape.S;
-      inner_step_ = clamp(4 * kChunkLength / (width > 0 ? width : 1), 128, 1024);
-    } else if (shape.S < kChunkLength) {
+      inner_step_ = clamp(4 * kForwardChunk / (width > 0 ? width : 1), 128, 1024);
+    } else if (shape.S < length) {
       outer_ = shape.N;
       inner_ = shape.S;
-      outer_step_ = kChunkLength / (shape.S > 0 ? shape.S : 1);
+      outer_step_ = length / (shape.S > 0 ? shape.S : 1);
       inner_step_ = shape.S > 0 ? shape.S : 1;
     } else {
       // Equal pieces, so that no chunk is a sliver; multiples of 64 keep vectors whole.
       outer_ = shape.N;
       inner_ = shape.S;
-      const int64_t pieces = ceil_div(shape.S, kChunkLength);
+      const int64_t pieces = ceil_div(shape.S, length);
       inner_step_ = ceil_div(ceil_div(shape.S, pieces), 64) * 64;
     }
     inner_chunks_ = ceil_div(inner_, inner_step_);
