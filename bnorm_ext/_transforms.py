@@ -103,7 +103,7 @@ class _Normalised:
 
 
 class _Forward(torch.autograd.Function):
-    """(x, weight, bias) -> y; also mean and rstd, which are not differentiable. Updates the buffers."""
+    """(x, weight, bias) -> y; also mean and rstd, not differentiable. Updates the buffers."""
 
     @staticmethod
     def forward(
@@ -165,7 +165,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        x, weight, bias, *buffers, training, momentum, eps = args
+        x, _, _, *buffers, training, momentum, eps = args
         B = info.batch_size
         _refuse_shared_buffers(buffers, in_dims[3:6], training)
         counter = buffers[2]
@@ -191,8 +191,8 @@ class _Forward(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """(dy, x, weight) -> (dx, dweight, dbias), None where not wanted. mean and rstd are functions of
-    x in training, constants otherwise."""
+    """(dy, x, weight) -> (dx, dweight, dbias), None where not wanted. mean and rstd are functions
+    of x in training, constants otherwise."""
 
     @staticmethod
     def forward(

@@ -167,7 +167,7 @@ def _native(
 
 
 def _raise_as_native(*arguments: Any) -> None:
-    """Raises what native raises for a call that was refused here; returns where it raises nothing."""
+    """Raises what native raises for a call that was refused here; returns where it takes it."""
     input, running_mean, running_var, weight, bias, training, momentum, eps, counter = arguments
     running_mean, running_var, counter = (
         t.detach().clone() if isinstance(t, Tensor) else t

@@ -79,7 +79,6 @@ def batch_norm_reference(
     eps: float = 1e-5,
 ) -> ForwardReference:
     """``y = (x - mean) * rstd * weight + bias`` per channel (arXiv:1502.03167, algorithm 1).
-
     x is (N, C, ...), everything else (C,). No argument is changed: a training step returns what the
     running statistics become. A cumulative average is ``momentum = 1 / number of batches so far``.
     """
@@ -108,10 +107,8 @@ def batch_norm_backward_reference(
     training: bool = False,
     eps: float = 1e-5,
 ) -> BackwardReference:
-    """Gradients for dy (N, C, ...), from the same arguments as the forward pass.
-
-    In training the statistics depend on x, hence the two projections; in inference they do not.
-    """
+    """Gradients for dy (N, C, ...), from the arguments of the forward pass. In training the
+    statistics depend on x, hence the two projections; in inference they do not."""
     n = _normalise(x, *(None, None) if training else (running_mean, running_var), eps)
     dy = dy.detach().double()
     dx = dy

@@ -148,9 +148,8 @@ def test_symbolic_trace_keeps_the_function():
         return bnorm_ext.batch_norm(x, mean, var, training=True) * 2
 
     traced = torch.fx.symbolic_trace(f)
-    assert [n.target for n in traced.graph.nodes if n.op == "call_function"][0] is (
-        bnorm_ext.batch_norm
-    )
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert targets[0] is bnorm_ext.batch_norm
     x = torch.randn(4, 3, 5)
     assert torch.equal(
         traced(x, torch.zeros(3), torch.ones(3)), f(x, torch.zeros(3), torch.ones(3))

@@ -1,5 +1,5 @@
-"""torch.func transforms and forward-mode AD: the Python Function, against the C++ one to the bit and
-against native or plain torch in value."""
+"""torch.func transforms and forward-mode AD: the Python Function, against the C++ one to the bit
+and against native or plain torch in value."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def test_second_derivatives_in_training(order):
 
 
 def test_native_loses_a_second_derivative():
-    """Why the test above compares with plain torch. Native's derivative of dweight with respect to x
-    lacks terms under torch.func; if this fails, native has been mended."""
+    """Why the test above compares with plain torch. Native's derivative of dweight with respect to
+    x lacks terms under torch.func; if this fails, native has been mended."""
     x, weight, bias = arguments()
     given = (x[0], weight, bias)
     expected = flatten(hessian(cubed(plain), ALL)(*given))

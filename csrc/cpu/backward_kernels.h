@@ -126,11 +126,14 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   const A* mean_dy_xhat = static_cast<const A*>(p.mean_dy_xhat);
   const A* scale = static_cast<const A*>(p.scale);
   const V zero = V::all(0);
+  // Read once: the compiler must think that a store may change them.
+  const int64_t C = p.shape.C, ahead = p.ahead;
+  const bool stream = p.stream;
   if (p.shape.layout == Layout::ChannelsLast) {
     for (int64_t r = span.s0; r < span.s1; ++r) {
-      T* row = dx + r * p.shape.C + c0;
-      each_vector_to<A>(row, c1 - c0, p.stream, [&](int64_t i, auto part, auto how) {
-        const int64_t c = c0 + i, at = r * p.shape.C + c;
+      T* row = dx + r * C + c0;
+      each_vector_to<A>(row, c1 - c0, stream, [&](int64_t i, auto part, auto how) {
+        const int64_t c = c0 + i, at = r * C + c;
         store(row + i, part,
               input_gradient(load(dy + at, part, zero), load(x + at, part, zero),
                              load(mean + c, part, zero), load(rstd + c, part, zero),
@@ -139,22 +142,20 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
               how);
       });
     }
-    if (p.stream) fence();
     return;
   }
   const V m = V::all(mean[c0]), r = V::all(rstd[c0]), s = V::all(scale[c0]);
   const V k1 = V::all(mean_dy[c0]), k2 = V::all(mean_dy_xhat[c0]);
   each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
-    each_vector_to<A>(dx + offset, length, p.stream, [&](int64_t i, auto part, auto how) {
+    each_vector_to<A>(dx + offset, length, stream, [&](int64_t i, auto part, auto how) {
       const int64_t at = offset + i;
-      fetch_ahead(dy + at + p.ahead, how);
-      fetch_ahead(x + at + p.ahead, how);
+      fetch_ahead(dy + at + ahead, how);
+      fetch_ahead(x + at + ahead, how);
       store(dx + at, part,
             input_gradient(load(dy + at, part, zero), load(x + at, part, zero), m, r, k1, k2, s),
             how);
     });
   });
-  if (p.stream) fence();
 }
 
 }  // namespace

@@ -97,6 +97,7 @@ void two_passes(const Shape& shape, const Chunks& chunks, First first, Finish fi
         if (!has_second) continue;
         for (int64_t k = K - 1; k >= 0; --k) second(chunks[k], c, c + 1);
       }
+      kernels().fence();
     });
     return;
   }
@@ -137,6 +138,7 @@ void two_passes(const Shape& shape, const Chunks& chunks, First first, Finish fi
                        const int64_t c0 = task % second_blocks;
                        second(chunks[task / second_blocks], c0, by_row ? C : c0 + 1);
                      }
+                     kernels().fence();
                    });
 }
 
@@ -153,6 +155,7 @@ void one_pass(const Shape& shape, Second second) {
       const int64_t c0 = task % channels;
       second(chunks[task / channels], c0, by_row ? shape.C : c0 + 1);
     }
+    kernels().fence();
   });
 }
 

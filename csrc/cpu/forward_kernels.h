@@ -149,28 +149,29 @@ void apply(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   const A* scale = static_cast<const A*>(p.scale);
   const A* shift = static_cast<const A*>(p.shift);
   const V zero = V::all(0);
+  // Read once: the compiler must think that a store may change them.
+  const int64_t C = p.shape.C, ahead = p.ahead;
+  const bool stream = p.stream;
   if (p.shape.layout == Layout::ChannelsLast) {
     for (int64_t r = span.s0; r < span.s1; ++r) {
-      T* row = y + r * p.shape.C + c0;
-      each_vector_to<A>(row, c1 - c0, p.stream, [&](int64_t i, auto part, auto how) {
-        const int64_t c = c0 + i, at = r * p.shape.C + c;
+      T* row = y + r * C + c0;
+      each_vector_to<A>(row, c1 - c0, stream, [&](int64_t i, auto part, auto how) {
+        const int64_t c = c0 + i, at = r * C + c;
         store(row + i, part,
               normalise(load(x + at, part, zero), load(mean + c, part, zero),
                         load(scale + c, part, zero), load(shift + c, part, zero)),
               how);
       });
     }
-    if (p.stream) fence();
     return;
   }
   const V m = V::all(mean[c0]), a = V::all(scale[c0]), b = V::all(shift[c0]);
   each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
-    each_vector_to<A>(y + offset, length, p.stream, [&](int64_t i, auto part, auto how) {
-      fetch_ahead(x + offset + i + p.ahead, how);
+    each_vector_to<A>(y + offset, length, stream, [&](int64_t i, auto part, auto how) {
+      fetch_ahead(x + offset + i + ahead, how);
       store(y + offset + i, part, normalise(load(x + offset + i, part, zero), m, a, b), how);
     });
   });
-  if (p.stream) fence();
 }
 
 }  // namespace

@@ -92,6 +92,8 @@ struct KernelTable {
   void (*apply[4])(const ForwardParams&, const Span&, int64_t c0, int64_t c1);
   void (*sums[4])(const BackwardParams&, const Span&, int64_t c0, int64_t c1, Sums* out);
   void (*dx[4])(const BackwardParams&, const Span&, int64_t c0, int64_t c1);
+  // Makes what this thread streamed visible; after its last chunk, since it waits for the memory.
+  void (*fence)();
 };
 
 extern const KernelTable kernels_baseline;

@@ -19,6 +19,7 @@ const KernelTable BNORM_NAME(kernels_, BNORM_EXT_ISA) = {
     {apply<float>, apply<double>, apply<Half>, apply<BFloat16>},
     {sums<float>, sums<double>, sums<Half>, sums<BFloat16>},
     {dx<float>, dx<double>, dx<Half>, dx<BFloat16>},
+    fence_stores,
 };
 
 }  // namespace cpu

@@ -55,6 +55,10 @@ BNORM_INLINE void each_element(const Shape& shape, const Span& span, int64_t c, 
   }
 }
 
+inline void fence_stores() {
+  fence();
+}
+
 // Fetches into L2 what is read next while streaming stores keep the memory busy the other way.
 template <typename T>
 BNORM_INLINE void fetch_ahead(const T* p, Streamed) {

@@ -1,0 +1,204 @@
+"""The same bits from run to run and for any number of threads; every instruction set that this
+machine has keeps the promise on numerics."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DTYPES, Case, accumulation_type, case, normal, run
+from torch import Tensor
+
+import bnorm_ext
+
+# Every way through the memory (whole channels to a thread where there are enough of them, chunks
+# where not; rows of channels), below and above the size from which threads are used (32768 values),
+# one row of everything, several blocks of channels (128), and slabs longer than a chunk.
+SHAPES = {
+    "many channels": ((3, 64, 15, 17), "contiguous"),
+    "few channels": ((8, 3, 47, 49), "contiguous"),
+    "one channel": ((5, 1, 101, 103), "contiguous"),
+    "long rows": ((2, 2, 20011), "contiguous"),
+    "channels_last": ((3, 67, 16, 17), "channels_last"),
+    "channels_last, blocks": ((2, 300, 9, 8), "channels_last"),
+    "channels_last_3d": ((2, 10, 9, 16, 17), "channels_last_3d"),
+    "2-d, huge N": ((40009, 3), "contiguous"),
+    "2-d, many channels": ((200, 257), "contiguous"),
+    "small": ((4, 5, 3, 2), "contiguous"),
+}
+ISAS = ["baseline", "avx2", "avx512"]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def bits(c: Case) -> dict[str, bytes]:
+    found = {}
+    for name, t in run(bnorm_ext.batch_norm, c).items():
+        found[name] = t.contiguous().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", SHAPES)
+def test_same_bits_for_any_number_of_threads(name, dtype, training, threads):
+    shape, layout = SHAPES[name]
+    # A mean of 3 leaves no sum exact, so that another order of addition shows.
+    c = case(normal(shape, 0, 3), dtype, layout=layout, training=training)
+    threads(1)
+    first = bits(c)
+    for count in (1, 2, 3, 7):
+        threads(count)
+        again = bits(c)
+        for key, value in first.items():
+            assert again[key] == value, (count, key)
+
+
+def test_another_order_of_addition_would_show():
+    """The tests above can fail: the same values in other places move the bits of the sums."""
+    shape, layout = SHAPES["few channels"]
+    c = case(normal(shape, 0, 3), layout=layout)
+    turned = c.but(x=c.x.roll((1, 5), (0, 3)), dy=c.dy.roll((1, 5), (0, 3)))
+    assert bits(c)["dweight"] != bits(turned)["dweight"]
+    assert bits(c)["dbias"] != bits(turned)["dbias"]
+
+
+def test_operators_of_synchronised_training_are_independent_of_threads(threads):
+    ops = torch.ops.bnorm_ext
+    for shape, layout in SHAPES.values():
+        c = case(normal(shape, 0, 3), layout=layout)
+        found = []
+        for count in (1, 3):
+            threads(count)
+            mean, var = ops.batch_norm_stats(c.x)
+            m, r = mean.float(), (1 / (var + 1e-5).sqrt()).float()
+            sums = ops.batch_norm_backward_reduce(c.dy, c.x, None, c.weight, c.bias, m, r, None)
+            found.append((mean, var, *sums, ops.batch_norm_apply(c.x, None, None, None, m, r)[0]))
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+
+
+# ---- Large outputs ------------------------------------------------------------------------------
+
+# Over 16 MiB the CPU kernels write past the caches, whole aligned vectors only; rows of odd lengths
+# put the parts before and after them everywhere.
+LARGE = {"rows of channels": (67,), "planes": (3, 4099), "wide": (1031, 1)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tail", LARGE.values(), ids=LARGE.keys())
+def test_large_outputs_have_the_bits_of_small_ones(tail, dtype):
+    row = torch.Size(tail).numel() * dtype.itemsize
+    rows = (16 << 20) // row + 3
+    x = normal((101, *tail), 0, 3).to(dtype).repeat(-(-rows // 101), *[1] * len(tail))[:rows]
+    assert x.nbytes > 16 << 20
+    dy = x.flip(0)
+    acc = accumulation_type(dtype)
+    vectors = [normal((tail[0],), seed).abs().to(acc) + 0.5 for seed in range(5)]
+    weight, mean, rstd, mean_dy, mean_dy_xhat = vectors
+    ops = torch.ops.bnorm_ext
+
+    def forward_and_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        y = ops.batch_norm_apply(x, None, weight, None, mean, rstd)[0]
+        return y, ops.batch_norm_backward_apply(
+            dy, x, None, weight, None, mean, rstd, None, mean_dy, mean_dy_xhat
+        )[0]
+
+    y, dx = forward_and_backward(x, dy)
+    for part in torch.arange(rows).tensor_split(3):
+        few = slice(int(part[0]), int(part[-1]) + 1)
+        small_y, small_dx = forward_and_backward(x[few], dy[few])
+        assert torch.equal(y[few], small_y)
+        assert torch.equal(dx[few], small_dx)
+
+
+# ---- Instruction sets ---------------------------------------------------------------------------
+
+ISA_CHECK = """
+import sys
+import torch
+import bnorm_ext
+from helpers import DTYPES, FORMATS, assert_promise, case, normal
+assert bnorm_ext.build_info()["cpu_capability"] == sys.argv[1]
+# Every tail after whole vectors (of 16 elements at most), in rows and in channels; a few chunks.
+SHAPES = [(3, 5, n) for n in (*range(1, 18), 31, 63)] + [(7, n) for n in (*range(1, 18), 130)]
+SHAPES += [(2, 131, 3, 3), (3, 2, 70, 61), (2, 259, 1, 1)]
+for dtype in DTYPES:
+    for seed, shape in enumerate(SHAPES):
+        for layout in ["contiguous"] + ["channels_last"] * (len(shape) == 4):
+            for training in (True, False):
+                c = case(normal(shape, seed, 2), dtype, layout=layout, training=training)
+                # Native happens to be exact for a handful of values: the bound alone.
+                assert_promise(c, beside_native=False)
+
+# Every 16-bit pattern through load and store: with identity statistics y = fma(x - 0, 1, 0) = x.
+patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+for dtype in (torch.float16, torch.bfloat16):
+    x = patterns.view(dtype)
+    pixels = x[:65520].view(2, 7, 8, 585).to(memory_format=torch.channels_last)
+    for view in (x.view(-1, 1), x.view(1, 1, -1), x.view(256, 256), x.view(2, 8, 4096),
+                 x[1:].view(1, -1), x[:65535].view(-1, 5), pixels):
+        C = view.shape[1]
+        y = bnorm_ext.batch_norm(view, torch.zeros(C), torch.ones(C), torch.ones(C), None, eps=0.0)
+        assert torch.equal(y.isnan(), view.isnan())
+        keep = ~view.isnan()
+        # Signed zeros apart (-0 + 0 is 0) the very bits come back.
+        assert torch.equal(y[keep], view[keep])
+        changed = y[keep].view(torch.int16) ^ view[keep].view(torch.int16)
+        assert not (changed & 0x7fff).any()
+
+    # Rounding of the store: sums that fall between two neighbours, ties among them, round as
+    # torch's own conversion does. y = x + bias with x and bias exact in float32.
+    for bias in (0.0, 2.0**-9, 2.0**-12, 3 * 2.0**-13, 1 / 3, 2.0**-24, -2.0**-25, 65519.0):
+        wide = x.view(-1, 1).float()
+        y = bnorm_ext.batch_norm(x.view(-1, 1), torch.zeros(1), torch.ones(1), torch.ones(1),
+                                 torch.tensor([bias]), eps=0.0)
+        right = (wide + torch.tensor([bias])).to(dtype)
+        assert torch.equal(y.isnan(), right.isnan())
+        assert torch.equal(y.nan_to_num(1.5, 7, -7), right.nan_to_num(1.5, 7, -7)), (dtype, bias)
+
+"""
+
+
+def in_process(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "BNORM_EXT_CPU_CAPABILITY": isa,
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code, isa], env=environment, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_set(isa):
+    chosen = bnorm_ext.build_info()["cpu_capability"]
+    assert chosen in ISAS
+    if ISAS.index(isa) > ISAS.index(chosen):
+        pytest.skip(f"this machine has no {isa}")
+    done = in_process(ISA_CHECK, isa)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_unknown_instruction_set_is_named():
+    code = (
+        "import torch, bnorm_ext; bnorm_ext.batch_norm(torch.ones(2, 2), None, None, training=True)"
+    )
+    done = in_process(code, "sse9")
+    assert done.returncode == 1
+    assert "BNORM_EXT_CPU_CAPABILITY=sse9" in done.stderr
+    assert "baseline" in done.stderr
