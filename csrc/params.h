@@ -64,9 +64,10 @@ struct BackwardParams {
   void* dx = nullptr;          // [N, C, S]
   const void* mean = nullptr;  // [C] acc
   const void* rstd = nullptr;  // [C] acc
-  // With xhat = (x - mean) * rstd: dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * scale.
-  const void* mean_dy = nullptr;       // [C] acc, 0 in inference
-  const void* mean_dy_xhat = nullptr;  // [C] acc, 0 in inference
+  // With xhat = (x - mean) * rstd: dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * scale;
+  // without mean_dy (inference: the statistics are constants) dx = dy * scale.
+  const void* mean_dy = nullptr;       // [C] acc or null
+  const void* mean_dy_xhat = nullptr;  // [C] acc or null
   const void* scale = nullptr;         // [C] acc, weight * rstd
   // CPU: whether dx is written past the caches, and how many elements ahead dy and x are fetched
   // then.

@@ -18,7 +18,7 @@ What is promised, with u the unit roundoff of the result's dtype:
 (1) the largest error of a tensor is at most max(1.25 * native's, 4u); the float64 reference is
     itself right to a few of its own u only, hence 4u more for float64 results;
 (2) what is computed in float32, 16-bit data too, has in each channel an error of at most
-    (2 (1 + r) + 4) v with v = 2^-24 and r = |mean| / sqrt(var + eps), and u more where the result
+    (2 (1 + r) + 4) v with v = 2^-24 and r = |mean| / sqrt(var), and u more where the result
     is rounded to 16 bit at the end. Where the terms come from: subtraction, rstd, the product of
     weight and rstd, and the fused multiply-add round once each, 4v; the mean is rounded by
     v * |mean|, which is v * r relative to the deviations, and again as much for what sums lose.
@@ -145,7 +145,7 @@ def per_channel(t: Tensor) -> Tensor:
 class Measure(NamedTuple):
     reference: Results
     scale: Results  # (C,) each
-    ratio: Tensor  # (C,): |mean| / sqrt(var + eps)
+    ratio: Tensor  # (C,): |mean| / std, infinite where std alone is 0
 
 
 def measure(c: Case) -> Measure:
@@ -187,7 +187,7 @@ def measure(c: Case) -> Measure:
         unbiased = f.var * (c.x.numel() / c.x.shape[1] / (c.x.numel() / c.x.shape[1] - 1))
         reference["running_var"] = f.running_var
         scale["running_var"] = m * unbiased + keep * c.running_var.double().abs()
-    return Measure(reference, scale, f.mean.abs() * f.rstd)
+    return Measure(reference, scale, (f.mean.abs() / f.var.sqrt()).nan_to_num(0, torch.inf))
 
 
 def errors(results: Results, m: Measure) -> Results:

@@ -4,12 +4,14 @@ between forward and backward do: as native."""
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import BOTH, Case, case, normal, run
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from twins import outcome
 
 import bnorm_ext
@@ -140,6 +142,30 @@ def test_statistics_of_the_operator_are_not_differentiable(name):
     out = torch.ops.bnorm_ext.batch_norm_training(x, None, None, None, None, None, None, 0.1, 1e-5)
     assert out[0].requires_grad
     assert not out[1 if name == "mean" else 2].requires_grad
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant):
+    """The forward pass runs twice: so do the running statistics, as native's."""
+    results = []
+    for kind in (bnorm_ext.BatchNorm1d, nn.BatchNorm1d):
+        module = kind(5, dtype=torch.float64)
+        x = normal(SHAPE[:3], 0, 1).requires_grad_()
+        y = checkpoint(module, x, use_reentrant=use_reentrant)
+        (y * normal(SHAPE[:3], 1)).sum().backward()
+        results.append([x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    for ours, native in zip(*results, strict=True):
+        torch.testing.assert_close(ours, native, rtol=0, atol=1e-12)
+    assert results[0][-1].item() == 2
+
+
+def test_nothing_is_kept_alive_after_the_output():
+    """mean and rstd are outputs that their own node saves; that must not be a cycle."""
+    x = normal(SHAPE, 0).requires_grad_()
+    out = torch.ops.bnorm_ext.batch_norm_training(x, None, None, None, None, None, None, 0.1, 1e-5)
+    alive = [weakref.ref(t) for t in (x, *out)]
+    del x, out
+    assert [ref() for ref in alive] == [None] * 5
 
 
 # ---- Grad modes ---------------------------------------------------------------------------------

@@ -180,6 +180,15 @@ def test_training_that_is_no_bool(training):
     assert_like_native(lambda: arguments(training=training))
 
 
+@pytest.mark.parametrize("value", [1, True, torch.tensor(0.5), float("nan"), float("inf")], ids=str)
+def test_scalars_that_native_takes(value):
+    for name in ("momentum", "eps"):
+        for training in (True, False):
+            assert assert_like_native(
+                lambda n=name, t=training: arguments(training=t, **{n: value})
+            )
+
+
 def test_positional_and_missing_arguments():
     good = arguments()
     for count in range(len(good) + 1):

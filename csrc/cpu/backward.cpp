@@ -55,7 +55,7 @@ struct Backward {
       p.dx = wants_dx ? dx.data_ptr() : nullptr;
       p.mean = mean.const_data_ptr();
       p.rstd = rstd_of_c;
-      p.mean_dy = k1;
+      p.mean_dy = training ? k1 : nullptr;
       p.mean_dy_xhat = k2;
       p.scale = scale;
       p.stream = streams(dx);

@@ -1,7 +1,8 @@
 // The backward kernels.
 //
 // Formula   With xhat = (x - mean) * rstd: sums of dy and dy * xhat of a chunk, and
-//           dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * scale, scale = weight * rstd
+//           dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * scale, scale = weight * rstd;
+//           in inference, where the statistics are constants, dx = dy * scale
 //           (Ioffe and Szegedy 2015, arXiv:1502.03167)
 // Bytes     sums: reads dy and x; dx: reads dy and x, writes dx
 // Numerics  Products and lane sums in the accumulation type, lanes and chunks added in double.
@@ -38,15 +39,19 @@ void sums_channels_first(const BackwardParams& p, const Span& span, int64_t c, S
   const V mean = V::all(static_cast<const A*>(p.mean)[c]);
   const V rstd = V::all(static_cast<const A*>(p.rstd)[c]);
 
-  FourSums<V> s1, s2;
-  each_row(p.shape, span, c, [&](int64_t offset, int64_t length) {
-    each_vector_of_four<A>(length, [&](int64_t i, int u, auto part) {
-      const V g = load(dy + offset + i, part, V::all(0));
-      const V xhat = (load(x + offset + i, part, mean) - mean) * rstd;
-      s1.v[u] = s1.v[u] + g;
-      s2.v[u] = fma(g, xhat, s2.v[u]);
-    });
-  });
+  Accumulator<A> s1, s2;
+  each_vector_of_channel<A>(
+      p.shape, span, c,
+      [&](int64_t at, int u, auto part) {
+        const V g = load(dy + at, part, V::all(0));
+        const V xhat = (load(x + at, part, mean) - mean) * rstd;
+        s1.lane[u] = s1.lane[u] + g;
+        s2.lane[u] = fma(g, xhat, s2.lane[u]);
+      },
+      [&] {
+        s1.empty();
+        s2.empty();
+      });
   *out = {s1.total(), s2.total()};
   if (!finite(out->dy) || !finite(out->dy_xhat)) sums_in_double<T>(p, span, c, out);
 }
@@ -62,39 +67,42 @@ void sums_channels_last(const BackwardParams& p, const Span& span, int64_t c0, i
   const T* x = static_cast<const T*>(p.x) + c0;
   const A* mean = static_cast<const A*>(p.mean) + c0;
   const A* rstd = static_cast<const A*>(p.rstd) + c0;
-  Block<A> g1, g2;
-
   const V zero = V::all(0);
-  each_vector<A>(width, [&](int64_t i, auto) {
-    g1.set(i, zero);
-    g2.set(i, zero);
-  });
-  int64_t r = span.s0;
-  for (; r + 4 <= span.s1; r += 4) {
-    each_vector<A>(width, [&](int64_t i, auto part) {
-      const V mu = load(mean + i, part, zero);
-      V g[4], centred[4];
-      for (int64_t u = 0; u < 4; ++u) {
-        g[u] = load(dy + (r + u) * C + i, part, zero);
-        centred[u] = load(x + (r + u) * C + i, part, mu) - mu;
-      }
-      const V dot =
-          fma(g[0], centred[0], g[1] * centred[1]) + fma(g[2], centred[2], g[3] * centred[3]);
-      g1.set(i, g1.get(i) + ((g[0] + g[1]) + (g[2] + g[3])));
-      g2.set(i, fma(dot, load(rstd + i, part, zero), g2.get(i)));
-    });
-  }
-  for (; r < span.s1; ++r) {
-    each_vector<A>(width, [&](int64_t i, auto part) {
-      const V mu = load(mean + i, part, zero);
-      const V g = load(dy + r * C + i, part, zero);
-      const V xhat = (load(x + r * C + i, part, mu) - mu) * load(rstd + i, part, zero);
-      g1.set(i, g1.get(i) + g);
-      g2.set(i, fma(g, xhat, g2.get(i)));
-    });
+  ChannelBlock<A> g1, g2;
+
+  double total1[kChannelBlock] = {}, total2[kChannelBlock] = {};
+  for (int64_t begin = span.s0; begin < span.s1; begin += kRowsPerBlock) {
+    const int64_t end = smaller(begin + kRowsPerBlock, span.s1);
+    g1.clear();
+    g2.clear();
+    int64_t r = begin;
+    for (; r + 4 <= end; r += 4) {
+      each_vector<A>(width, [&](int64_t i, auto part) {
+        const V mu = load(mean + i, part, zero), rs = load(rstd + i, part, zero);
+        V g[4], xhat[4];
+        for (int64_t u = 0; u < 4; ++u) {
+          g[u] = load(dy + (r + u) * C + i, part, zero);
+          xhat[u] = (load(x + (r + u) * C + i, part, mu) - mu) * rs;
+        }
+        const V dot = fma(g[0], xhat[0], g[1] * xhat[1]) + fma(g[2], xhat[2], g[3] * xhat[3]);
+        g1.set(i, g1.get(i) + ((g[0] + g[1]) + (g[2] + g[3])));
+        g2.set(i, g2.get(i) + dot);
+      });
+    }
+    for (; r < end; ++r) {
+      each_vector<A>(width, [&](int64_t i, auto part) {
+        const V mu = load(mean + i, part, zero);
+        const V g = load(dy + r * C + i, part, zero);
+        const V xhat = (load(x + r * C + i, part, mu) - mu) * load(rstd + i, part, zero);
+        g1.set(i, g1.get(i) + g);
+        g2.set(i, fma(g, xhat, g2.get(i)));
+      });
+    }
+    g1.empty_into(total1, width);
+    g2.empty_into(total2, width);
   }
   for (int64_t i = 0; i < width; ++i) {
-    out[i] = {static_cast<double>(g1.a[i]), static_cast<double>(g2.a[i])};
+    out[i] = {total1[i], total2[i]};
     if (!finite(out[i].dy) || !finite(out[i].dy_xhat)) sums_in_double<T>(p, span, c0 + i, out + i);
   }
 }
@@ -129,22 +137,35 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   // Read once: the compiler must think that a store may change them.
   const int64_t C = p.shape.C, ahead = p.ahead;
   const bool stream = p.stream;
+  // In inference dx does not depend on x, be it infinite.
+  const bool constant_statistics = mean_dy == nullptr;
   if (p.shape.layout == Layout::ChannelsLast) {
     for (int64_t r = span.s0; r < span.s1; ++r) {
       T* row = dx + r * C + c0;
       each_vector_to<A>(row, c1 - c0, stream, [&](int64_t i, auto part, auto how) {
         const int64_t c = c0 + i, at = r * C + c;
+        const V g = load(dy + at, part, zero), s = load(scale + c, part, zero);
         store(row + i, part,
-              input_gradient(load(dy + at, part, zero), load(x + at, part, zero),
-                             load(mean + c, part, zero), load(rstd + c, part, zero),
-                             load(mean_dy + c, part, zero), load(mean_dy_xhat + c, part, zero),
-                             load(scale + c, part, zero)),
+              constant_statistics
+                  ? g * s
+                  : input_gradient(g, load(x + at, part, zero), load(mean + c, part, zero),
+                                   load(rstd + c, part, zero), load(mean_dy + c, part, zero),
+                                   load(mean_dy_xhat + c, part, zero), s),
               how);
       });
     }
     return;
   }
-  const V m = V::all(mean[c0]), r = V::all(rstd[c0]), s = V::all(scale[c0]);
+  const V s = V::all(scale[c0]);
+  if (constant_statistics) {
+    each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
+      each_vector_to<A>(dx + offset, length, stream, [&](int64_t i, auto part, auto how) {
+        store(dx + offset + i, part, load(dy + offset + i, part, zero) * s, how);
+      });
+    });
+    return;
+  }
+  const V m = V::all(mean[c0]), r = V::all(rstd[c0]);
   const V k1 = V::all(mean_dy[c0]), k2 = V::all(mean_dy_xhat[c0]);
   each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
     each_vector_to<A>(dx + offset, length, stream, [&](int64_t i, auto part, auto how) {

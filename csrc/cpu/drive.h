@@ -31,12 +31,12 @@ inline bool streams(const at::Tensor& out) {
 }
 
 // The moments of one channel, from those of its chunks in index order. Deviations are taken from
-// the first chunk's mean; in double this loses at most log2(number of chunks) + 1 of 53 bits.
+// the first chunk's shift; in double this loses at most log2(number of chunks) + 1 of 53 bits.
 class ChannelMoments {
  public:
   void add(const Moments& chunk, double count) {
-    if (count_ == 0 && chunk.mean - chunk.mean == 0) origin_ = chunk.mean;
-    const double d = chunk.mean - origin_;
+    if (count_ == 0 && chunk.shift - chunk.shift == 0) origin_ = chunk.shift;
+    const double d = (chunk.shift - origin_) + chunk.delta;
     count_ += count;
     d_ += count * d;
     d2_ += chunk.m2 + count * d * d;

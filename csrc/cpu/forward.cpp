@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor> merge_stats(const Tensor& mean, const Tensor& var, co
     for (int64_t c = 0; c < mean.size(1); ++c) {
       ChannelMoments moments;
       for (int64_t w = 0; w < mean.size(0); ++w) {
-        if (counts[w] > 0) moments.add({means[w][c], vars[w][c] * counts[w]}, counts[w]);
+        if (counts[w] > 0) moments.add({means[w][c], 0, vars[w][c] * counts[w]}, counts[w]);
       }
       merged_mean.data_ptr<A>()[c] = static_cast<A>(moments.mean());
       merged_rstd.data_ptr<A>()[c] = static_cast<A>(rstd_of<A>(moments.var(), eps));

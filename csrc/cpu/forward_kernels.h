@@ -28,13 +28,13 @@ void moments_in_double(const ForwardParams& p, const Span& span, int64_t c, Mome
     const double d = value(x + i) - mean;
     m2 += d * d;
   });
-  *out = {mean, m2};
+  *out = {mean, 0, m2};
 }
 
 // count values with sums d and d2 of (x - shift) and its square.
 BNORM_INLINE Moments moments_about(double shift, double d, double d2, double count) {
   const double m2 = d2 - d * d / count;
-  return {shift + d / count, m2 < 0 ? 0 : m2};
+  return {shift, d / count, m2 < 0 ? 0 : m2};
 }
 
 // ChannelsFirst: one channel, rows of contiguous positions.
@@ -45,23 +45,28 @@ void moments_channels_first(const ForwardParams& p, const Span& span, int64_t c,
   const T* x = static_cast<const T*>(p.x);
   const double count = static_cast<double>(span.count());
 
-  FourSums<V> s;
+  Accumulator<A> s;
   each_row(p.shape, span, c, [&](int64_t offset, int64_t length) {
     each_vector_of_four<A>(length, [&](int64_t i, int u, auto part) {
-      s.v[u] = s.v[u] + load(x + offset + i, part, V::all(0));
+      s.lane[u] = s.lane[u] + load(x + offset + i, part, V::all(0));
     });
   });
+  // Near the mean is enough: the sum of deviations mends the rest.
   const A shift = static_cast<A>(s.total() / count);
 
   const V m = V::all(shift);
-  FourSums<V> d1, d2;
-  each_row(p.shape, span, c, [&](int64_t offset, int64_t length) {
-    each_vector_of_four<A>(length, [&](int64_t i, int u, auto part) {
-      const V d = load(x + offset + i, part, m) - m;
-      d1.v[u] = d1.v[u] + d;
-      d2.v[u] = fma(d, d, d2.v[u]);
-    });
-  });
+  Accumulator<A> d1, d2;
+  each_vector_of_channel<A>(
+      p.shape, span, c,
+      [&](int64_t at, int u, auto part) {
+        const V d = load(x + at, part, m) - m;
+        d1.lane[u] = d1.lane[u] + d;
+        d2.lane[u] = fma(d, d, d2.lane[u]);
+      },
+      [&] {
+        d1.empty();
+        d2.empty();
+      });
   *out = moments_about(static_cast<double>(shift), d1.total(), d2.total(), count);
   if (!finite(out->m2)) moments_in_double<T>(p, span, c, out);
 }
@@ -75,12 +80,12 @@ void moments_channels_last(const ForwardParams& p, const Span& span, int64_t c0,
   const int64_t C = p.shape.C, width = c1 - c0;
   const T* x = static_cast<const T*>(p.x) + c0;
   const double count = static_cast<double>(span.count());
-  const int64_t whole = span.s0 + (span.s1 - span.s0) / 4 * 4;  // rows taken four at a time
-  Block<A> m, d1, d2;
-
   const V zero = V::all(0);
-  each_vector<A>(width, [&](int64_t i, auto) { d1.set(i, zero); });
-  for (int64_t r = span.s0; r < whole; r += 4) {
+  ChannelBlock<A> m, d1, d2;
+
+  d1.clear();
+  int64_t r = span.s0;
+  for (; r + 4 <= span.s1; r += 4) {
     const T* row = x + r * C;
     each_vector<A>(width, [&](int64_t i, auto part) {
       const V s01 = load(row + i, part, zero) + load(row + C + i, part, zero);
@@ -88,38 +93,44 @@ void moments_channels_last(const ForwardParams& p, const Span& span, int64_t c0,
       d1.set(i, d1.get(i) + (s01 + s23));
     });
   }
-  for (int64_t r = whole; r < span.s1; ++r) {
+  for (; r < span.s1; ++r) {
     each_vector<A>(width, [&](int64_t i, auto part) {
       d1.set(i, d1.get(i) + load(x + r * C + i, part, zero));
     });
   }
+  // Near the mean is enough: the sum of deviations mends the rest.
   const V per_count = V::all(static_cast<A>(1.0 / count));
-  each_vector<A>(width, [&](int64_t i, auto) {
-    m.set(i, d1.get(i) * per_count);
-    d1.set(i, zero);
-    d2.set(i, zero);
-  });
-  for (int64_t r = span.s0; r < whole; r += 4) {
-    const T* row = x + r * C;
-    each_vector<A>(width, [&](int64_t i, auto part) {
-      const V mean = m.get(i);
-      const V a = load(row + i, part, mean) - mean;
-      const V b = load(row + C + i, part, mean) - mean;
-      const V c = load(row + 2 * C + i, part, mean) - mean;
-      const V d = load(row + 3 * C + i, part, mean) - mean;
-      d1.set(i, d1.get(i) + ((a + b) + (c + d)));
-      d2.set(i, d2.get(i) + (fma(a, a, b * b) + fma(c, c, d * d)));
-    });
-  }
-  for (int64_t r = whole; r < span.s1; ++r) {
-    each_vector<A>(width, [&](int64_t i, auto part) {
-      const V d = load(x + r * C + i, part, m.get(i)) - m.get(i);
-      d1.set(i, d1.get(i) + d);
-      d2.set(i, fma(d, d, d2.get(i)));
-    });
+  each_vector<A>(width, [&](int64_t i, auto) { m.set(i, d1.get(i) * per_count); });
+
+  double total1[kChannelBlock] = {}, total2[kChannelBlock] = {};
+  for (int64_t begin = span.s0; begin < span.s1; begin += kRowsPerBlock) {
+    const int64_t end = smaller(begin + kRowsPerBlock, span.s1);
+    d1.clear();
+    d2.clear();
+    for (r = begin; r + 4 <= end; r += 4) {
+      const T* row = x + r * C;
+      each_vector<A>(width, [&](int64_t i, auto part) {
+        const V mean = m.get(i);
+        const V a = load(row + i, part, mean) - mean;
+        const V b = load(row + C + i, part, mean) - mean;
+        const V c = load(row + 2 * C + i, part, mean) - mean;
+        const V d = load(row + 3 * C + i, part, mean) - mean;
+        d1.set(i, d1.get(i) + ((a + b) + (c + d)));
+        d2.set(i, d2.get(i) + (fma(a, a, b * b) + fma(c, c, d * d)));
+      });
+    }
+    for (; r < end; ++r) {
+      each_vector<A>(width, [&](int64_t i, auto part) {
+        const V d = load(x + r * C + i, part, m.get(i)) - m.get(i);
+        d1.set(i, d1.get(i) + d);
+        d2.set(i, fma(d, d, d2.get(i)));
+      });
+    }
+    d1.empty_into(total1, width);
+    d2.empty_into(total2, width);
   }
   for (int64_t i = 0; i < width; ++i) {
-    out[i] = moments_about(m.a[i], d1.a[i], d2.a[i], count);
+    out[i] = moments_about(m.a[i], total1[i], total2[i], count);
     if (!finite(out[i].m2)) moments_in_double<T>(p, span, c0 + i, out + i);
   }
 }

@@ -72,9 +72,11 @@ class Chunks {
   int64_t inner_chunks_ = 0, size_ = 0;
 };
 
-// Of one chunk of one channel: mean, and the sum of squared deviations from it.
+// Of one chunk of one channel: the mean as shift + delta, and the sum of squared deviations from
+// it. In two parts because a mean far from zero has no place for all digits of the small one.
 struct Moments {
-  double mean;
+  double shift;
+  double delta;
   double m2;
 };
 

@@ -58,6 +58,10 @@ struct Vec;
 #include "vec_generic.inc"
 #endif
 
+BNORM_INLINE double sum(Vec<float> a) {
+  return sum(low_half(a) + high_half(a));
+}
+
 // Calls f(i, Full) for every whole vector of [0, length), and f(i, Part) for what is left.
 template <typename A, typename F>
 BNORM_INLINE void each_vector(int64_t length, F f) {

@@ -67,19 +67,75 @@ BNORM_INLINE void fetch_ahead(const T* p, Streamed) {
 template <typename T>
 BNORM_INLINE void fetch_ahead(const T*, Cached) {}
 
-template <typename V>
-struct FourSums {
-  V v[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-  BNORM_INLINE double total() const { return sum((v[0] + v[1]) + (v[2] + v[3])); }
+// ---- Sums -------------------------------------------------------------------------------------
+
+// A lane of the accumulation type takes at most this many values before it is emptied into double.
+// Equal values round the same way each time, so that n of them may cost n / 2 units in the last
+// place; this many cost fewer than the four that are promised.
+constexpr int64_t kLaneLength = 8;
+
+template <typename A>
+struct DoubleLanes {
+  Vec<double> low = Vec<double>::all(0), high = Vec<double>::all(0);
+  BNORM_INLINE void add(Vec<float> a) {
+    low = low + low_half(a);
+    high = high + high_half(a);
+  }
+  BNORM_INLINE void add(Vec<double> a) { low = low + a; }
+  BNORM_INLINE double total() const { return sum(low + high); }
 };
 
-// Per-channel accumulators of one block of channels; a whole number of vectors, so that only
-// accesses to tensors need a part.
+// Four chains of additions, since one would wait for its own latency, emptied into double in time.
 template <typename A>
-struct Block {
+struct Accumulator {
+  Vec<A> lane[4] = {Vec<A>::all(0), Vec<A>::all(0), Vec<A>::all(0), Vec<A>::all(0)};
+  DoubleLanes<A> lanes;
+  BNORM_INLINE void empty() {
+    lanes.add((lane[0] + lane[1]) + (lane[2] + lane[3]));
+    for (int u = 0; u < 4; ++u) lane[u] = Vec<A>::all(0);
+  }
+  BNORM_INLINE double total() {
+    empty();
+    return lanes.total();
+  }
+};
+
+// Walks the rows of one channel for sums: f(offset, u, part) adds to lane u of four, and empty() is
+// called before a lane has taken more than kLaneLength values.
+template <typename A, typename F, typename E>
+BNORM_INLINE void each_vector_of_channel(const Shape& shape, const Span& span, int64_t c, F f,
+                                         E empty) {
+  constexpr int64_t W = Vec<A>::W, kBlock = 4 * W * kLaneLength;
+  int64_t room = kLaneLength;  // of the lane that has taken most
+  each_row(shape, span, c, [&](int64_t offset, int64_t length) {
+    for (int64_t begin = 0; begin < length; begin += kBlock) {
+      const int64_t block = smaller(kBlock, length - begin);
+      const int64_t taken = (block + 4 * W - 1) / (4 * W);
+      if (taken > room) {
+        empty();
+        room = kLaneLength;
+      }
+      room -= taken;
+      each_vector_of_four<A>(block,
+                             [&](int64_t i, int u, auto part) { f(offset + begin + i, u, part); });
+    }
+  });
+}
+
+// Sums of a block of channels in ChannelsLast, over rows that are taken four at a time. A whole
+// number of vectors, so that only accesses to tensors need a part.
+constexpr int64_t kRowsPerBlock = 4 * kLaneLength;
+template <typename A>
+struct ChannelBlock {
   alignas(64) A a[kChannelBlock];
   BNORM_INLINE Vec<A> get(int64_t i) const { return load(a + i, Full{}, Vec<A>::all(0)); }
   BNORM_INLINE void set(int64_t i, Vec<A> v) { store(a + i, Full{}, v); }
+  BNORM_INLINE void clear() {
+    for (int64_t i = 0; i < kChannelBlock; i += Vec<A>::W) set(i, Vec<A>::all(0));
+  }
+  BNORM_INLINE void empty_into(double* total, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) total[i] += static_cast<double>(a[i]);
+  }
 };
 
 }  // namespace
