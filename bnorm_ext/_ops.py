@@ -28,12 +28,21 @@ KERNEL_DEVICES: frozenset[str] = frozenset(
 )
 
 
-def _like(x: Tensor) -> Tensor:
-    """Dense in the memory format that native gives its output."""
+def _dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     # empty_like of a strided x would keep gaps and permutations; the kernels write a dense tensor.
-    return torch.empty(
-        x.shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
-    )
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _output(x: Tensor) -> Tensor:
+    """As ``output_like`` in ``csrc/checks.cpp``."""
+    return _dense(x, torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x))
+
+
+def _gradient(x: Tensor) -> Tensor:
+    """As ``gradient_like`` in ``csrc/checks.cpp``."""
+    return _dense(x, suggest_memory_format(x))
 
 
 def _accumulation_type(dtype: torch.dtype) -> torch.dtype:
@@ -71,7 +80,7 @@ def _training(
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _same_device(x, residual, weight, bias, running_mean, running_var, num_batches_tracked)
-    return _like(x), _statistic(x), _statistic(x), _mask(x)
+    return _output(x), _statistic(x), _statistic(x), _mask(x)
 
 
 def _inference(
@@ -86,7 +95,7 @@ def _inference(
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
     _same_device(x, residual, weight, bias, running_mean, running_var)
-    return _like(x), _mask(x)
+    return _output(x), _mask(x)
 
 
 def _gradients(
@@ -102,7 +111,7 @@ def _gradients(
         return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
     return (
-        _like(x) if output_mask[0] else None,
+        _gradient(x) if output_mask[0] else None,
         None,
         of(weight) if output_mask[2] else None,
         of(bias) if output_mask[3] else None,
@@ -175,7 +184,7 @@ def _apply(
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor]:
     _same_device(x, residual, weight, bias, mean, rstd)
-    return _like(x), _mask(x)
+    return _output(x), _mask(x)
 
 
 def _backward_reduce(
@@ -209,7 +218,7 @@ def _backward_apply(
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor | None]:
     _same_device(x, dy, residual, weight, bias, mean, rstd, mask, mean_dy, mean_dy_xhat)
-    return _like(x), None
+    return _gradient(x), None
 
 
 if _compiled is not None:

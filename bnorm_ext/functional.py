@@ -7,6 +7,7 @@ Internal Covariate Shift", 2015, arXiv:1502.03167.
 from __future__ import annotations
 
 import sys
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _training_op: Any = _ops.batch_norm_training.default if KERNEL_DEVICES else None
 _inference_op: Any = _ops.batch_norm_inference.default if KERNEL_DEVICES else None
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_MOMENTUM_TYPES = (float, int, NoneType)
 _PLAIN_TORCH_FUNCTIONS = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]  # a classmethod
     torch._C._disabled_torch_function_impl,
@@ -93,7 +95,12 @@ def batch_norm(
             return input.tracer.create_proxy(
                 "call_function", batch_norm, arguments[:-1], {"num_batches_tracked": arguments[-1]}
             )
-        if _takes_native_path(input):
+        if (
+            _takes_native_path(input)
+            # Arguments of other types are for native's parser to refuse.
+            or (training is not True and training is not False)
+            or type(momentum) not in _MOMENTUM_TYPES
+        ):
             return _native(*arguments)
         if _transforms_active() or forward_ad._current_level >= 0:
             return _transforms.batch_norm(*arguments)
@@ -123,8 +130,13 @@ def _call_op(
 
 
 def _takes_native_path(input: Tensor) -> bool:
-    """Whether there are no kernels for this kind of tensor."""
-    if input.device.type not in KERNEL_DEVICES or input.layout is not torch.strided:
+    """Whether there are no kernels for this kind of tensor, or nothing for them to do."""
+    if (
+        input.device.type not in KERNEL_DEVICES
+        or input.layout is not torch.strided
+        or input.dim() < 2
+        or input.numel() == 0
+    ):
         return True
     if type(input) is Tensor:
         return input.is_nested
@@ -169,6 +181,10 @@ def _native(
 def _raise_as_native(*arguments: Any) -> None:
     """Raises what native raises for a call that was refused here; returns where it takes it."""
     input, running_mean, running_var, weight, bias, training, momentum, eps, counter = arguments
+    if not (counter is None or isinstance(counter, Tensor)):
+        raise TypeError(
+            f"num_batches_tracked must be a Tensor or None, not {type(counter).__name__}"
+        )
     running_mean, running_var, counter = (
         t.detach().clone() if isinstance(t, Tensor) else t
         for t in (running_mean, running_var, counter)

@@ -31,6 +31,13 @@ OptionalTensor optional(const Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
 
+// Native's words: buffers are not differentiable.
+void refuse_gradient(const OptionalTensor& buffer, const char* name) {
+  TORCH_CHECK(!requires_grad(buffer) || !at::GradMode::is_enabled(),
+              "The function 'native_batch_norm' is not differentiable with respect to argument '",
+              name, "'. This input cannot have requires_grad True.");
+}
+
 // Weight and bias of other than one dimension, as native takes them.
 OptionalTensor flat(const OptionalTensor& t) {
   return given(t) && t->dim() != 1 ? t->reshape({-1}) : t;
@@ -151,6 +158,8 @@ ForwardOutputs training(const Tensor& x, const OptionalTensor& residual,
                         const OptionalTensor& running_mean, const OptionalTensor& running_var,
                         const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                         double eps, std::string_view act, double negative_slope) {
+  refuse_gradient(running_mean, "running_mean");
+  refuse_gradient(running_var, "running_var");
   const bool differentiable =
       at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(residual) ||
                                      requires_grad(weight) || requires_grad(bias));
@@ -170,6 +179,8 @@ std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& resi
                                      const OptionalTensor& weight, const OptionalTensor& bias,
                                      const Tensor& running_mean, const Tensor& running_var,
                                      double eps, std::string_view act, double negative_slope) {
+  refuse_gradient(running_mean, "running_mean");
+  refuse_gradient(running_var, "running_var");
   const bool differentiable =
       at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(residual) ||
                                      requires_grad(weight) || requires_grad(bias));
@@ -293,7 +304,8 @@ Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTe
 
 void bump_versions(std::initializer_list<std::reference_wrapper<const OptionalTensor>> buffers) {
   for (const OptionalTensor& t : buffers) {
-    if (given(t)) torch::autograd::increment_version(*t);
+    // Inference tensors have no version; native changes them all the same.
+    if (given(t) && !t->is_inference()) torch::autograd::increment_version(*t);
   }
 }
 

@@ -24,13 +24,21 @@ bool fits(const OptionalTensor& t, const at::Tensor& x, std::optional<at::Scalar
          t->device() == x.device() && t->layout() == at::kStrided && t->numel() == x.size(1);
 }
 
+// A training batch of one value per channel; native counts so even where there are no channels.
+bool has_one_value_per_channel(const at::Tensor& x) {
+  int64_t count = 1;
+  for (int64_t d = 0; d < x.dim(); ++d) count *= d == 1 ? 1 : x.size(d);
+  return count == 1;
+}
+
 bool is_acceptable(const ForwardArguments& a) {
   const at::Tensor& x = a.x;
   if (x.layout() != at::kStrided || !is_supported(x.scalar_type()) || x.dim() < 2) return false;
+  if (a.training ? a.eps <= 0 || has_one_value_per_channel(x) : a.eps < 0) return false;
+  // Native returns early for an empty input, before it looks at anything else.
+  if (x.numel() == 0) return true;
   if (given(a.running_mean) != given(a.running_var)) return false;
   if (!a.training && !given(a.running_mean)) return false;
-  if (a.training ? a.eps <= 0 : a.eps < 0) return false;
-  if (a.training && x.numel() == x.size(1) && x.numel() > 0) return false;
   std::optional<at::ScalarType> type;
   if (!fits(a.weight, x, type) || !fits(a.bias, x, type) || !fits(a.running_mean, x, type) ||
       !fits(a.running_var, x, type)) {
@@ -46,7 +54,7 @@ at::Tensor copy_of(const OptionalTensor& t) {
 
 // Native's Python layer checks what is in the first lines here, its C++ layer the rest.
 [[noreturn]] void refuse_as_native(const ForwardArguments& a) {
-  if (a.training && a.x.dim() >= 2 && a.x.numel() == a.x.size(1) && a.x.numel() > 0) {
+  if (a.training && a.x.dim() >= 2 && has_one_value_per_channel(a.x)) {
     TORCH_CHECK_VALUE(false,
                       "Expected more than 1 value per channel when training, got input size "
                       "torch.Size(",
@@ -96,7 +104,8 @@ ChannelVector channel_vector(const OptionalTensor& t) {
 
 Input resolve(const at::Tensor& x) {
   Input in;
-  in.format = x.suggest_memory_format();
+  // One channel or one position is dense in several formats; native calls that contiguous.
+  in.format = x.is_contiguous() ? at::MemoryFormat::Contiguous : x.suggest_memory_format();
   in.tensor = x.contiguous(in.format);
   in.dtype = dtype_of(x);
   int64_t spatial = 1;
@@ -112,14 +121,22 @@ Input resolve(const at::Tensor& x) {
   return in;
 }
 
+at::Tensor output_like(const at::Tensor& x, const Input& in) {
+  // An empty input has no format of its own, and native clones it.
+  return x.numel() == 0 ? at::empty_like(x) : at::empty_like(in.tensor, in.format);
+}
+
+at::Tensor gradient_like(const at::Tensor& x, const Input& in) {
+  // Other strides than the output's in the case above only, where both mean the same order.
+  return x.numel() == 0 ? at::empty_like(x) : at::empty_like(in.tensor, x.suggest_memory_format());
+}
+
 at::Tensor in_layout_of(const at::Tensor& other, const Input& like) {
   return other.contiguous(like.format);
 }
 
 void check_forward(const ForwardArguments& a) {
-  // Native returns early for an empty input, before it looks at anything else.
-  const bool empty = a.x.dim() >= 2 && a.x.numel() == 0 && is_supported(a.x.scalar_type());
-  if (!empty && !is_acceptable(a)) refuse_as_native(a);
+  if (!is_acceptable(a)) refuse_as_native(a);
   if (given(a.num_batches_tracked)) {
     const at::Tensor& counter = *a.num_batches_tracked;
     TORCH_CHECK(counter.scalar_type() == at::kLong && counter.numel() == 1 &&

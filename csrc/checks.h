@@ -61,6 +61,12 @@ ChannelVector channel_vector(const OptionalTensor& t);
 // x as [N, C, S]; x.dim() >= 2 and a supported dtype must have been checked.
 Input resolve(const at::Tensor& x);
 
+// Uninitialised, in the memory format that native gives its output for x.
+at::Tensor output_like(const at::Tensor& x, const Input& in);
+
+// Uninitialised, in the memory format that native gives the gradient of x.
+at::Tensor gradient_like(const at::Tensor& x, const Input& in);
+
 // `other` in the layout of `like`: itself where it is dense so, else a copy.
 at::Tensor in_layout_of(const at::Tensor& other, const Input& like);
 

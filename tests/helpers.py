@@ -27,8 +27,9 @@ What is promised, with u the unit roundoff of the result's dtype:
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,17 @@ class Case:
 
     def but(self, **changes: Any) -> Case:
         return dataclasses.replace(self, **changes)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, Case, accumulation_type, case, normal, run
+from helpers import DTYPES, Case, accumulation_type, case, normal, run, threads
 from torch import Tensor
 
 import bnorm_ext
@@ -33,14 +33,6 @@ SHAPES = {
 ISAS = ["baseline", "avx2", "avx512"]
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads; put back afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def bits(c: Case) -> dict[str, bytes]:
     found = {}
     for name, t in run(bnorm_ext.batch_norm, c).items():
@@ -51,15 +43,15 @@ def bits(c: Case) -> dict[str, bytes]:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", SHAPES)
-def test_same_bits_for_any_number_of_threads(name, dtype, training, threads):
+def test_same_bits_for_any_number_of_threads(name, dtype, training):
     shape, layout = SHAPES[name]
     # A mean of 3 leaves no sum exact, so that another order of addition shows.
     c = case(normal(shape, 0, 3), dtype, layout=layout, training=training)
-    threads(1)
-    first = bits(c)
+    with threads(1):
+        first = bits(c)
     for count in (1, 2, 3, 7):
-        threads(count)
-        again = bits(c)
+        with threads(count):
+            again = bits(c)
         for key, value in first.items():
             assert again[key] == value, (count, key)
 
@@ -73,17 +65,18 @@ def test_another_order_of_addition_would_show():
     assert bits(c)["dbias"] != bits(turned)["dbias"]
 
 
-def test_operators_of_synchronised_training_are_independent_of_threads(threads):
+def test_operators_of_synchronised_training_are_independent_of_threads():
     ops = torch.ops.bnorm_ext
     for shape, layout in SHAPES.values():
         c = case(normal(shape, 0, 3), layout=layout)
         found = []
         for count in (1, 3):
-            threads(count)
-            mean, var = ops.batch_norm_stats(c.x)
-            m, r = mean.float(), (1 / (var + 1e-5).sqrt()).float()
-            sums = ops.batch_norm_backward_reduce(c.dy, c.x, None, c.weight, c.bias, m, r, None)
-            found.append((mean, var, *sums, ops.batch_norm_apply(c.x, None, None, None, m, r)[0]))
+            with threads(count):
+                mean, var = ops.batch_norm_stats(c.x)
+                m, r = mean.float(), (1 / (var + 1e-5).sqrt()).float()
+                y, _ = ops.batch_norm_apply(c.x, None, None, None, m, r)
+                sums = ops.batch_norm_backward_reduce(c.dy, c.x, None, None, None, m, r, None)
+            found.append((mean, var, y, *sums))
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b)
 
@@ -130,6 +123,7 @@ import torch
 import bnorm_ext
 from helpers import DTYPES, FORMATS, assert_promise, case, normal
 assert bnorm_ext.build_info()["cpu_capability"] == sys.argv[1]
+torch.set_num_threads(1)
 # Every tail after whole vectors (of 16 elements at most), in rows and in channels; a few chunks.
 SHAPES = [(3, 5, n) for n in (*range(1, 18), 31, 63)] + [(7, n) for n in (*range(1, 18), 130)]
 SHAPES += [(2, 131, 3, 3), (3, 2, 70, 61), (2, 259, 1, 1)]

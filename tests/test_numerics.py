@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, assert_promise, case, normal
+from helpers import DTYPES, assert_promise, case, normal, threads
 from torch import Tensor
 
 LAYOUTS = {
@@ -38,6 +38,14 @@ SHAPES = [
     (2, 50021),
 ]
 ids = {"ids": lambda v: str(v).removeprefix("torch.").replace(" ", "")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Results do not depend on it (test_determinism.py); threads that wait for busy cores only cost
+    time."""
+    with threads(1):
+        yield
 
 
 def layouts_of(shape: tuple[int, ...]) -> list[str]:

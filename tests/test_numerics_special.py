@@ -16,6 +16,7 @@ from helpers import (
     measure,
     normal,
     run,
+    threads,
     unit_roundoff,
 )
 from torch import Tensor, nn
@@ -151,15 +152,11 @@ def test_constant_channel_gives_exactly_the_bias(layout, dtype, value):
 def test_channels_last_with_large_mean(mean, native_error):
     """One thread, x ~ N(mean, 1): native's float32 sums lose the variance, and the output is off by
     as much as its own standard deviation. Ours: the mean's rounding, 2u (1 + |mean|) + 4u."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         x = normal((32, 2, 96, 96), 0, mean).float().contiguous(memory_format=torch.channels_last)
         m = measure(Case(x, torch.ones_like(x)))
         off = {name: (f(x, None, None, training=True) - m.reference["y"]).abs().max().item()
                for name, f in BOTH.items()}  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
     assert off["native"] > native_error, off
     u = unit_roundoff(torch.float32)
     assert off["ours"] < (2 * (1 + mean) + 4) * u * m.scale["y"].max(), off

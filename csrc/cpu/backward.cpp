@@ -33,11 +33,8 @@ struct Backward {
     const Input in = resolve(x);
     const Tensor g = in_layout_of(dy, in);
     Tensor dx;
-    if (wants_dx) dx = at::empty_like(in.tensor, in.format);
-    if (x.numel() == 0) {
-      for (int64_t c = 0; c < x.size(1); ++c) finish(c, 0, 0);
-      return dx;
-    }
+    if (wants_dx) dx = gradient_like(x, in);
+    if (x.numel() == 0) return dx;  // the callers' sums are 0 then
     const ChannelVector w = channel_vector(weight);
     const double count = static_cast<double>(in.shape.count());
     const bool own_means = training && mean_dy == nullptr;
@@ -97,7 +94,8 @@ Gradients gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& wei
                     const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
                     bool training, std::array<bool, 4> output_mask) {
   const auto like = [&](const OptionalTensor& t) {
-    return t ? at::empty_like(*t, at::MemoryFormat::Contiguous) : statistic_like(x);
+    const Tensor out = t ? at::empty_like(*t, at::MemoryFormat::Contiguous) : statistic_like(x);
+    return x.numel() == 0 ? out.zero_() : out;
   };
   Tensor dweight, dbias;
   if (output_mask[2]) dweight = like(weight);
@@ -147,7 +145,7 @@ std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x,
                                            const OptionalTensor&, std::string_view act, double) {
   check_activation(act, residual);
   check_backward({"batch_norm_backward_reduce", dy, x, weight, bias, mean, rstd});
-  Tensor sum_dy = statistic_like(x), sum_dy_xhat = statistic_like(x);
+  Tensor sum_dy = statistic_like(x).zero_(), sum_dy_xhat = statistic_like(x).zero_();
   const ChannelVector s1 = channel_vector(sum_dy), s2 = channel_vector(sum_dy_xhat);
   Backward{dy, x, weight, mean, rstd, /*training=*/true, /*wants_sums=*/true, /*wants_dx=*/false}
       .run([&](int64_t c, double dy_sum, double dy_xhat_sum) {

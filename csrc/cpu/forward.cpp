@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
                                    eps};
   check_forward(arguments);
   const Input in = resolve(x);
-  Tensor y = at::empty_like(in.tensor, in.format);
+  Tensor y = output_like(x, in);
   Tensor mean = statistic_like(x), rstd = statistic_like(x);
   if (x.numel() == 0) {
     mean.zero_();
@@ -87,7 +87,7 @@ template <typename MeanOf, typename RstdOf>
 Tensor normalise_with(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                       MeanOf mean_of, RstdOf rstd_of) {
   const Input in = resolve(x);
-  Tensor y = at::empty_like(in.tensor, in.format);
+  Tensor y = output_like(x, in);
   if (x.numel() == 0) return y;
   const ChannelVector w = channel_vector(weight), b = channel_vector(bias);
   with_accumulator(in.dtype, [&](auto zero) {
@@ -176,7 +176,8 @@ std::tuple<Tensor, Tensor> merge_stats(const Tensor& mean, const Tensor& var, co
               op, ": mean and var must be (W, C) and count (W,), all in double, but got shapes ",
               mean.sizes(), ", ", var.sizes(), ", ", count.sizes(), " and dtypes ",
               mean.scalar_type(), ", ", var.scalar_type(), ", ", count.scalar_type());
-  const Tensor total = count.sum();
+  const double total = count.sum().item<double>();
+  TORCH_CHECK_VALUE(total > 1, op, ": expected more than 1 value per channel, but got ", total);
   // The running statistics are checked as those of a batch of this many values per channel.
   const Tensor like = at::empty({2, mean.size(1)}, mean.options().dtype(dtype));
   const ForwardArguments arguments{
@@ -184,7 +185,7 @@ std::tuple<Tensor, Tensor> merge_stats(const Tensor& mean, const Tensor& var, co
       running_var, num_batches_tracked, /*training=*/true, momentum,
       eps};
   check_forward(arguments);
-  const RunningStatistics running(arguments, static_cast<int64_t>(total.item<double>()));
+  const RunningStatistics running(arguments, static_cast<int64_t>(total));
   Tensor merged_mean = statistic_like(like), merged_rstd = statistic_like(like);
   const auto means = mean.accessor<double, 2>(), vars = var.accessor<double, 2>();
   const auto counts = count.accessor<double, 1>();

@@ -1,0 +1,27 @@
+"""Run by a Python that has bnorm_ext installed, outside of the source tree: does it compute?"""
+
+from __future__ import annotations
+
+import torch
+
+import bnorm_ext
+
+
+def main() -> None:
+    info = bnorm_ext.build_info()
+    for key, value in info.items():
+        print(f"{key:>15}: {value}")
+    assert info["torch"] == torch.__version__, "loaded into another torch"
+
+    x = torch.randn(4, 6, 5, 3, dtype=torch.float64, requires_grad=True)
+    ours = bnorm_ext.batch_norm(x, None, None, training=True)
+    (gradient,) = torch.autograd.grad(ours.square().sum() + ours[0].sum(), x)
+    native = torch.nn.functional.batch_norm(x, None, None, training=True)
+    (expected,) = torch.autograd.grad(native.square().sum() + native[0].sum(), x)
+    torch.testing.assert_close(ours, native)
+    torch.testing.assert_close(gradient, expected)
+    print(f"bnorm_ext from {bnorm_ext.__file__}: forward and backward agree with torch")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+# Every target does its own set-up in $(VENV), created when it is absent and reused when present.
+#
+#   make test                  compile, and run the tests but the slow ones
+#   make demo                  compile, and train on real data, native batch norm against this one
+#   make test VENV=            the same in the current environment: python3 and the torch it has
+#   make test TORCH=torch==2.11.0 VENV=.venv-2.11        with another torch
+#
+# pip's own variables (PIP_INDEX_URL ...) and the build's (BNORM_EXT_CUDA, MAX_JOBS, CXX ...) are
+# passed on.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch==2.11.0
+VENV_CUDA ?= .venv-cuda
+PYTEST_ARGS ?=
+
+BUILD_TOOLS := "setuptools>=77" ninja
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+STAMPS := build/current-environment
+# What the current environment contains may have changed since: look every time.
+AGAIN := FORCE
+else
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+AGAIN :=
+endif
+
+.PHONY: test test-all test-install demo build lint format cuda-build clean FORCE
+.DELETE_ON_ERROR:
+
+test: build
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: build
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+# The install matrix: sdist, clean environments, the messages that pip shows.
+test-install: build
+	$(PY) -m pytest -m slow tests/test_install.py $(PYTEST_ARGS)
+
+demo: build
+	$(PY) demo/digits.py
+
+# Compiles what has changed, so that tests never see an old binary; seconds when nothing has. The
+# extra `test` contains `demo`, whose program is tested too.
+build: $(STAMPS)/extra-test
+	$(PY) setup.py --quiet build_ext --inplace
+
+lint: $(STAMPS)/extra-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m clang_format --dry-run -Werror $(CXX_FILES)
+
+format: $(STAMPS)/extra-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m clang_format -i $(CXX_FILES)
+
+# A CUDA build of torch beside nvcc: compiles, imports and computes, GPU or not. Not editable and
+# in an environment of its own, so that the copy which `make test` compiled stays as it is.
+cuda-build:
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { echo "$(NO_VENV)" >&2; exit 1; }
+	test -x $(VENV_CUDA)/bin/python || $(PYTHON) -m venv $(VENV_CUDA)
+	$(VENV_CUDA)/bin/python -m pip install --quiet "$(TORCH_CUDA)" $(BUILD_TOOLS) numpy
+	BNORM_EXT_CUDA=$(if $(wildcard csrc/cuda/*.cu),1,) $(VENV_CUDA)/bin/python -m pip install \
+	    --verbose --no-build-isolation --no-deps --force-reinstall .
+	$(VENV_CUDA)/bin/python .ci/check_install.py
+
+clean:
+	rm -rf build dist *.egg-info bnorm_ext/_build.py bnorm_ext/_C.*
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# --- environments ---------------------------------------------------------------------------------
+
+define NO_VENV
+$(PYTHON) cannot create virtual environments: its ensurepip module is missing. Debian and Ubuntu: \
+apt install python3-venv. Or use the current environment: make test VENV=
+endef
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { echo "$(NO_VENV)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch and the build tools; again when TORCH names another one. The file changes only then, so
+# that what depends on it stays valid. The current environment keeps the torch that it has.
+$(STAMPS)/torch: FORCE $(if $(strip $(VENV)),| $(VENV)/bin/python)
+	@mkdir -p $(STAMPS)
+ifeq ($(strip $(VENV)),)
+	@$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install "$(TORCH)"
+	@$(PY) -m pip install --quiet $(BUILD_TOOLS)
+	@test -e $@ || touch $@
+else
+	@test "$$(cat $@ 2>/dev/null)" = "$(TORCH)" || { \
+	    $(PY) -m pip install "$(TORCH)" $(BUILD_TOOLS) && echo "$(TORCH)" > $@; }
+endif
+
+# bnorm_ext itself, editable, with the packages of one extra.
+$(STAMPS)/extra-%: $(STAMPS)/torch pyproject.toml setup.py build_support.py $(AGAIN)
+	$(PY) -m pip install --no-build-isolation -e ".[$*]"
+	@touch $@
+
+FORCE:

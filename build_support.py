@@ -1,0 +1,247 @@
+"""What setup.py decides, as plain functions without torch and setuptools, so that tests can ask.
+
+Not installed with the package; travels in the sdist beside setup.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MIN_TORCH = (2, 11)
+MIN_SETUPTOOLS = 77  # the first that reads the SPDX license of pyproject.toml
+
+INSTALL_COMMANDS = f"""\
+    pip install "torch>={MIN_TORCH[0]}.{MIN_TORCH[1]}" "setuptools>={MIN_SETUPTOOLS}" ninja
+    pip install --no-build-isolation .
+"""
+
+# Commands of setup.py that compile, or that pip runs just before it downloads the dependencies of
+# something that it is going to compile. `sdist` and `egg_info` work without torch.
+TORCH_COMMANDS = frozenset(
+    {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
+)
+
+# The GPUs that the default covers, as far as the toolkit knows them.
+DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+GIB = 1 << 30
+
+
+class BuildError(SystemExit):
+    """Ends the build with a message for the reader instead of a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"\nbnorm_ext: {message.rstrip()}\n")
+
+
+def check_versions(torch_version: str, setuptools_version: str) -> None:
+    major = int(setuptools_version.split(".")[0])
+    if major < MIN_SETUPTOOLS:
+        raise BuildError(
+            f"setuptools {setuptools_version} is too old, {MIN_SETUPTOOLS} or newer is needed. "
+            f"Please run:\n\n{INSTALL_COMMANDS}"
+        )
+    found = re.match(r"(\d+)\.(\d+)", torch_version)
+    if found and (int(found[1]), int(found[2])) < MIN_TORCH:
+        raise BuildError(
+            f"torch {torch_version} is too old, {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer is needed. "
+            f"Please run:\n\n{INSTALL_COMMANDS}"
+        )
+
+
+def missing_torch_message(python: str) -> str:
+    return (
+        "this package is compiled against the PyTorch that it will run with, and the Python that\n"
+        f"runs this build ({python}) has none. Build isolation (pip's default) hides an installed\n"
+        f"one. Please run, in the environment that you will use:\n\n{INSTALL_COMMANDS}"
+    )
+
+
+# --- CUDA: in or out ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    home: str
+    version: str  # "13.0"
+    archs: tuple[str, ...]  # what nvcc can compile for: ("7.5", "8.0", ...)
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    toolkit: Toolkit | None  # None: CUDA is left out ...
+    reason: str  # ... for this reason
+    archs: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        if self.toolkit is None:
+            return f"CUDA kernels: {self.reason}"
+        return f"CUDA kernels: toolkit {self.toolkit.version}, for {' '.join(self.archs)}"
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def find_toolkit(
+    environ: Mapping[str, str],
+    which: Callable[[str], str | None] = shutil.which,
+    run: Callable[..., str] = _run,
+) -> Toolkit | str:
+    """The toolkit of CUDA_HOME, CUDA_PATH or else of the nvcc on PATH; or why there is none."""
+    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    nvcc = os.path.join(home, "bin", "nvcc") if home else which("nvcc")
+    if nvcc is None:
+        return "no nvcc was found through CUDA_HOME, CUDA_PATH or PATH"
+    release = re.search(r"release (\d+\.\d+)", run(nvcc, "--version")) if which(nvcc) else None
+    if release is None:
+        return f"{nvcc} is not a working nvcc"
+    if not home:
+        # The nvcc on PATH may be a link or a wrapper script anywhere: it knows its own home.
+        top = re.search(r"TOP=(.+)", run(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
+        home = top[1].strip() if top else os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
+    listed = re.findall(r"compute_(\d+)(\d)\b", run(nvcc, "--list-gpu-arch"))
+    archs = sorted((int(major), int(minor)) for major, minor in listed)
+    return Toolkit(os.path.normpath(home), release[1], tuple(f"{a}.{b}" for a, b in archs))
+
+
+def default_archs(toolkit: Toolkit) -> tuple[str, ...]:
+    archs = [arch for arch in DEFAULT_ARCHS if arch in toolkit.archs]
+    if not archs:
+        raise BuildError(
+            f"CUDA {toolkit.version} knows none of the GPUs that bnorm_ext is for "
+            f"({' '.join(DEFAULT_ARCHS)}). Set TORCH_CUDA_ARCH_LIST, or BNORM_EXT_CUDA=0 to build "
+            "for the CPU only."
+        )
+    archs[-1] += "+PTX"  # newer GPUs compile it when they first load it
+    return tuple(archs)
+
+
+def plan_cuda(
+    environ: Mapping[str, str],
+    torch_version: str,
+    torch_cuda: str | None,
+    toolkit: Toolkit | str,
+    has_kernels: bool,
+) -> CudaPlan:
+    """Whether CUDA sources are compiled: what is installed decides, never which GPU is visible."""
+    wish = environ.get("BNORM_EXT_CUDA", "").strip().lower()
+    if wish not in ("", "auto", "0", "1"):
+        raise BuildError(f"BNORM_EXT_CUDA must be 0, 1 or unset, not {wish!r}.")
+    if wish == "0":
+        return CudaPlan(None, "left out (BNORM_EXT_CUDA=0)")
+
+    reason = ""
+    if torch_cuda is None:
+        reason = f"left out (the installed torch {torch_version} is no CUDA build)"
+    elif isinstance(toolkit, str):
+        reason = f"left out ({toolkit})"
+    elif toolkit.version.split(".")[0] != torch_cuda.split(".")[0]:
+        raise BuildError(
+            f"torch {torch_version} was built with CUDA {torch_cuda}, but the toolkit in "
+            f"{toolkit.home} is CUDA {toolkit.version}. The major versions must agree: install "
+            f"a CUDA {torch_cuda.split('.')[0]} toolkit and point CUDA_HOME to it, install a torch "
+            f"built with CUDA {toolkit.version.split('.')[0]}, or set BNORM_EXT_CUDA=0 to build "
+            "for the CPU only."
+        )
+    elif not has_kernels:
+        reason = "none in this source tree"
+    if reason:
+        if wish == "1":
+            raise BuildError(f"BNORM_EXT_CUDA=1 asks for CUDA kernels, but they are {reason}.")
+        return CudaPlan(None, reason)
+
+    assert isinstance(toolkit, Toolkit)
+    given = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    return CudaPlan(toolkit, "", tuple(given) or default_archs(toolkit))
+
+
+# --- The CPU kernels, one object per instruction set ----------------------------------------------
+
+X86_ISA_FLAGS: dict[str, list[str]] = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mavx2"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+
+def isa_flags(machine: str = platform.machine()) -> dict[str, list[str]]:
+    """Instruction sets to compile for -> flags. The host code asks the processor which to call."""
+    table: dict[str, list[str]] = {"baseline": []}
+    if machine.lower() in ("x86_64", "amd64") and sys.maxsize > 2**32:
+        table.update(X86_ISA_FLAGS)
+    return table
+
+
+def outdated(target: Path, command: list[str], inputs: list[Path]) -> bool:
+    """True when target is missing, older than an input, or made by another command."""
+    record = target.with_suffix(".cmd")
+    if not target.exists() or not record.exists() or record.read_text() != "\n".join(command):
+        return True
+    made = target.stat().st_mtime_ns
+    return any(path.stat().st_mtime_ns >= made for path in inputs)
+
+
+def compile_object(command: list[str], target: Path) -> None:
+    """Run a compiler; afterwards `outdated` knows the command."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record = target.with_suffix(".cmd")
+    record.unlink(missing_ok=True)
+    if subprocess.run(command, check=False).returncode != 0:
+        raise BuildError(f"the compiler failed:\n{' '.join(command)}")
+    record.write_text("\n".join(command))
+
+
+# --- How many compilers at once -------------------------------------------------------------------
+
+
+def usable_memory() -> int:
+    """Bytes: what the machine has left, or less where a container is limited to less."""
+    found = [16 * GIB]
+    with contextlib.suppress(OSError):
+        text = Path("/proc/meminfo").read_text()
+        found = [int(kib) << 10 for kib in re.findall(r"MemAvailable:\s+(\d+) kB", text)] or found
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+            found.append(int(Path(limit).read_text()))
+    return min(found)
+
+
+def usable_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+def max_jobs(environ: Mapping[str, str], memory: int, cores: int, with_cuda: bool) -> int:
+    """MAX_JOBS, or as many compilers as fit: one needs about 2 GiB for a C++ file that includes
+    torch's headers, 4 GiB for a CUDA file compiled for many GPUs."""
+    given = environ.get("MAX_JOBS", "").strip()
+    if given:
+        if not given.isdigit() or int(given) == 0:
+            raise BuildError(f"MAX_JOBS must be a positive number, not {given!r}.")
+        return int(given)
+    return max(1, min(cores, memory // ((4 if with_cuda else 2) * GIB)))
+
+
+# --- What was built -------------------------------------------------------------------------------
+
+
+def build_record(facts: Mapping[str, object]) -> str:
+    """The text of bnorm_ext/_build.py, a module that imports nothing."""
+    lines = ['"""Written by the build: what this copy of bnorm_ext was compiled with."""', ""]
+    lines += [f"{name} = {value!r}" for name, value in facts.items()]
+    return "\n".join(lines) + "\n"
