@@ -69,8 +69,7 @@ struct BackwardParams {
   const void* mean_dy = nullptr;       // [C] acc or null
   const void* mean_dy_xhat = nullptr;  // [C] acc or null
   const void* scale = nullptr;         // [C] acc, weight * rstd
-  // CPU: whether dx is written past the caches, and how many elements ahead dy and x are fetched
-  // then.
+  // CPU: whether dx is written past the caches, and how far ahead dy and x are fetched then.
   bool stream = false;
   int64_t ahead = 0;
 };

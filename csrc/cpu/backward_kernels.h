@@ -39,20 +39,14 @@ void sums_channels_first(const BackwardParams& p, const Span& span, int64_t c, S
   const V mean = V::all(static_cast<const A*>(p.mean)[c]);
   const V rstd = V::all(static_cast<const A*>(p.rstd)[c]);
 
-  Accumulator<A> s1, s2;
-  each_vector_of_channel<A>(
-      p.shape, span, c,
-      [&](int64_t at, int u, auto part) {
-        const V g = load(dy + at, part, V::all(0));
-        const V xhat = (load(x + at, part, mean) - mean) * rstd;
-        s1.lane[u] = s1.lane[u] + g;
-        s2.lane[u] = fma(g, xhat, s2.lane[u]);
-      },
-      [&] {
-        s1.empty();
-        s2.empty();
-      });
-  *out = {s1.total(), s2.total()};
+  ChannelAccumulator<A> s;
+  s.walk(p.shape, span, c, [&](int64_t at, auto part, V& s1, V& s2) {
+    const V g = load(dy + at, part, V::all(0));
+    const V xhat = (load(x + at, part, mean) - mean) * rstd;
+    s1 = s1 + g;
+    s2 = fma(g, xhat, s2);
+  });
+  *out = {s.total1(), s.total2()};
   if (!finite(out->dy) || !finite(out->dy_xhat)) sums_in_double<T>(p, span, c, out);
 }
 

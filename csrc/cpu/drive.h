@@ -79,6 +79,9 @@ inline int64_t fetch_distance(const Shape& shape, int64_t bytes_per_position) {
 template <typename Partial, typename Total, typename First, typename Finish, typename Second>
 void two_passes(const Shape& shape, const Chunks& chunks, First first, Finish finish, Second second,
                 bool has_second) {
+  // The second pass goes backwards in short steps, so that it meets what is still in the cache.
+  const Chunks steps(shape, kForwardChunk);
+  const int64_t L = steps.size();
   const int64_t C = shape.C, K = chunks.size(), per_channel = shape.count();
   const bool by_row = shape.layout == Layout::ChannelsLast;
   const bool alone = shape.numel() <= kGrain;
@@ -95,7 +98,7 @@ void two_passes(const Shape& shape, const Chunks& chunks, First first, Finish fi
         }
         finish(c, total);
         if (!has_second) continue;
-        for (int64_t k = K - 1; k >= 0; --k) second(chunks[k], c, c + 1);
+        for (int64_t k = L - 1; k >= 0; --k) second(steps[k], c, c + 1);
       }
       kernels().fence();
     });
@@ -132,11 +135,11 @@ void two_passes(const Shape& shape, const Chunks& chunks, First first, Finish fi
                    });
   if (!has_second) return;
   const int64_t second_blocks = by_row ? 1 : C;
-  at::parallel_for(0, K * second_blocks, alone ? K * second_blocks : 1,
+  at::parallel_for(0, L * second_blocks, alone ? L * second_blocks : 1,
                    [&](int64_t begin, int64_t end) {
                      for (int64_t task = end - 1; task >= begin; --task) {
                        const int64_t c0 = task % second_blocks;
-                       second(chunks[task / second_blocks], c0, by_row ? C : c0 + 1);
+                       second(steps[task / second_blocks], c0, by_row ? C : c0 + 1);
                      }
                      kernels().fence();
                    });

@@ -45,29 +45,23 @@ void moments_channels_first(const ForwardParams& p, const Span& span, int64_t c,
   const T* x = static_cast<const T*>(p.x);
   const double count = static_cast<double>(span.count());
 
-  Accumulator<A> s;
+  // Near the mean is enough: the sum of deviations mends the rest.
+  V sum4[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
   each_row(p.shape, span, c, [&](int64_t offset, int64_t length) {
     each_vector_of_four<A>(length, [&](int64_t i, int u, auto part) {
-      s.lane[u] = s.lane[u] + load(x + offset + i, part, V::all(0));
+      sum4[u] = sum4[u] + load(x + offset + i, part, V::all(0));
     });
   });
-  // Near the mean is enough: the sum of deviations mends the rest.
-  const A shift = static_cast<A>(s.total() / count);
+  const A shift = static_cast<A>(sum((sum4[0] + sum4[1]) + (sum4[2] + sum4[3])) / count);
 
   const V m = V::all(shift);
-  Accumulator<A> d1, d2;
-  each_vector_of_channel<A>(
-      p.shape, span, c,
-      [&](int64_t at, int u, auto part) {
-        const V d = load(x + at, part, m) - m;
-        d1.lane[u] = d1.lane[u] + d;
-        d2.lane[u] = fma(d, d, d2.lane[u]);
-      },
-      [&] {
-        d1.empty();
-        d2.empty();
-      });
-  *out = moments_about(static_cast<double>(shift), d1.total(), d2.total(), count);
+  ChannelAccumulator<A> d;
+  d.walk(p.shape, span, c, [&](int64_t at, auto part, V& d1, V& d2) {
+    const V deviation = load(x + at, part, m) - m;
+    d1 = d1 + deviation;
+    d2 = fma(deviation, deviation, d2);
+  });
+  *out = moments_about(static_cast<double>(shift), d.total1(), d.total2(), count);
   if (!finite(out->m2)) moments_in_double<T>(p, span, c, out);
 }
 

@@ -14,10 +14,10 @@ namespace bnorm_ext {
 namespace cpu {
 
 // Values per chunk and channel in ChannelsFirst. Forward: 16 KB of float, which stays in L1 between
-// the two passes over it. Backward goes over it once. Both bound the length of a float
-// accumulation.
+// the two passes over it. Backward goes over it once: long, for each start and end of a chunk
+// costs.
 constexpr int64_t kForwardChunk = 4096;
-constexpr int64_t kBackwardChunk = 8192;
+constexpr int64_t kBackwardChunk = 32768;
 // Channels-last moments are gathered for this many channels at a time, in arrays on the stack.
 constexpr int64_t kChannelBlock = 128;
 

@@ -71,8 +71,8 @@ BNORM_INLINE void fetch_ahead(const T*, Cached) {}
 
 // A lane of the accumulation type takes at most this many values before it is emptied into double.
 // Equal values round the same way each time, so that n of them may cost n / 2 units in the last
-// place; this many cost fewer than the four that are promised.
-constexpr int64_t kLaneLength = 8;
+// place; this many cost two, of the four that are promised.
+constexpr int64_t kLaneLength = 4;
 
 template <typename A>
 struct DoubleLanes {
@@ -85,42 +85,59 @@ struct DoubleLanes {
   BNORM_INLINE double total() const { return sum(low + high); }
 };
 
-// Four chains of additions, since one would wait for its own latency, emptied into double in time.
+// Two sums over one channel, in four chains of additions each, since one would wait for its own
+// latency.
 template <typename A>
-struct Accumulator {
-  Vec<A> lane[4] = {Vec<A>::all(0), Vec<A>::all(0), Vec<A>::all(0), Vec<A>::all(0)};
-  DoubleLanes<A> lanes;
-  BNORM_INLINE void empty() {
-    lanes.add((lane[0] + lane[1]) + (lane[2] + lane[3]));
-    for (int u = 0; u < 4; ++u) lane[u] = Vec<A>::all(0);
-  }
-  BNORM_INLINE double total() {
-    empty();
-    return lanes.total();
-  }
-};
+class ChannelAccumulator {
+ public:
+  using V = Vec<A>;
 
-// Walks the rows of one channel for sums: f(offset, u, part) adds to lane u of four, and empty() is
-// called before a lane has taken more than kLaneLength values.
-template <typename A, typename F, typename E>
-BNORM_INLINE void each_vector_of_channel(const Shape& shape, const Span& span, int64_t c, F f,
-                                         E empty) {
-  constexpr int64_t W = Vec<A>::W, kBlock = 4 * W * kLaneLength;
-  int64_t room = kLaneLength;  // of the lane that has taken most
-  each_row(shape, span, c, [&](int64_t offset, int64_t length) {
-    for (int64_t begin = 0; begin < length; begin += kBlock) {
-      const int64_t block = smaller(kBlock, length - begin);
-      const int64_t taken = (block + 4 * W - 1) / (4 * W);
-      if (taken > room) {
-        empty();
-        room = kLaneLength;
+  // f(offset, part, s1, s2) adds the vector at offset to s1 and s2.
+  template <typename F>
+  BNORM_INLINE void walk(const Shape& shape, const Span& span, int64_t c, F f) {
+    constexpr int64_t W = V::W, kBlock = 4 * W * kLaneLength;
+    each_row(shape, span, c, [&](int64_t offset, int64_t length) {
+      int64_t i = 0;
+      for (; i + kBlock <= length; i += kBlock) {
+        // Chains of the block's own, so that they stay in registers.
+        V s1[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+        V s2[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+        for (int64_t at = offset + i; at < offset + i + kBlock; at += 4 * W) {
+          f(at, Full{}, s1[0], s2[0]);
+          f(at + W, Full{}, s1[1], s2[1]);
+          f(at + 2 * W, Full{}, s1[2], s2[2]);
+          f(at + 3 * W, Full{}, s1[3], s2[3]);
+        }
+        lanes1_.add((s1[0] + s1[1]) + (s1[2] + s1[3]));
+        lanes2_.add((s2[0] + s2[1]) + (s2[2] + s2[3]));
       }
-      room -= taken;
-      each_vector_of_four<A>(block,
-                             [&](int64_t i, int u, auto part) { f(offset + begin + i, u, part); });
-    }
-  });
-}
+      if (i == length) return;
+      const int64_t taken = (length - i + 4 * W - 1) / (4 * W);
+      if (taken > room_) empty();
+      room_ -= taken;
+      each_vector_of_four<A>(length - i, [&](int64_t j, int u, auto part) {
+        f(offset + i + j, part, rest1_[u], rest2_[u]);
+      });
+    });
+  }
+
+  BNORM_INLINE double total1() { return empty(), lanes1_.total(); }
+  BNORM_INLINE double total2() { return empty(), lanes2_.total(); }
+
+ private:
+  BNORM_INLINE void empty() {
+    lanes1_.add((rest1_[0] + rest1_[1]) + (rest1_[2] + rest1_[3]));
+    lanes2_.add((rest2_[0] + rest2_[1]) + (rest2_[2] + rest2_[3]));
+    for (int u = 0; u < 4; ++u) rest1_[u] = rest2_[u] = V::all(0);
+    room_ = kLaneLength;
+  }
+
+  DoubleLanes<A> lanes1_, lanes2_;
+  // Of the ends of rows, shorter than a block.
+  V rest1_[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+  V rest2_[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+  int64_t room_ = kLaneLength;  // of the fullest of them
+};
 
 // Sums of a block of channels in ChannelsLast, over rows that are taken four at a time. A whole
 // number of vectors, so that only accesses to tensors need a part.
