@@ -17,7 +17,7 @@ namespace cpu {
 // the two passes over it. Backward goes over it once: long, for each start and end of a chunk
 // costs.
 constexpr int64_t kForwardChunk = 4096;
-constexpr int64_t kBackwardChunk = 32768;
+constexpr int64_t kBackwardChunk = 8192;
 // Channels-last moments are gathered for this many channels at a time, in arrays on the stack.
 constexpr int64_t kChannelBlock = 128;
 

@@ -77,11 +77,11 @@ constexpr int64_t kLaneLength = 4;
 template <typename A>
 struct DoubleLanes {
   Vec<double> low = Vec<double>::all(0), high = Vec<double>::all(0);
-  BNORM_INLINE void add(Vec<float> a) {
-    low = low + low_half(a);
-    high = high + high_half(a);
+  BNORM_INLINE void add(const Vec<float> (&a)[4]) {
+    low = low + ((low_half(a[0]) + low_half(a[1])) + (low_half(a[2]) + low_half(a[3])));
+    high = high + ((high_half(a[0]) + high_half(a[1])) + (high_half(a[2]) + high_half(a[3])));
   }
-  BNORM_INLINE void add(Vec<double> a) { low = low + a; }
+  BNORM_INLINE void add(const Vec<double> (&a)[4]) { low = low + ((a[0] + a[1]) + (a[2] + a[3])); }
   BNORM_INLINE double total() const { return sum(low + high); }
 };
 
@@ -108,8 +108,8 @@ class ChannelAccumulator {
           f(at + 2 * W, Full{}, s1[2], s2[2]);
           f(at + 3 * W, Full{}, s1[3], s2[3]);
         }
-        lanes1_.add((s1[0] + s1[1]) + (s1[2] + s1[3]));
-        lanes2_.add((s2[0] + s2[1]) + (s2[2] + s2[3]));
+        lanes1_.add(s1);
+        lanes2_.add(s2);
       }
       if (i == length) return;
       const int64_t taken = (length - i + 4 * W - 1) / (4 * W);
@@ -126,8 +126,8 @@ class ChannelAccumulator {
 
  private:
   BNORM_INLINE void empty() {
-    lanes1_.add((rest1_[0] + rest1_[1]) + (rest1_[2] + rest1_[3]));
-    lanes2_.add((rest2_[0] + rest2_[1]) + (rest2_[2] + rest2_[3]));
+    lanes1_.add(rest1_);
+    lanes2_.add(rest2_);
     for (int u = 0; u < 4; ++u) rest1_[u] = rest2_[u] = V::all(0);
     room_ = kLaneLength;
   }
