@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+from ._plain import Normalised, accumulation_type, fold, fold_vector, per_channel, unfold
 
 
 def batch_norm(
@@ -48,58 +48,15 @@ def batch_norm(
         return y
     # Torch (2.11 to 2.13 at least) loses the outer tangent in the jvp of any Python Function: the
     # second forward derivative of x**3 written as one is 0. Plain operations have no such trouble.
-    n = _Normalised(input, mean, rstd, training, eps)
-    y = n.xhat * _per_channel(weight, input)
-    return (y if bias is None else y + _per_channel(bias, input)).to(input.dtype)
+    n = Normalised(input, mean, rstd, training, eps)
+    y = n.xhat * per_channel(weight, input)
+    return (y if bias is None else y + per_channel(bias, input)).to(input.dtype)
 
 
 def _is_forward_over_forward() -> bool:
     stack = torch._C._functorch.get_interpreter_stack() or ()
     jvp = torch._C._functorch.TransformType.Jvp
     return sum(interpreter.key() == jvp for interpreter in stack) > 1
-
-
-def _acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _per_channel(t: Tensor | None, like: Tensor) -> Any:
-    """(C,) as (1, C, 1, ...) in the accumulation type of ``like``; 1 where there is none."""
-    if t is None:
-        return 1.0
-    return t.to(_acc(like.dtype)).reshape(1, -1, *[1] * (like.dim() - 2))
-
-
-def _add(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
-
-
-class _Normalised:
-    """x normalised in plain torch: what the derivatives of the Functions are made of.
-
-    In training the statistics are computed from x once more, since the saved ones do not know at
-    every level of nested transforms that they depend on it.
-    """
-
-    def __init__(self, x: Tensor, mean: Tensor, rstd: Tensor, training: bool, eps: float) -> None:
-        self.dims = [0, *range(2, x.dim())]
-        self.training = training
-        x = x.to(_acc(x.dtype))
-        if training:
-            centred = x - self.average(x)
-            self.rstd = (self.average(centred.square()) + eps).rsqrt()
-        else:
-            centred = x - _per_channel(mean, x)
-            self.rstd = _per_channel(rstd, x)
-        self.xhat = centred * self.rstd
-
-    def average(self, v: Tensor) -> Tensor:
-        return v.mean(self.dims, keepdim=True)
-
-    def project(self, v: Tensor) -> Tensor:
-        if not self.training:
-            return v
-        return v - self.average(v) - self.xhat * self.average(v * self.xhat)
 
 
 class _Forward(torch.autograd.Function):
@@ -127,8 +84,8 @@ class _Forward(torch.autograd.Function):
         assert running_mean is not None and running_var is not None  # or the operator has raised
         # In double and rounded once, as the operator does it; a copy, since a Function must not
         # return its inputs.
-        mean = running_mean.to(_acc(x.dtype), copy=True)
-        rstd = (1.0 / torch.sqrt(running_var.double() + eps)).to(_acc(x.dtype))
+        mean = running_mean.to(accumulation_type(x.dtype), copy=True)
+        rstd = (1.0 / torch.sqrt(running_var.double() + eps)).to(accumulation_type(x.dtype))
         return y, mean, rstd
 
     @staticmethod
@@ -153,14 +110,14 @@ class _Forward(torch.autograd.Function):
         ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any
     ) -> Any:
         x, weight, _, mean, rstd = ctx.saved_tensors
-        n = _Normalised(x, mean, rstd, ctx.training, ctx.eps)
+        n = Normalised(x, mean, rstd, ctx.training, ctx.eps)
         dy = torch.zeros_like(n.xhat)
         if dx is not None:
-            dy = dy + _per_channel(weight, x) * n.rstd * n.project(dx.to(dy.dtype))
+            dy = dy + per_channel(weight, x) * n.rstd * n.project(dx.to(dy.dtype))
         if dweight is not None:
-            dy = dy + _per_channel(dweight, x) * n.xhat
+            dy = dy + per_channel(dweight, x) * n.xhat
         if dbias is not None:
-            dy = dy + _per_channel(dbias, x)
+            dy = dy + per_channel(dbias, x)
         return dy.to(x.dtype), None, None
 
     @staticmethod
@@ -177,9 +134,9 @@ class _Forward(torch.autograd.Function):
             ]
             outputs = [_Forward.apply(*one) for one in slices]
             return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0, 0, 0)
-        folded = [_fold_vector(t, d, B) for t, d in zip(args[1:5], in_dims[1:5], strict=True)]
+        folded = [fold_vector(t, d, B) for t, d in zip(args[1:5], in_dims[1:5], strict=True)]
         y, mean, rstd = _Forward.apply(
-            _fold(x, in_dims[0], B), *folded, None, training, momentum, eps
+            fold(x, in_dims[0], B), *folded, None, training, momentum, eps
         )
         if training:
             for t, new, d in zip(buffers[:2], folded[2:], in_dims[3:5], strict=True):
@@ -187,7 +144,7 @@ class _Forward(torch.autograd.Function):
                     t.movedim(d, 0).copy_(new.reshape(B, -1))
             if counter is not None:
                 counter.add_(1)
-        return (_unfold(y, B), mean.reshape(B, -1), rstd.reshape(B, -1)), (1, 0, 0)
+        return (unfold(y, B), mean.reshape(B, -1), rstd.reshape(B, -1)), (1, 0, 0)
 
 
 class _Backward(torch.autograd.Function):
@@ -239,9 +196,9 @@ class _Backward(torch.autograd.Function):
         """The gradients of <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>; derived in
         csrc/autograd.cpp, beside the same in C++."""
         dy, x, weight, mean, rstd = ctx.saved_tensors
-        n = _Normalised(x, mean, rstd, ctx.training, ctx.eps)
+        n = Normalised(x, mean, rstd, ctx.training, ctx.eps)
         g = dy.to(n.xhat.dtype)
-        scale, p_dy = _per_channel(weight, x) * n.rstd, n.project(g)
+        scale, p_dy = per_channel(weight, x) * n.rstd, n.project(g)
         zero = torch.zeros_like(n.xhat)
         g_dy, g_x, g_weight = zero, zero, None
         if ddx is not None:
@@ -256,11 +213,11 @@ class _Backward(torch.autograd.Function):
             if weight is not None:
                 g_weight = (a * n.rstd * p_dy).sum(n.dims).to(weight.dtype)
         if ddweight is not None:
-            b = _per_channel(ddweight, x)
+            b = per_channel(ddweight, x)
             g_dy = g_dy + b * n.xhat
             g_x = g_x + b * n.rstd * p_dy
         if ddbias is not None:
-            g_dy = g_dy + _per_channel(ddbias, x)
+            g_dy = g_dy + per_channel(ddbias, x)
         return (g_dy.to(dy.dtype), g_x.to(x.dtype), g_weight, *[None] * 6)
 
     @staticmethod
@@ -269,9 +226,9 @@ class _Backward(torch.autograd.Function):
     ) -> Any:
         """Tangents of (dx, dweight, dbias) for tangents ddy, dx, dweight of (dy, x, weight)."""
         dy, x, weight, mean, rstd = ctx.saved_tensors
-        n = _Normalised(x, mean, rstd, ctx.training, ctx.eps)
+        n = Normalised(x, mean, rstd, ctx.training, ctx.eps)
         acc = n.xhat.dtype
-        g, w = dy.to(acc), _per_channel(weight, x)
+        g, w = dy.to(acc), per_channel(weight, x)
         p_g = n.project(g)
         t_dx = torch.zeros_like(n.xhat)
         t_dweight = torch.zeros_like(mean)
@@ -290,7 +247,7 @@ class _Backward(torch.autograd.Function):
                 t_dx = t_dx + w * (t_rstd * p_g + n.rstd * t_project)
             t_dweight = t_dweight + (g * t_xhat).sum(n.dims)
         if dweight is not None:
-            t_dx = t_dx + _per_channel(dweight, x) * n.rstd * p_g
+            t_dx = t_dx + per_channel(dweight, x) * n.rstd * p_g
         types = (x.dtype, acc if weight is None else weight.dtype, ctx.bias_dtype or acc)
         return tuple(
             v.to(dtype) if wanted else None
@@ -300,37 +257,14 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         B = info.batch_size
-        dy, x = (_fold(t, d, B) for t, d in zip(args[:2], in_dims[:2], strict=True))
-        vectors = [_fold_vector(t, d, B) for t, d in zip(args[2:6], in_dims[2:6], strict=True)]
+        dy, x = (fold(t, d, B) for t, d in zip(args[:2], in_dims[:2], strict=True))
+        vectors = [fold_vector(t, d, B) for t, d in zip(args[2:6], in_dims[2:6], strict=True)]
         dx, dweight, dbias = _Backward.apply(dy, x, *vectors, *args[6:])
         return (
-            None if dx is None else _unfold(dx, B),
+            None if dx is None else unfold(dx, B),
             None if dweight is None else dweight.reshape(B, -1),
             None if dbias is None else dbias.reshape(B, -1),
         ), (1, 0, 0)
-
-
-# A mapped dimension of size B is folded into the channels: one batch norm of (N, B * C, ...) is B
-# batch norms of (N, C, ...).
-
-
-def _fold(x: Tensor, dim: int | None, B: int) -> Tensor:
-    if dim is None:
-        x = x.unsqueeze(1).expand(-1, B, *[-1] * (x.dim() - 1))
-    else:
-        x = x.movedim(dim, 1)
-    return x.flatten(1, 2)
-
-
-def _fold_vector(t: Tensor | None, dim: int | None, B: int) -> Tensor | None:
-    if t is None:
-        return None
-    t = t.unsqueeze(0).expand(B, *[-1] * t.dim()) if dim is None else t.movedim(dim, 0)
-    return t.reshape(-1).clone()  # not a view: the update of the caller's buffer is a copy back
-
-
-def _unfold(x: Tensor, B: int) -> Tensor:
-    return x.unflatten(1, (B, -1))
 
 
 def _refuse_shared_buffers(buffers: list[Any], dims: tuple[Any, ...], training: bool) -> None:

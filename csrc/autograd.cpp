@@ -1,10 +1,9 @@
-// Derivatives: C++ autograd Functions on the Autograd key of the operators, and version counters on
-// the ADInplaceOrView key. The backward operators are differentiable themselves.
+// Derivatives: C++ autograd Functions on the Autograd key of the operators. The backward operators
+// are differentiable themselves.
 //
 // Training saves x, weight, mean and rstd and nothing that a later forward pass changes: two
 // forward passes before one backward are safe. Inference saves the running statistics, like native.
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -300,48 +299,6 @@ Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTe
       dy, x, weight, {running_mean.detach(), rstd, false, output_mask, run, &running_var, eps});
 }
 
-// ---- Version counters of the buffers that are changed in place ---------------------------------
-
-void bump_versions(std::initializer_list<std::reference_wrapper<const OptionalTensor>> buffers) {
-  for (const OptionalTensor& t : buffers) {
-    // Inference tensors have no version; native changes them all the same.
-    if (given(t) && !t->is_inference()) torch::autograd::increment_version(*t);
-  }
-}
-
-ForwardOutputs training_in_place(const Tensor& x, const OptionalTensor& residual,
-                                 const OptionalTensor& weight, const OptionalTensor& bias,
-                                 const OptionalTensor& running_mean,
-                                 const OptionalTensor& running_var,
-                                 const OptionalTensor& num_batches_tracked,
-                                 std::optional<double> momentum, double eps, std::string_view act,
-                                 double negative_slope) {
-  ForwardOutputs out;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    out = training_op().call(x, residual, weight, bias, running_mean, running_var,
-                             num_batches_tracked, momentum, eps, act, negative_slope);
-  }
-  bump_versions({running_mean, running_var, num_batches_tracked});
-  return out;
-}
-
-std::tuple<Tensor, Tensor> merge_in_place(const Tensor& mean, const Tensor& var,
-                                          const Tensor& count, const OptionalTensor& running_mean,
-                                          const OptionalTensor& running_var,
-                                          const OptionalTensor& num_batches_tracked,
-                                          std::optional<double> momentum, double eps,
-                                          at::ScalarType dtype) {
-  std::tuple<Tensor, Tensor> out;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    out = merge_op().call(mean, var, count, running_mean, running_var, num_batches_tracked,
-                          momentum, eps, dtype);
-  }
-  bump_versions({running_mean, running_var, num_batches_tracked});
-  return out;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bnorm_ext, Autograd, m) {
@@ -355,11 +312,6 @@ TORCH_LIBRARY_IMPL(bnorm_ext, Autograd, m) {
   m.impl("batch_norm_apply", torch::autograd::autogradNotImplementedFallback());
   m.impl("batch_norm_backward_reduce", torch::autograd::autogradNotImplementedFallback());
   m.impl("batch_norm_backward_apply", torch::autograd::autogradNotImplementedFallback());
-}
-
-TORCH_LIBRARY_IMPL(bnorm_ext, ADInplaceOrView, m) {
-  m.impl("batch_norm_training", training_in_place);
-  m.impl("batch_norm_merge_stats", merge_in_place);
 }
 
 }  // namespace bnorm_ext

@@ -83,8 +83,8 @@ def test_empty_evaluation_without_statistics(training):
 
 
 @MODES
-@pytest.mark.parametrize("given", itertools.product([False, True], repeat=2), ids=str)
-@pytest.mark.parametrize("wanted", itertools.product([False, True], repeat=3), ids=str)
+@pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=2)), ids=str)
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_gradients_of_those_that_require_them(wanted, given, training):
     """x, weight and bias: given or not, requiring a gradient or not."""
     c = make(training)
