@@ -20,11 +20,13 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
+CLANG_FORMAT := clang-format
 STAMPS := build/current-environment
 # What the current environment contains may have changed since: look every time.
 AGAIN := FORCE
 else
 PY := $(VENV)/bin/python
+CLANG_FORMAT := $(VENV)/bin/clang-format
 STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
@@ -53,12 +55,12 @@ build: $(STAMPS)/extra-test
 lint: $(STAMPS)/extra-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run -Werror $(CXX_FILES)
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES)
 
 format: $(STAMPS)/extra-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(CXX_FILES)
+	$(CLANG_FORMAT) -i $(CXX_FILES)
 
 # A CUDA build of torch beside nvcc: compiles, imports and computes, GPU or not. Not editable and
 # in an environment of its own, so that the copy which `make test` compiled stays as it is.

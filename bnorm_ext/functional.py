@@ -97,6 +97,8 @@ def batch_norm(
             )
         if (
             _takes_native_path(input)
+            # Which eps is too small differs between versions of torch: native knows.
+            or eps <= 0
             # Arguments of other types are for native's parser to refuse.
             or (training is not True and training is not False)
             or type(momentum) not in _MOMENTUM_TYPES
