@@ -169,9 +169,9 @@ class _Backward(torch.autograd.Function):
             mask = (wanted[0], False, wanted[1], wanted[2])
             dx, _, dweight, dbias = ops.batch_norm_backward(*given, "identity", 0.0, mask)
             return dx, dweight, dbias
-        # The halves that batch_norm_inference_backward is made of, for statistics in this form.
-        zero = torch.zeros_like(mean)
-        dx = ops.batch_norm_backward_apply(*given, zero, zero)[0] if wanted[0] else None
+        # What batch_norm_inference_backward does, for statistics in this form.
+        scale = per_channel(weight, x) * per_channel(rstd, x)
+        dx = (dy.to(mean.dtype) * scale).to(x.dtype) if wanted[0] else None
         if not (wanted[1] or wanted[2]):
             return dx, None, None
         dbias, dweight = ops.batch_norm_backward_reduce(*given)

@@ -244,6 +244,17 @@ def test_mixed_dtypes(training, dtype):
     assert (dx.dtype, dweight.dtype) == (dtype, torch.float32)
 
 
+def test_gradient_in_inference_does_not_read_x():
+    """As in eager mode: the statistics are constants, so an infinite x leaves dx finite."""
+    x, weight, bias = arguments()
+    x = x[0].clone()
+    x[0, 0, 0, 0] = float("inf")
+    f, dy = batch_norm(False), torch.randn_like(x)
+    eager = torch.autograd.grad(f(x.requires_grad_(), weight, bias), x, dy)
+    assert eager[0].isfinite().all()
+    assert_equal(torch.func.vjp(lambda x: f(x, weight, bias), x.detach())[1](dy), eager)
+
+
 def test_empty_batch():
     x = torch.randn(B, 0, C, 2, 2)
     assert vmap(lambda x: batch_norm(True)(x, None, None))(x).shape == x.shape
