@@ -33,7 +33,7 @@ struct Backward {
     const Input in = resolve(x);
     const Tensor g = in_layout_of(dy, in);
     Tensor dx;
-    if (wants_dx) dx = gradient_like(x, in);
+    if (wants_dx) dx = in_huge_pages(gradient_like(x, in));
     if (x.numel() == 0) return dx;  // the callers' sums are 0 then
     const ChannelVector w = channel_vector(weight);
     const double count = static_cast<double>(in.shape.count());

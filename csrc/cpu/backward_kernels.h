@@ -6,8 +6,7 @@
 //           (Ioffe and Szegedy 2015, arXiv:1502.03167)
 // Bytes     sums: reads dy and x; dx: reads dy and x, writes dx
 // Numerics  Products and lane sums in the accumulation type, lanes and chunks added in double.
-// Where
-//           a float sum is not finite the chunk is gathered again in double.
+//           Where a float sum is not finite the chunk is gathered again in double.
 #pragma once
 
 #include "walk.h"
@@ -41,6 +40,8 @@ void sums_channels_first(const BackwardParams& p, const Span& span, int64_t c, S
 
   ChannelAccumulator<A> s;
   s.walk(p.shape, span, c, [&](int64_t at, auto part, V& s1, V& s2) {
+    fetch_next(dy + at);
+    fetch_next(x + at);
     const V g = load(dy + at, part, V::all(0));
     const V xhat = (load(x + at, part, mean) - mean) * rstd;
     s1 = s1 + g;

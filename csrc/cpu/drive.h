@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "capability.h"
+#include "huge_pages.h"
 
 namespace bnorm_ext {
 namespace cpu {

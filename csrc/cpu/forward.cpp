@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
                                    eps};
   check_forward(arguments);
   const Input in = resolve(x);
-  Tensor y = output_like(x, in);
+  Tensor y = in_huge_pages(output_like(x, in));
   Tensor mean = statistic_like(x), rstd = statistic_like(x);
   if (x.numel() == 0) {
     mean.zero_();
@@ -87,7 +87,7 @@ template <typename MeanOf, typename RstdOf>
 Tensor normalise_with(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                       MeanOf mean_of, RstdOf rstd_of) {
   const Input in = resolve(x);
-  Tensor y = output_like(x, in);
+  Tensor y = in_huge_pages(output_like(x, in));
   if (x.numel() == 0) return y;
   const ChannelVector w = channel_vector(weight), b = channel_vector(bias);
   with_accumulator(in.dtype, [&](auto zero) {

@@ -1,0 +1,34 @@
+// Fresh memory for large outputs in huge pages.
+//
+// A tensor of 64 MB is 16,000 ordinary pages. Where the allocator has just got them from the system
+// (always, above its 32 MB), entering them one by one costs several times what the kernels do.
+// Only advice: a system without huge pages, or with them set to `never`, ignores it, and
+// `prctl(PR_SET_THP_DISABLE)` turns it off for a process.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
+
+namespace bnorm_ext {
+namespace cpu {
+
+// Returns `out`, whose memory nobody has written yet.
+inline at::Tensor in_huge_pages(at::Tensor out) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(out.const_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge, last = (begin + out.nbytes()) / kHuge;
+  if (last >= first + 2) {
+    madvise(reinterpret_cast<void*>(first * kHuge), (last - first) * kHuge, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
+}
+
+}  // namespace cpu
+}  // namespace bnorm_ext
