@@ -40,6 +40,7 @@ struct RunningUpdate {
   ChannelVector var;                       // [C], updated in place with the unbiased variance
   int64_t* num_batches_tracked = nullptr;  // scalar, incremented by one
   double momentum = 0.1;                   // weight of the new batch
+  bool cumulative = false;                 // 1 / (num_batches_tracked + 1) in its place
 };
 
 struct ForwardParams {

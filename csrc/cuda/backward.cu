@@ -1,0 +1,165 @@
+// Backward: the sums of dy and dy * xhat, and the gradient of the input.
+#include "channel.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "reduce.cuh"
+#include "walk.cuh"
+
+namespace bnorm_ext {
+namespace cuda {
+namespace {
+
+// Formula    sum(dy) and sum(dy * xhat) with xhat = (x - mean) * rstd: dbias and dweight
+//            (Ioffe and Szegedy 2015, arXiv:1502.03167)
+// Shapes     dy, x [N, C, S] in one layout; statistics and results [C]
+// Mapping    plan.h; the last block of a tile to arrive merges the chunks
+// Bytes      reads dy and x once
+// Numerics   products and sums of four in the accumulation type, also for 16-bit data; the rest in
+//            double. Where a sum of four is not finite these are multiplied again in double.
+// Requires   tickets that are 0, and of nobody else until the launch is over
+template <typename V>
+__global__ void __launch_bounds__(kThreads) backward_reduce_kernel(BackwardReduceParams p) {
+  using T = typename V::T;
+  using A = Acc<T>;
+  const T* dy = static_cast<const T*>(p.dy);
+  const T* x = static_cast<const T*>(p.x);
+  Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, blockIdx.x);
+  constexpr int kChannels = Walk<V::kWidth, V::kLast>::kChannels;
+  constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
+  constexpr int kValues = kBatch * kPerVector;       // and in a batch
+  A mean[kChannels], rstd[kChannels];
+  Pair sum[kChannels];
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    sum[k] = {0, 0};
+    if (walk.remaining == 0) continue;
+    const MeanRstd<A> statistics(p.statistics, walk.channel + k);
+    mean[k] = statistics.mean;
+    rstd[k] = statistics.rstd;
+  }
+  walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
+    A g[kBatch][V::kWidth], value[kBatch][V::kWidth];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u >= valid) continue;
+      load<V::kWidth>(dy + at[u], g[u]);
+      load<V::kWidth>(x + at[u], value[u]);
+    }
+    const int count = valid * kPerVector;
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+#pragma unroll
+      for (int begin = 0; begin < kValues; begin += 4) {
+        A g_of_4 = 0, dot_of_4 = 0;
+#pragma unroll
+        for (int i = begin; i < begin + 4; ++i) {
+          if (i >= count) continue;
+          const int u = i / kPerVector, v = k * kPerVector + i % kPerVector;
+          g_of_4 += g[u][v];
+          dot_of_4 = fma(g[u][v], (value[u][v] - mean[k]) * rstd[k], dot_of_4);
+        }
+        double wide_g = g_of_4, wide_dot = dot_of_4;
+        if (!is_finite(wide_g) || !is_finite(wide_dot)) {
+          wide_g = wide_dot = 0;
+          for (int i = begin; i < begin + 4; ++i) {
+            if (i >= count) break;
+            const int u = i / kPerVector, v = k * kPerVector + i % kPerVector;
+            const double xhat =
+                (static_cast<double>(value[u][v]) - mean[k]) * static_cast<double>(rstd[k]);
+            wide_g += static_cast<double>(g[u][v]);
+            wide_dot += static_cast<double>(g[u][v]) * xhat;
+          }
+        }
+        sum[k].a += wide_g;
+        sum[k].b += wide_dot;
+      }
+    }
+  });
+
+  Pair total;
+  if (!tile_sum(sum, walk, p.plan, p.exchange, &total)) return;
+  const int channels = p.plan.columns * kChannels, i = static_cast<int>(threadIdx.x);
+  const int64_t c = walk.tile * channels + i;
+  if (i >= channels || c >= p.shape.C) return;
+  // The means are those of the sums that the caller sees.
+  const double n = static_cast<double>(p.shape.N * p.shape.S);
+  const A dy_sum = static_cast<A>(total.a), dy_xhat_sum = static_cast<A>(total.b);
+  if (p.sum_dy.data != nullptr) set(p.sum_dy, c, dy_sum);
+  if (p.sum_dy_xhat.data != nullptr) set(p.sum_dy_xhat, c, dy_xhat_sum);
+  if (p.mean_dy != nullptr) static_cast<A*>(p.mean_dy)[c] = static_cast<A>(dy_sum / n);
+  if (p.mean_dy_xhat != nullptr) {
+    static_cast<A*>(p.mean_dy_xhat)[c] = static_cast<A>(dy_xhat_sum / n);
+  }
+}
+
+// Formula    dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * weight * rstd, xhat = (x - mean) * rstd;
+//            where the statistics are constants (inference) dx = dy * weight * rstd
+// Shapes     dy, x, dx [N, C, S] in one layout; statistics, weight and means [C]
+// Mapping    plan.h, blocks in reverse order: what the reduce kernel read last is still in L2
+// Bytes      reads dy and x (constant statistics: dy), writes dx
+// Numerics   in the accumulation type, rounded once
+template <typename V>
+__global__ void __launch_bounds__(kThreads) backward_apply_kernel(BackwardApplyParams p) {
+  using T = typename V::T;
+  using A = Acc<T>;
+  const T* dy = static_cast<const T*>(p.dy);
+  const T* x = static_cast<const T*>(p.x);
+  T* dx = static_cast<T*>(p.dx);
+  Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  constexpr int kChannels = Walk<V::kWidth, V::kLast>::kChannels;
+  const bool constant_statistics = p.mean_dy == nullptr;
+  if (walk.remaining == 0) return;
+  A mean[kChannels], rstd[kChannels], mean_dy[kChannels], mean_dy_xhat[kChannels], scale[kChannels];
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    const int64_t c = walk.channel + k;
+    const MeanRstd<A> statistics(p.statistics, c);
+    mean[k] = statistics.mean;
+    rstd[k] = statistics.rstd;
+    scale[k] = get_or(p.weight, c, A{1}) * statistics.rstd;
+    mean_dy[k] = constant_statistics ? A{0} : static_cast<const A*>(p.mean_dy)[c];
+    mean_dy_xhat[k] = constant_statistics ? A{0} : static_cast<const A*>(p.mean_dy_xhat)[c];
+  }
+  walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
+    A g[kBatch][V::kWidth], value[kBatch][V::kWidth];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u >= valid) continue;
+      load<V::kWidth>(dy + at[u], g[u]);
+      if (!constant_statistics) load<V::kWidth>(x + at[u], value[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u >= valid) break;
+#pragma unroll
+      for (int v = 0; v < V::kWidth; ++v) {
+        const int k = v % kChannels;
+        if (constant_statistics) {
+          g[u][v] *= scale[k];
+        } else {
+          const A xhat = (value[u][v] - mean[k]) * rstd[k];
+          g[u][v] = ((g[u][v] - mean_dy[k]) - xhat * mean_dy_xhat[k]) * scale[k];
+        }
+      }
+      store<V::kWidth>(dx + at[u], g[u]);
+    }
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_backward_reduce(const BackwardReduceParams& p, cudaStream_t stream) {
+  return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
+    return launch(backward_reduce_kernel<decltype(variant)>, p, p.plan.blocks(),
+                  reduce_shared_bytes(p.plan, p.shape.layout), stream);
+  });
+}
+
+cudaError_t launch_backward_apply(const BackwardApplyParams& p, cudaStream_t stream) {
+  return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
+    return launch(backward_apply_kernel<decltype(variant)>, p, p.plan.blocks(), 0, stream);
+  });
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext

@@ -1,0 +1,77 @@
+// What kernels do once per channel: parameters of any dtype, statistics, running statistics.
+#pragma once
+
+#include "params.h"
+#include "vec.cuh"
+
+namespace bnorm_ext {
+namespace cuda {
+
+__device__ __forceinline__ double get(const ChannelVector& v, int64_t c) {
+  const int64_t i = c * v.stride;
+  switch (v.dtype) {
+    case DType::Float:
+      return load_one(static_cast<const float*>(v.data) + i);
+    case DType::Double:
+      return load_one(static_cast<const double*>(v.data) + i);
+    case DType::Half:
+      return load_one(static_cast<const c10::Half*>(v.data) + i);
+    default:
+      return load_one(static_cast<const c10::BFloat16*>(v.data) + i);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_one(T* p, Acc<T> value) {
+  const Acc<T> values[1] = {value};
+  store<1>(p, values);
+}
+
+__device__ __forceinline__ void set(const ChannelVector& v, int64_t c, double value) {
+  const int64_t i = c * v.stride;
+  switch (v.dtype) {
+    case DType::Float:
+      return store_one(static_cast<float*>(v.data) + i, static_cast<float>(value));
+    case DType::Double:
+      return store_one(static_cast<double*>(v.data) + i, value);
+    case DType::Half:
+      return store_one(static_cast<c10::Half*>(v.data) + i, static_cast<float>(value));
+    default:
+      return store_one(static_cast<c10::BFloat16*>(v.data) + i, static_cast<float>(value));
+  }
+}
+
+// A parameter that was perhaps not given, in the accumulation type.
+template <typename A>
+__device__ __forceinline__ A get_or(const ChannelVector& v, int64_t c, A otherwise) {
+  return v.data == nullptr ? otherwise : static_cast<A>(get(v, c));
+}
+
+// The variance with eps as native has it, in double until the last step.
+template <typename A>
+__device__ __forceinline__ A rstd_of(double var, double eps) {
+  return static_cast<A>(1.0 / sqrt(var + eps));
+}
+
+template <typename A>
+struct MeanRstd {
+  A mean, rstd;
+  __device__ __forceinline__ MeanRstd(const Statistics& s, int64_t c)
+      : mean(static_cast<A>(get(s.mean, c))),
+        rstd(s.is_rstd ? static_cast<A>(get(s.var, c)) : rstd_of<A>(get(s.var, c), s.eps)) {}
+};
+
+// Moves the running statistics of channel c towards this batch of `count` values per channel. In
+// double, whatever the buffers are.
+__device__ __forceinline__ void update_running(const RunningUpdate& running, int64_t c, double mean,
+                                               double var, double count) {
+  if (running.mean.data == nullptr) return;
+  const double m = running.cumulative ? 1.0 / static_cast<double>(*running.num_batches_tracked + 1)
+                                      : running.momentum;
+  const double unbiased = var * (count / (count - 1));
+  set(running.mean, c, m * mean + (1 - m) * get(running.mean, c));
+  set(running.var, c, m * unbiased + (1 - m) * get(running.var, c));
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext

@@ -1,0 +1,184 @@
+// Forward: the statistics of a batch, and the normalisation by statistics that are known.
+#include "channel.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "reduce.cuh"
+#include "walk.cuh"
+
+namespace bnorm_ext {
+namespace cuda {
+namespace {
+
+// The sums of x - anchor and of its square, per channel of a thread.
+//
+// A batch of values in registers is taken twice: for its mean, in the accumulation type, then for
+// the deviations from that mean; their sum mends the rounding of the mean. So nothing cancels,
+// however large the mean. Batches meet in double about an anchor that is one of the channel's
+// values: within sqrt(count) standard deviations of the mean (Samuelson), so that the squares
+// lose at most log2(count) of 53 bits, and one or two unless that value is far off.
+template <typename V>
+struct MomentSums {
+  using A = Acc<typename V::T>;
+  static constexpr int kChannels = V::kLast ? V::kWidth : 1;
+  static constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
+  static constexpr int kValues = kBatch * kPerVector;       // and in a batch
+
+  double anchor[kChannels];
+  Pair sum[kChannels];
+
+  __device__ __forceinline__ void add(const A (&x)[kBatch][V::kWidth], int valid) {
+    const int count = valid * kPerVector;
+    const A per_count = A{1} / static_cast<A>(count);
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      A total = 0;
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        if (i < count) total += x[i / kPerVector][k * kPerVector + i % kPerVector];
+      }
+      const A mean = total * per_count;
+      double d = 0, d2 = 0;
+#pragma unroll
+      for (int begin = 0; begin < kValues; begin += 4) {
+        A d_of_4 = 0, d2_of_4 = 0;
+#pragma unroll
+        for (int i = begin; i < begin + 4; ++i) {
+          const A value = x[i / kPerVector][k * kPerVector + i % kPerVector];
+          const A deviation = i < count ? value - mean : A{0};
+          d_of_4 += deviation;
+          d2_of_4 = fma(deviation, deviation, d2_of_4);
+        }
+        d += d_of_4;
+        d2 += d2_of_4;
+      }
+      const double shift = static_cast<double>(mean) - anchor[k];
+      if (is_finite(d2)) {
+        sum[k].a += count * shift + d;
+        sum[k].b += d2 + shift * (2 * d + count * shift);
+        continue;
+      }
+      // Not finite data, or float's range exceeded although the result fits.
+      for (int i = 0; i < kValues; ++i) {
+        if (i >= count) break;
+        const double wide = static_cast<double>(x[i / kPerVector][k * kPerVector + i % kPerVector]);
+        sum[k].a += wide - anchor[k];
+        sum[k].b += (wide - anchor[k]) * (wide - anchor[k]);
+      }
+    }
+  }
+};
+
+// The anchor of channel c: its first value, where that is finite.
+template <typename T>
+__device__ __forceinline__ double anchor_of(const StatisticsParams& p, int64_t c) {
+  const int64_t first = p.shape.layout == Layout::ChannelsLast ? c : c * p.shape.S;
+  const double value = load_one(static_cast<const T*>(p.x) + first);
+  return is_finite(value) ? value : 0;
+}
+
+// Formula    mean = sum(x) / n, var = sum((x - mean)^2) / n, rstd = 1 / sqrt(var + eps), with
+//            n = N * S; running_mean and running_var moved towards mean and var * n / (n - 1)
+//            (Ioffe and Szegedy 2015, arXiv:1502.03167)
+// Shapes     x [N, C, S] in either layout; results [C]
+// Mapping    plan.h; the last block of a tile to arrive merges the chunks
+// Bytes      reads x once
+// Numerics   MomentSums above; merged in double
+// Requires   tickets that are 0, and of nobody else until the launch is over
+template <typename V>
+__global__ void __launch_bounds__(kThreads) statistics_kernel(StatisticsParams p) {
+  using T = typename V::T;
+  using A = Acc<T>;
+  const T* x = static_cast<const T*>(p.x);
+  Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, blockIdx.x);
+  MomentSums<V> moments;
+#pragma unroll
+  for (int k = 0; k < walk.kChannels; ++k) {
+    moments.anchor[k] = walk.channel < p.shape.C ? anchor_of<T>(p, walk.channel + k) : 0;
+    moments.sum[k] = {0, 0};
+  }
+  walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
+    A value[kBatch][V::kWidth];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u < valid) load<V::kWidth>(x + at[u], value[u]);
+    }
+    moments.add(value, valid);
+  });
+
+  Pair total;
+  if (!tile_sum(moments.sum, walk, p.plan, p.exchange, &total)) return;
+  const int channels = p.plan.columns * walk.kChannels, i = static_cast<int>(threadIdx.x);
+  const int64_t c = walk.tile * channels + i;
+  if (i >= channels || c >= p.shape.C) return;
+  const double n = static_cast<double>(p.shape.N * p.shape.S);
+  const double mean = anchor_of<T>(p, c) + total.a / n;
+  const double spread = (total.b - total.a * (total.a / n)) / n;
+  const double var = spread < 0 ? 0 : spread;  // a NaN stays one
+  if (p.mean != nullptr) static_cast<A*>(p.mean)[c] = static_cast<A>(mean);
+  if (p.rstd != nullptr) static_cast<A*>(p.rstd)[c] = rstd_of<A>(var, p.eps);
+  if (p.wide_mean != nullptr) p.wide_mean[c] = mean;
+  if (p.wide_var != nullptr) p.wide_var[c] = var;
+  update_running(p.running, c, mean, var, n);
+}
+
+// Formula    y = fma(x - mean, weight * rstd, bias)
+// Shapes     x, y [N, C, S] in one layout; statistics, weight and bias [C]
+// Mapping    plan.h, blocks in reverse order: what the statistics kernel read last is still in L2
+// Bytes      reads x, writes y
+// Numerics   in the accumulation type, rounded once
+template <typename V>
+__global__ void __launch_bounds__(kThreads) normalise_kernel(NormaliseParams p) {
+  using T = typename V::T;
+  using A = Acc<T>;
+  const T* x = static_cast<const T*>(p.x);
+  T* y = static_cast<T*>(p.y);
+  Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  if (p.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    ++*p.num_batches_tracked;
+  }
+  if (walk.remaining == 0) return;
+  A mean[walk.kChannels], scale[walk.kChannels], shift[walk.kChannels];
+#pragma unroll
+  for (int k = 0; k < walk.kChannels; ++k) {
+    const int64_t c = walk.channel + k;
+    const MeanRstd<A> statistics(p.statistics, c);
+    mean[k] = statistics.mean;
+    scale[k] = get_or(p.weight, c, A{1}) * statistics.rstd;
+    shift[k] = get_or(p.bias, c, A{0});
+  }
+  walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
+    A value[kBatch][V::kWidth];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u < valid) load<V::kWidth>(x + at[u], value[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u >= valid) break;
+#pragma unroll
+      for (int v = 0; v < V::kWidth; ++v) {
+        const int k = v % walk.kChannels;
+        value[u][v] = fma(value[u][v] - mean[k], scale[k], shift[k]);
+      }
+      store<V::kWidth>(y + at[u], value[u]);
+    }
+  });
+}
+
+}  // namespace
+
+cudaError_t launch_statistics(const StatisticsParams& p, cudaStream_t stream) {
+  return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
+    return launch(statistics_kernel<decltype(variant)>, p, p.plan.blocks(),
+                  reduce_shared_bytes(p.plan, p.shape.layout), stream);
+  });
+}
+
+cudaError_t launch_normalise(const NormaliseParams& p, cudaStream_t stream) {
+  return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
+    return launch(normalise_kernel<decltype(variant)>, p, p.plan.blocks(), 0, stream);
+  });
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext

@@ -1,0 +1,54 @@
+// Statistics of several processes into those of all of them.
+#include "channel.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+
+namespace bnorm_ext {
+namespace cuda {
+namespace {
+
+// Formula    n = sum(count), mean = sum(count * mean) / n,
+//            var = sum(count * (var + (mean_w - mean)^2)) / n; rstd and running statistics follow
+//            (Chan, Golub and LeVeque 1983)
+// Shapes     mean, var [W, C], count [W]; results [C]
+// Mapping    a thread per channel, processes in order
+// Bytes      reads 16 * W * C
+// Numerics   in double, about the first mean that counts, so that equal means cancel exactly
+__global__ void __launch_bounds__(kThreads) merge_kernel(MergeParams p) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= p.C) return;
+  double n = 0, anchor = 0, d = 0, d2 = 0;
+  for (int64_t w = 0; w < p.W; ++w) {
+    const double count = p.count[w], mean = p.mean[w * p.C + c], var = p.var[w * p.C + c];
+    if (!(count > 0)) continue;
+    if (n == 0 && is_finite(mean)) anchor = mean;
+    n += count;
+    d += count * (mean - anchor);
+    d2 += count * (var + (mean - anchor) * (mean - anchor));
+  }
+  const double mean = anchor + d / n;
+  const double spread = (d2 - d * (d / n)) / n;
+  const double var = spread < 0 ? 0 : spread;  // a NaN stays one
+  const ChannelVector merged_mean{p.merged_mean, 1, p.dtype},
+      merged_rstd{p.merged_rstd, 1, p.dtype};
+  set(merged_mean, c, mean);
+  set(merged_rstd, c, 1.0 / sqrt(var + p.eps));
+  update_running(p.running, c, mean, var, n);
+}
+
+__global__ void count_batch_kernel(int64_t* num_batches_tracked) {
+  ++*num_batches_tracked;
+}
+
+}  // namespace
+
+cudaError_t launch_merge(const MergeParams& p, cudaStream_t stream) {
+  const cudaError_t error =
+      launch(merge_kernel, p, ceil_div(p.C, kThreads), /*shared_bytes=*/0, stream);
+  if (error != cudaSuccess || p.running.num_batches_tracked == nullptr) return error;
+  // After every channel has read the counter.
+  return launch(count_batch_kernel, p.running.num_batches_tracked, 1, 0, stream);
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext

@@ -1,0 +1,101 @@
+// The structs that cross from the host files to the CUDA kernels. No torch header here.
+//
+// N, C, S and "acc" as in ../params.h. Pointers are device pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+#include "plan.h"
+
+namespace bnorm_ext {
+namespace cuda {
+
+// The two sums that a reducing kernel gathers per channel.
+struct Pair {
+  double a, b;
+};
+
+// What blocks of one launch exchange values through.
+struct Exchange {
+  Pair* partials = nullptr;    // [tiles, chunks, channels per tile]; none where chunks is 1
+  unsigned* ticket = nullptr;  // [tiles], 0 before and after every launch; none where chunks is 1
+};
+
+// Statistics that are known, in whichever dtype they are kept.
+struct Statistics {
+  ChannelVector mean;  // [C]
+  ChannelVector var;   // [C] the variance, or rstd where is_rstd
+  bool is_rstd = false;
+  double eps = 0;
+};
+
+struct StatisticsParams {
+  Shape shape;
+  TwoPassPlan plan;
+  DType dtype = DType::Float;  // of x
+  const void* x = nullptr;     // [N, C, S]
+  Exchange exchange;
+  double eps = 0;
+  void* mean = nullptr;         // [C] acc, or null
+  void* rstd = nullptr;         // [C] acc, or null
+  double* wide_mean = nullptr;  // [C], or null
+  double* wide_var = nullptr;   // [C] biased, or null
+  RunningUpdate running;        // the counter is read here, and incremented by the normalise kernel
+};
+
+struct NormaliseParams {
+  Shape shape;
+  TwoPassPlan plan;
+  DType dtype = DType::Float;  // of x and y
+  const void* x = nullptr;     // [N, C, S]
+  void* y = nullptr;           // [N, C, S]
+  Statistics statistics;
+  ChannelVector weight, bias;              // [C]
+  int64_t* num_batches_tracked = nullptr;  // incremented by one, or null
+};
+
+struct BackwardReduceParams {
+  Shape shape;
+  TwoPassPlan plan;
+  DType dtype = DType::Float;  // of dy and x
+  const void* dy = nullptr;    // [N, C, S]
+  const void* x = nullptr;     // [N, C, S]
+  Statistics statistics;
+  Exchange exchange;
+  // Where not null, [C] each: the sums of dy and dy * xhat, and these divided by N * S.
+  ChannelVector sum_dy, sum_dy_xhat;
+  void* mean_dy = nullptr;       // acc
+  void* mean_dy_xhat = nullptr;  // acc
+};
+
+struct BackwardApplyParams {
+  Shape shape;
+  TwoPassPlan plan;
+  DType dtype = DType::Float;  // of dy, x and dx
+  const void* dy = nullptr;    // [N, C, S]
+  const void* x = nullptr;     // [N, C, S], or null where the statistics are constants
+  void* dx = nullptr;          // [N, C, S]
+  Statistics statistics;
+  ChannelVector weight;  // [C]
+  // With xhat = (x - mean) * rstd: dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * weight * rstd;
+  // where mean_dy is null (the statistics are constants) dx = dy * weight * rstd.
+  const void* mean_dy = nullptr;       // [C] acc, or null
+  const void* mean_dy_xhat = nullptr;  // [C] acc, or null
+};
+
+// Statistics of W processes into those of all of them.
+struct MergeParams {
+  int64_t W = 0, C = 0;
+  const double* mean = nullptr;   // [W, C]
+  const double* var = nullptr;    // [W, C] biased
+  const double* count = nullptr;  // [W] values per channel
+  DType dtype = DType::Float;     // acc, of the results
+  double eps = 0;
+  void* merged_mean = nullptr;  // [C]
+  void* merged_rstd = nullptr;  // [C]
+  RunningUpdate running;
+};
+
+}  // namespace cuda
+}  // namespace bnorm_ext

@@ -1,0 +1,151 @@
+// The border between the kernels and what executes them: CUDA here, tests/emulator/ on the CPU.
+//
+// Kernels use CUDA's own names (threadIdx, __syncthreads, __shfl_xor_sync, atomicInc, ...) where
+// they are functions, and the names below for everything else: memory that threads exchange values
+// through, vector accesses, asynchronous copies, clusters, grid barriers. No other file of the
+// kernels contains an #ifdef, inline PTX or a bare pointer into shared memory or workspace.
+#pragma once
+
+#ifdef BNORM_EXT_EMULATOR
+#include <emulator.h>
+#else
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace bnorm_ext {
+namespace cuda {
+
+// ---- Memory that threads exchange values through ----------------------------------------------
+
+// Elements are read by `T v = p[i]` and written by `p[i] = v`, whole: the emulator records each
+// access, and reports two that race.
+template <typename T>
+using Shared = T*;  // of this block
+template <typename T>
+using Distributed = T*;  // shared memory of a block of this cluster
+template <typename T>
+using Workspace = T*;  // global memory, written and read by one kernel
+
+// The block's dynamic shared memory from a byte offset on; alignof(T) divides the offset.
+template <typename T>
+__device__ __forceinline__ Shared<T> dynamic_shared(int byte_offset) {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes + byte_offset);
+}
+
+// ---- Vector accesses to tensors ---------------------------------------------------------------
+
+template <int kBytes>
+struct alignas(kBytes) Bytes {
+  unsigned char byte[kBytes];
+};
+
+// kBytes of 2, 4, 8 or 16, in one access; the address must be a multiple of kBytes.
+template <int kBytes>
+__device__ __forceinline__ Bytes<kBytes> load_bytes(const void* p);
+template <int kBytes>
+__device__ __forceinline__ void store_bytes(void* p, Bytes<kBytes> value);
+
+#define BNORM_EXT_ACCESS(kBytes, Word)                                                \
+  template <>                                                                         \
+  __device__ __forceinline__ Bytes<kBytes> load_bytes<kBytes>(const void* p) {        \
+    union {                                                                           \
+      Word word;                                                                      \
+      Bytes<kBytes> bytes;                                                            \
+    } u;                                                                              \
+    u.word = *static_cast<const Word*>(p);                                            \
+    return u.bytes;                                                                   \
+  }                                                                                   \
+  template <>                                                                         \
+  __device__ __forceinline__ void store_bytes<kBytes>(void* p, Bytes<kBytes> value) { \
+    union {                                                                           \
+      Word word;                                                                      \
+      Bytes<kBytes> bytes;                                                            \
+    } u;                                                                              \
+    u.bytes = value;                                                                  \
+    *static_cast<Word*>(p) = u.word;                                                  \
+  }
+BNORM_EXT_ACCESS(2, unsigned short)
+BNORM_EXT_ACCESS(4, unsigned int)
+BNORM_EXT_ACCESS(8, uint2)
+BNORM_EXT_ACCESS(16, uint4)
+#undef BNORM_EXT_ACCESS
+
+// ---- Asynchronous copies (sm_80 and newer) -----------------------------------------------------
+
+// Starts a copy of 16 bytes into shared memory; both addresses are multiples of 16. The bytes are
+// there for this thread after async_wait, for the block after a barrier that follows it.
+template <typename T>
+__device__ __forceinline__ void async_copy16(Shared<T> to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending of this thread's newest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---- Clusters (sm_90 and newer) and cooperative grids ------------------------------------------
+
+__device__ __forceinline__ unsigned cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().block_rank();
+#else
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ unsigned cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().num_blocks();
+#else
+  return 1;
+#endif
+}
+
+// A barrier of all threads of the cluster; orders their accesses to shared memory of its blocks.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+
+// What `p` is in the block of that rank.
+template <typename T>
+__device__ __forceinline__ Distributed<T> in_block(Shared<T> p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(p, rank);
+#else
+  return p;
+#endif
+}
+
+// A barrier of all threads of a cooperative launch; orders their accesses to global memory.
+__device__ __forceinline__ void grid_sync() {
+  cooperative_groups::this_grid().sync();
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext
+
+#endif

@@ -1,0 +1,75 @@
+// A thread's way through its block's part of a tensor (plan.h says which part).
+#pragma once
+
+#include "params.h"
+#include "vec.cuh"
+
+namespace bnorm_ext {
+namespace cuda {
+
+// kChannels: channels per thread, width in ChannelsLast and 1 in ChannelsFirst.
+template <int kWidth, bool kLast>
+struct Walk {
+  static constexpr int kChannels = kLast ? kWidth : 1;
+
+  int column, row;    // of this thread in the block
+  int64_t tile;       // of this block
+  int64_t chunk;      // of this block
+  int64_t channel;    // this thread's first one
+  int64_t offset;     // in elements, of the thread's next vector
+  int64_t place;      // of that vector in its row of S positions, in vectors
+  int64_t remaining;  // vectors that the thread has still to take
+
+  // `block` instead of blockIdx.x, since some kernels go backwards.
+  __device__ __forceinline__ Walk(const Shape& shape, const TwoPassPlan& plan, int64_t block) {
+    const int t = static_cast<int>(threadIdx.x);
+    column = t & (plan.columns - 1);
+    row = t / plan.columns;
+    tile = block / plan.chunks;
+    chunk = block - tile * plan.chunks;
+    channel = tile * plan.columns * kChannels + column * kChannels;
+    const int64_t first = chunk * plan.chunk_length + row;
+    int64_t end = (chunk + 1) * plan.chunk_length;
+    if (end > plan.length) end = plan.length;
+    remaining =
+        first < end && channel < shape.C ? (end - first + plan.rows - 1) / plan.rows : 0;
+    if (kLast) {
+      place = 0;
+      offset = first * shape.C + channel;
+    } else {
+      const int64_t n = first / plan.row_length;
+      place = first - n * plan.row_length;
+      offset = (n * shape.C + channel) * shape.S + place * kWidth;
+    }
+  }
+
+  __device__ __forceinline__ void advance(const TwoPassPlan& plan) {
+    offset += plan.step;
+    if (!kLast) {
+      place += plan.row_step;
+      if (place >= plan.row_length) {
+        place -= plan.row_length;
+        offset += plan.wrap;
+      }
+    }
+    --remaining;
+  }
+
+  // Calls f(offsets, valid) for kBatch vectors at a time, the first `valid` of which are there.
+  template <typename F>
+  __device__ __forceinline__ void batches(const TwoPassPlan& plan, F f) {
+    while (remaining > 0) {
+      const int valid = remaining < kBatch ? static_cast<int>(remaining) : kBatch;
+      int64_t at[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        at[u] = offset;
+        if (u < valid) advance(plan);
+      }
+      f(at, valid);
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace bnorm_ext
