@@ -135,6 +135,14 @@ at::Tensor in_layout_of(const at::Tensor& other, const Input& like) {
   return other.contiguous(like.format);
 }
 
+at::Tensor statistic_like(const at::Tensor& x) {
+  return at::empty({x.size(1)}, x.options().dtype(accumulation_type(x.scalar_type())));
+}
+
+at::Tensor no_mask(const at::Tensor& x) {
+  return at::empty({0}, x.options().dtype(at::kByte));
+}
+
 void check_forward(const ForwardArguments& a) {
   if (!is_acceptable(a)) refuse_as_native(a);
   if (given(a.num_batches_tracked)) {
@@ -164,6 +172,19 @@ void check_statistic(const char* op, const char* name, const at::Tensor& t, cons
               op, ": ", name, " must be ", x.size(1), " contiguous values of ", type, " on ",
               x.device(), ", but got shape ", t.sizes(), ", dtype ", t.scalar_type(), " on ",
               t.device());
+}
+
+void check_merge(const char* op, const at::Tensor& mean, const at::Tensor& var,
+                 const at::Tensor& count) {
+  TORCH_CHECK(mean.dim() == 2 && mean.sizes() == var.sizes() && count.dim() == 1 &&
+                  count.size(0) == mean.size(0) && mean.scalar_type() == at::kDouble &&
+                  var.scalar_type() == at::kDouble && count.scalar_type() == at::kDouble,
+              op, ": mean and var must be (W, C) and count (W,), all in double, but got shapes ",
+              mean.sizes(), ", ", var.sizes(), ", ", count.sizes(), " and dtypes ",
+              mean.scalar_type(), ", ", var.scalar_type(), ", ", count.scalar_type());
+  TORCH_CHECK(mean.device() == var.device() && mean.device() == count.device(), op,
+              ": mean, var and count must be on one device, but are on ", mean.device(), ", ",
+              var.device(), ", ", count.device());
 }
 
 void check_backward(const BackwardArguments& a) {

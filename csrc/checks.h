@@ -70,11 +70,20 @@ at::Tensor gradient_like(const at::Tensor& x, const Input& in);
 // `other` in the layout of `like`: itself where it is dense so, else a copy.
 at::Tensor in_layout_of(const at::Tensor& other, const Input& like);
 
+// Uninitialised: one value per channel of x, in the accumulation type.
+at::Tensor statistic_like(const at::Tensor& x);
+
+at::Tensor no_mask(const at::Tensor& x);
+
 void check_forward(const ForwardArguments& a);
 void check_backward(const BackwardArguments& a);
 
 // `t` is [C], of the accumulation type of x and on its device.
 void check_statistic(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x);
+
+// mean and var are (W, C), count is (W,), all in double and on one device.
+void check_merge(const char* op, const at::Tensor& mean, const at::Tensor& var,
+                 const at::Tensor& count);
 
 // `x` has a dtype that the kernels know and at least two dimensions.
 void check_input(const char* op, const char* name, const at::Tensor& x);

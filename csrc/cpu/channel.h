@@ -110,14 +110,6 @@ auto with_accumulator(DType dtype, F f) {
   return dtype == DType::Double ? f(double{}) : f(float{});
 }
 
-inline Tensor statistic_like(const Tensor& x) {
-  return at::empty({x.size(1)}, x.options().dtype(accumulation_type(x.scalar_type())));
-}
-
-inline Tensor no_mask(const Tensor& x) {
-  return at::empty({0}, x.options().dtype(at::kByte));
-}
-
 template <typename A>
 double rstd_of(double var, double eps) {
   return static_cast<A>(1.0 / std::sqrt(var + eps));

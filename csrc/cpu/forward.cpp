@@ -170,12 +170,7 @@ std::tuple<Tensor, Tensor> merge_stats(const Tensor& mean, const Tensor& var, co
                                        std::optional<double> momentum, double eps,
                                        at::ScalarType dtype) {
   const char* op = "batch_norm_merge_stats";
-  TORCH_CHECK(mean.dim() == 2 && mean.sizes() == var.sizes() && count.dim() == 1 &&
-                  count.size(0) == mean.size(0) && mean.scalar_type() == at::kDouble &&
-                  var.scalar_type() == at::kDouble && count.scalar_type() == at::kDouble,
-              op, ": mean and var must be (W, C) and count (W,), all in double, but got shapes ",
-              mean.sizes(), ", ", var.sizes(), ", ", count.sizes(), " and dtypes ",
-              mean.scalar_type(), ", ", var.scalar_type(), ", ", count.scalar_type());
+  check_merge(op, mean, var, count);
   const double total = count.sum().item<double>();
   TORCH_CHECK_VALUE(total > 1, op, ": expected more than 1 value per channel, but got ", total);
   // The running statistics are checked as those of a batch of this many values per channel.

@@ -31,8 +31,7 @@ struct Walk {
     const int64_t first = chunk * plan.chunk_length + row;
     int64_t end = (chunk + 1) * plan.chunk_length;
     if (end > plan.length) end = plan.length;
-    remaining =
-        first < end && channel < shape.C ? (end - first + plan.rows - 1) / plan.rows : 0;
+    remaining = first < end && channel < shape.C ? (end - first + plan.rows - 1) / plan.rows : 0;
     if (kLast) {
       place = 0;
       offset = first * shape.C + channel;

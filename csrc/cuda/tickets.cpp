@@ -1,0 +1,34 @@
+#include "tickets.h"
+
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace bnorm_ext {
+namespace cuda {
+
+at::Tensor tickets(int64_t count) {
+  const auto options = at::TensorOptions().device(at::kCUDA).dtype(at::kInt);
+  if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+    return at::zeros({count}, options);
+  }
+  // Never destroyed: at exit the CUDA context may be gone before.
+  static auto* kept = new std::map<std::pair<int, cudaStream_t>, at::Tensor>();
+  static auto* mutex = new std::mutex();
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const std::lock_guard<std::mutex> lock(*mutex);
+  at::Tensor& zeros = (*kept)[{c10::cuda::current_device(), stream}];
+  // Rounded up, so that nets of many widths allocate a few times at most.
+  constexpr int64_t kStep = 4096;
+  if (!zeros.defined() || zeros.numel() < count) {
+    zeros = at::zeros({(count + kStep - 1) / kStep * kStep}, options);
+  }
+  return zeros;
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext

@@ -1,0 +1,18 @@
+// The counters that elect the last block of a reducing kernel.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+
+namespace bnorm_ext {
+namespace cuda {
+
+// At least `count` int32 zeros on the current device, for the next launch on its current stream.
+// Kernels leave zeros behind, so the same memory serves all launches of a stream, one after the
+// other. Under graph capture it is fresh memory that the graph itself fills with zeros: replays of
+// several graphs, or beside other streams, share nothing.
+at::Tensor tickets(int64_t count);
+
+}  // namespace cuda
+}  // namespace bnorm_ext

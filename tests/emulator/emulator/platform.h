@@ -1,0 +1,59 @@
+// The names that csrc/cuda/platform.cuh defines for nvcc.
+#pragma once
+
+#include <cstring>
+
+#include "pointers.h"
+#include "runtime.h"
+
+namespace bnorm_ext {
+namespace cuda {
+
+template <typename T>
+inline Shared<T> dynamic_shared(int byte_offset) {
+  emulator::detail::check_shared_offset(byte_offset, alignof(T));
+  return {emulator::detail::current_block(), byte_offset};
+}
+
+template <int kBytes>
+struct alignas(kBytes) Bytes {
+  unsigned char byte[kBytes];
+};
+
+template <int kBytes>
+inline Bytes<kBytes> load_bytes(const void* p) {
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16, "");
+  Bytes<kBytes> value;
+  emulator::detail::tensor_read(p, &value, kBytes);
+  return value;
+}
+
+template <int kBytes>
+inline void store_bytes(void* p, Bytes<kBytes> value) {
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16, "");
+  emulator::detail::tensor_write(p, &value, kBytes);
+}
+
+template <typename T>
+inline void async_copy16(Shared<T> to, const void* from) {
+  emulator::detail::async_copy(to.block(), to.byte(), from);
+}
+inline void async_commit() { emulator::detail::async_commit(); }
+template <int kPending>
+inline void async_wait() {
+  emulator::detail::async_wait(kPending);
+}
+
+inline unsigned cluster_rank() { return emulator::detail::cluster_rank(); }
+inline unsigned cluster_size() { return emulator::detail::cluster_size(); }
+inline void cluster_sync() { emulator::detail::cluster_barrier(); }
+
+template <typename T>
+inline Distributed<T> in_block(Shared<T> p, unsigned rank) {
+  return {emulator::detail::block_in_cluster(rank), p.byte()};
+}
+
+inline void grid_sync() { emulator::detail::grid_barrier(); }
+
+}  // namespace cuda
+}  // namespace bnorm_ext
