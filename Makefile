@@ -62,13 +62,16 @@ format: $(STAMPS)/extra-dev
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CXX_FILES)
 
-# A CUDA build of torch beside nvcc: compiles, imports and computes, GPU or not. Not editable and
-# in an environment of its own, so that the copy which `make test` compiled stays as it is.
+# A CUDA build of torch beside nvcc: compiles for two architectures, says what registers and shared
+# memory each kernel takes, imports and computes, GPU or not. Not editable and in an environment of
+# its own, so that the copy which `make test` compiled stays as it is.
+cuda-build: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0
 cuda-build:
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { echo "$(NO_VENV)" >&2; exit 1; }
 	test -x $(VENV_CUDA)/bin/python || $(PYTHON) -m venv $(VENV_CUDA)
 	$(VENV_CUDA)/bin/python -m pip install --quiet "$(TORCH_CUDA)" $(BUILD_TOOLS) numpy
-	BNORM_EXT_CUDA=$(if $(wildcard csrc/cuda/*.cu),1,) $(VENV_CUDA)/bin/python -m pip install \
+	$(VENV_CUDA)/bin/python .ci/check_kernels.py
+	BNORM_EXT_CUDA=1 $(VENV_CUDA)/bin/python -m pip install \
 	    --verbose --no-build-isolation --no-deps --force-reinstall .
 	$(VENV_CUDA)/bin/python .ci/check_install.py
 

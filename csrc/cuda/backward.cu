@@ -86,9 +86,11 @@ __global__ void __launch_bounds__(kThreads) backward_reduce_kernel(BackwardReduc
   const A dy_sum = static_cast<A>(total.a), dy_xhat_sum = static_cast<A>(total.b);
   if (p.sum_dy.data != nullptr) set(p.sum_dy, c, dy_sum);
   if (p.sum_dy_xhat.data != nullptr) set(p.sum_dy_xhat, c, dy_xhat_sum);
-  if (p.mean_dy != nullptr) static_cast<A*>(p.mean_dy)[c] = static_cast<A>(dy_sum / n);
+  if (p.mean_dy != nullptr) {
+    store_one(static_cast<A*>(p.mean_dy) + c, static_cast<A>(dy_sum / n));
+  }
   if (p.mean_dy_xhat != nullptr) {
-    static_cast<A*>(p.mean_dy_xhat)[c] = static_cast<A>(dy_xhat_sum / n);
+    store_one(static_cast<A*>(p.mean_dy_xhat) + c, static_cast<A>(dy_xhat_sum / n));
   }
 }
 
@@ -117,8 +119,9 @@ __global__ void __launch_bounds__(kThreads) backward_apply_kernel(BackwardApplyP
     mean[k] = statistics.mean;
     rstd[k] = statistics.rstd;
     scale[k] = get_or(p.weight, c, A{1}) * statistics.rstd;
-    mean_dy[k] = constant_statistics ? A{0} : static_cast<const A*>(p.mean_dy)[c];
-    mean_dy_xhat[k] = constant_statistics ? A{0} : static_cast<const A*>(p.mean_dy_xhat)[c];
+    mean_dy[k] = constant_statistics ? A{0} : load_one(static_cast<const A*>(p.mean_dy) + c);
+    mean_dy_xhat[k] =
+        constant_statistics ? A{0} : load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
   }
   walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
     A g[kBatch][V::kWidth], value[kBatch][V::kWidth];

@@ -14,6 +14,11 @@
 #include "kernels.h"
 #include "tickets.h"
 
+// The emulator registers the same operators beside the real ones.
+#ifndef BNORM_EXT_CUDA_KEY
+#define BNORM_EXT_CUDA_KEY CUDA
+#endif
+
 namespace bnorm_ext {
 namespace cuda {
 namespace {
@@ -45,7 +50,7 @@ class ExchangeMemory {
     if (plan.chunks == 1) return;
     const int64_t bytes = partials_of(plan, in.shape.layout) * static_cast<int64_t>(sizeof(Pair));
     partials_ = at::empty({bytes}, in.tensor.options().dtype(at::kByte));
-    ticket_ = tickets(plan.tiles);
+    ticket_ = tickets(plan.tiles, in.tensor.options());
     exchange_ = {static_cast<Pair*>(partials_.data_ptr()),
                  reinterpret_cast<unsigned*>(ticket_.data_ptr<int32_t>())};
   }
@@ -339,7 +344,7 @@ std::tuple<Tensor, Tensor> backward_apply(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bnorm_ext, CUDA, m) {
+TORCH_LIBRARY_IMPL(bnorm_ext, BNORM_EXT_CUDA_KEY, m) {
   m.impl("batch_norm_training", training);
   m.impl("batch_norm_inference", inference);
   m.impl("batch_norm_stats", stats);

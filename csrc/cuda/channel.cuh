@@ -21,12 +21,6 @@ __device__ __forceinline__ double get(const ChannelVector& v, int64_t c) {
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store_one(T* p, Acc<T> value) {
-  const Acc<T> values[1] = {value};
-  store<1>(p, values);
-}
-
 __device__ __forceinline__ void set(const ChannelVector& v, int64_t c, double value) {
   const int64_t i = c * v.stride;
   switch (v.dtype) {

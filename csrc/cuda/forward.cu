@@ -114,10 +114,10 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(StatisticsParams p
   const double mean = anchor_of<T>(p, c) + total.a / n;
   const double spread = (total.b - total.a * (total.a / n)) / n;
   const double var = spread < 0 ? 0 : spread;  // a NaN stays one
-  if (p.mean != nullptr) static_cast<A*>(p.mean)[c] = static_cast<A>(mean);
-  if (p.rstd != nullptr) static_cast<A*>(p.rstd)[c] = rstd_of<A>(var, p.eps);
-  if (p.wide_mean != nullptr) p.wide_mean[c] = mean;
-  if (p.wide_var != nullptr) p.wide_var[c] = var;
+  if (p.mean != nullptr) store_one(static_cast<A*>(p.mean) + c, static_cast<A>(mean));
+  if (p.rstd != nullptr) store_one(static_cast<A*>(p.rstd) + c, rstd_of<A>(var, p.eps));
+  if (p.wide_mean != nullptr) store_one(p.wide_mean + c, mean);
+  if (p.wide_var != nullptr) store_one(p.wide_var + c, var);
   update_running(p.running, c, mean, var, n);
 }
 

@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(MergeParams p) {
   if (c >= p.C) return;
   double n = 0, anchor = 0, d = 0, d2 = 0;
   for (int64_t w = 0; w < p.W; ++w) {
-    const double count = p.count[w], mean = p.mean[w * p.C + c], var = p.var[w * p.C + c];
+    const double count = load_one(p.count + w);
+    const double mean = load_one(p.mean + w * p.C + c), var = load_one(p.var + w * p.C + c);
     if (!(count > 0)) continue;
     if (n == 0 && is_finite(mean)) anchor = mean;
     n += count;

@@ -11,10 +11,10 @@
 namespace bnorm_ext {
 namespace cuda {
 
-at::Tensor tickets(int64_t count) {
-  const auto options = at::TensorOptions().device(at::kCUDA).dtype(at::kInt);
+at::Tensor tickets(int64_t count, const at::TensorOptions& options) {
+  const auto ints = options.dtype(at::kInt);
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-    return at::zeros({count}, options);
+    return at::zeros({count}, ints);
   }
   // Never destroyed: at exit the CUDA context may be gone before.
   static auto* kept = new std::map<std::pair<int, cudaStream_t>, at::Tensor>();
@@ -25,7 +25,7 @@ at::Tensor tickets(int64_t count) {
   // Rounded up, so that nets of many widths allocate a few times at most.
   constexpr int64_t kStep = 4096;
   if (!zeros.defined() || zeros.numel() < count) {
-    zeros = at::zeros({(count + kStep - 1) / kStep * kStep}, options);
+    zeros = at::zeros({(count + kStep - 1) / kStep * kStep}, ints);
   }
   return zeros;
 }

@@ -8,11 +8,11 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// At least `count` int32 zeros on the current device, for the next launch on its current stream.
-// Kernels leave zeros behind, so the same memory serves all launches of a stream, one after the
-// other. Under graph capture it is fresh memory that the graph itself fills with zeros: replays of
-// several graphs, or beside other streams, share nothing.
-at::Tensor tickets(int64_t count);
+// At least `count` int32 zeros on the current device, which is that of `options`, for the next
+// launch on its current stream. Kernels leave zeros behind, so the same memory serves all launches
+// of a stream, one after the other. Under graph capture it is fresh memory that the graph itself
+// fills with zeros: replays of several graphs, or beside other streams, share nothing.
+at::Tensor tickets(int64_t count, const at::TensorOptions& options);
 
 }  // namespace cuda
 }  // namespace bnorm_ext

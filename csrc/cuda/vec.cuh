@@ -55,6 +55,12 @@ __device__ __forceinline__ Acc<T> load_one(const T* p) {
   return value[0];
 }
 
+template <typename T>
+__device__ __forceinline__ void store_one(T* p, Acc<T> value) {
+  const Acc<T> values[1] = {value};
+  store<1>(p, values);
+}
+
 // False for infinities and NaN.
 __device__ __forceinline__ bool is_finite(double a) {
   return a - a == 0.0;
