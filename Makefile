@@ -4,6 +4,8 @@
 #   make demo                  compile, and train on real data, native batch norm against this one
 #   make test VENV=            the same in the current environment: python3 and the torch it has
 #   make test TORCH=torch==2.11.0 VENV=.venv-2.11        with another torch
+#   make mutants               whether the tests see CUDA kernels that were broken on purpose
+#   make gpu-check             what only a GPU can show
 #
 # pip's own variables (PIP_INDEX_URL ...) and the build's (BNORM_EXT_CUDA, MAX_JOBS, CXX ...) are
 # passed on.
@@ -31,7 +33,7 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: test test-all test-install demo build lint format cuda-build clean FORCE
+.PHONY: test test-all test-install demo build lint format cuda-build gpu-check mutants clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
@@ -74,6 +76,10 @@ cuda-build:
 	BNORM_EXT_CUDA=1 $(VENV_CUDA)/bin/python -m pip install \
 	    --verbose --no-build-isolation --no-deps --force-reinstall .
 	$(VENV_CUDA)/bin/python .ci/check_install.py
+
+# On a machine with a GPU; VENV= for the current environment, which needs no network then.
+gpu-check: $(if $(strip $(VENV)),$(STAMPS)/extra-test)
+	.ci/gpu_check $(PY)
 
 clean:
 	rm -rf build dist *.egg-info bnorm_ext/_build.py bnorm_ext/_C.*

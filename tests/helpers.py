@@ -221,16 +221,20 @@ def errors(results: Results, m: Measure) -> Results:
 
 
 def assert_promise(
-    c: Case, *, beside_native: bool = True, ours: Results | None = None
+    c: Case,
+    *,
+    beside_native: bool = True,
+    ours: Results | None = None,
+    native: Results | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Asserts (1) and (2) of this file for every result; returns (ours, native's) in units of u.
 
-    beside_native=False leaves out (1), for cases that native gets right by luck alone. `ours`: the
-    results, where they come from elsewhere than `bnorm_ext.batch_norm`.
+    beside_native=False leaves out (1), for cases that native gets right by luck alone. `ours`,
+    `native`: the results, where they come from elsewhere than from a call on the CPU.
     """
     m = measure(c)
     ours = run(BOTH["ours"], c) if ours is None else ours
-    native = run(BOTH["native"], c)
+    native = run(BOTH["native"], c) if native is None else native
     ours_errors, native_errors = errors(ours, m), errors(native, m)
     seen, broken = {}, []
     for name in m.reference:
