@@ -187,7 +187,7 @@ void check_merge(const char* op, const at::Tensor& mean, const at::Tensor& var,
               var.device(), ", ", count.device());
 }
 
-void check_backward(const BackwardArguments& a) {
+void check_gradient(const GradientArguments& a) {
   check_input(a.op, "x", a.x);
   TORCH_CHECK(a.dy.sizes() == a.x.sizes() && a.dy.scalar_type() == a.x.scalar_type() &&
                   a.dy.device() == a.x.device() && a.dy.layout() == at::kStrided,
@@ -198,8 +198,12 @@ void check_backward(const BackwardArguments& a) {
   TORCH_CHECK(fits(a.weight, a.x, type) && fits(a.bias, a.x, type), a.op,
               ": weight and bias must be ", a.x.size(1), " values of one dtype, that of x (",
               a.x.scalar_type(), ") or float for 16-bit x, on ", a.x.device());
-  check_statistic(a.op, "mean", a.mean, a.x);
-  check_statistic(a.op, "rstd", a.rstd, a.x);
+}
+
+void check_backward(const GradientArguments& a, const at::Tensor& mean, const at::Tensor& rstd) {
+  check_gradient(a);
+  check_statistic(a.op, "mean", mean, a.x);
+  check_statistic(a.op, "rstd", rstd, a.x);
 }
 
 void check_activation(std::string_view act, const OptionalTensor& residual) {

@@ -40,14 +40,12 @@ struct ForwardArguments {
   double eps;
 };
 
-struct BackwardArguments {
+struct GradientArguments {
   const char* op;  // named in errors
   const at::Tensor& dy;
   const at::Tensor& x;
   const OptionalTensor& weight;
   const OptionalTensor& bias;
-  const at::Tensor& mean;
-  const at::Tensor& rstd;
 };
 
 DType dtype_of(const at::Tensor& t);
@@ -76,7 +74,9 @@ at::Tensor statistic_like(const at::Tensor& x);
 at::Tensor no_mask(const at::Tensor& x);
 
 void check_forward(const ForwardArguments& a);
-void check_backward(const BackwardArguments& a);
+void check_gradient(const GradientArguments& a);
+// And the statistics that a training forward pass returned.
+void check_backward(const GradientArguments& a, const at::Tensor& mean, const at::Tensor& rstd);
 
 // `t` is [C], of the accumulation type of x and on its device.
 void check_statistic(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x);

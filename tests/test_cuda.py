@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, Case, assert_promise, case, normal, run
-from test_emulated_kernels import LAYOUTS, SHAPES, made, same_bits
+from test_emulated_kernels import LAYOUTS, SHAPES_AND_LAYOUTS, made, same_bits
 from torch import nn
 
 import bnorm_ext
@@ -42,20 +42,24 @@ def check(c: Case, device: str = "cuda", **kwargs: bool) -> None:
     assert_promise(c, ours=ours, native=native, **kwargs)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "layout"),
     [
-        *SHAPES.values(),
-        (32, 64, 56, 56),
-        (8, 256, 14, 14),
-        (64, 512, 7, 7),
-        (1, 1, 1024, 1024),
-        (16, 3, 224, 224),
-        (4096, 256),
+        *SHAPES_AND_LAYOUTS,
+        *(
+            pytest.param(shape, layout, id=f"{shape}-{layout}")
+            for shape in (
+                (32, 64, 56, 56),
+                (8, 256, 14, 14),
+                (64, 512, 7, 7),
+                (1, 1, 1024, 1024),
+                (16, 3, 224, 224),
+            )
+            for layout in LAYOUTS
+        ),
+        pytest.param((4096, 256), "contiguous", id="4096x256"),
     ],
-    ids=str,
 )
 def test_results(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     for training in (True, False):

@@ -115,7 +115,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& resi
                    const Tensor& rstd, const OptionalTensor&, std::string_view act, double,
                    std::array<bool, 4> output_mask) {
   check_activation(act, residual);
-  check_backward({"batch_norm_backward", dy, x, weight, bias, mean, rstd});
+  check_backward({"batch_norm_backward", dy, x, weight, bias}, mean, rstd);
   return gradients(dy, x, weight, bias, mean, rstd, /*training=*/true, output_mask);
 }
 
@@ -128,12 +128,12 @@ Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTe
   check_input("batch_norm_inference_backward", "x", x);
   check_forward(
       {x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0, eps});
+  check_gradient({"batch_norm_inference_backward", dy, x, weight, bias});
   const Tensor mean = running_mean.to(accumulation_type(x.scalar_type())).contiguous();
   const Tensor rstd = statistic_like(x);
   if (x.numel() != 0) {
     const ChannelVector var = channel_vector(running_var), r = channel_vector(rstd);
     for (int64_t c = 0; c < x.size(1); ++c) set(r, c, 1.0 / std::sqrt(get(var, c) + eps));
-    check_backward({"batch_norm_inference_backward", dy, x, weight, bias, mean, rstd});
   }
   return gradients(dy, x, weight, bias, mean, rstd, /*training=*/false, output_mask);
 }
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x,
                                            const Tensor& mean, const Tensor& rstd,
                                            const OptionalTensor&, std::string_view act, double) {
   check_activation(act, residual);
-  check_backward({"batch_norm_backward_reduce", dy, x, weight, bias, mean, rstd});
+  check_backward({"batch_norm_backward_reduce", dy, x, weight, bias}, mean, rstd);
   Tensor sum_dy = statistic_like(x).zero_(), sum_dy_xhat = statistic_like(x).zero_();
   const ChannelVector s1 = channel_vector(sum_dy), s2 = channel_vector(sum_dy_xhat);
   Backward{dy, x, weight, mean, rstd, /*training=*/true, /*wants_sums=*/true, /*wants_dx=*/false}
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor> backward_apply(
     const Tensor& mean_dy, const Tensor& mean_dy_xhat, std::string_view act, double) {
   const char* op = "batch_norm_backward_apply";
   check_activation(act, residual);
-  check_backward({op, dy, x, weight, bias, mean, rstd});
+  check_backward({op, dy, x, weight, bias}, mean, rstd);
   check_statistic(op, "mean_dy", mean_dy, x);
   check_statistic(op, "mean_dy_xhat", mean_dy_xhat, x);
   const Backward backward{dy,

@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, const OptionalTensor& residual
                                  const Tensor& mean, const Tensor& rstd, std::string_view act,
                                  double) {
   check_activation(act, residual);
-  check_backward({"batch_norm_apply", x, x, weight, bias, mean, rstd});
+  check_backward({"batch_norm_apply", x, x, weight, bias}, mean, rstd);
   const ChannelVector m = channel_vector(mean), r = channel_vector(rstd);
   Tensor y = normalise_with(
       x, weight, bias, [&](int64_t c) { return get(m, c); }, [&](int64_t c) { return get(r, c); });

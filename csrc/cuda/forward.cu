@@ -13,9 +13,9 @@ namespace {
 //
 // A batch of values in registers is taken twice: for its mean, in the accumulation type, then for
 // the deviations from that mean; their sum mends the rounding of the mean. So nothing cancels,
-// however large the mean. Batches meet in double about an anchor that is one of the channel's
+// however large the mean. Batches meet in double about an anchor between the channel's
 // values: within sqrt(count) standard deviations of the mean (Samuelson), so that the squares
-// lose at most log2(count) of 53 bits, and one or two unless that value is far off.
+// lose at most log2(count) of 53 bits, and one or two unless the anchor is far off.
 template <typename V>
 struct MomentSums {
   using A = Acc<typename V::T>;
@@ -68,11 +68,22 @@ struct MomentSums {
   }
 };
 
-// The anchor of channel c: its first value, where that is finite.
+// The anchor of channel c: its first value, or for double, where every bit of the sums is asked
+// for, the mean of some that are spread over it. 0 where that is not finite.
 template <typename T>
 __device__ __forceinline__ double anchor_of(const StatisticsParams& p, int64_t c) {
-  const int64_t first = p.shape.layout == Layout::ChannelsLast ? c : c * p.shape.S;
-  const double value = load_one(static_cast<const T*>(p.x) + first);
+  const Shape& shape = p.shape;
+  const int64_t count = shape.N * shape.S;
+  int64_t samples = sizeof(T) == sizeof(double) ? 8 : 1;
+  if (samples > count) samples = count;
+  double total = 0;
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t at = i * (count / samples), n = at / shape.S, s = at - n * shape.S;
+    total += load_one(static_cast<const T*>(p.x) + (shape.layout == Layout::ChannelsLast
+                                                        ? at * shape.C + c
+                                                        : (n * shape.C + c) * shape.S + s));
+  }
+  const double value = total / static_cast<double>(samples);
   return is_finite(value) ? value : 0;
 }
 

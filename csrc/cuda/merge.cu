@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(MergeParams p) {
 }
 
 __global__ void count_batch_kernel(int64_t* num_batches_tracked) {
-  ++*num_batches_tracked;
+  if (threadIdx.x == 0) ++*num_batches_tracked;
 }
 
 }  // namespace

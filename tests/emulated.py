@@ -1,0 +1,193 @@
+"""The CUDA operators on CPU tensors: csrc/cuda/ compiled against tests/emulator/.
+
+`run(case)` is what `helpers.run` is for the installed operators. Every tensor of a run lives in
+guarded memory of the emulator, outputs poisoned; whatever the emulator reports raises `Reported`.
+The library is compiled on first use into build/emulator/ and kept until a source changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import Case, Results, accumulation_type
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "tests" / "emulator"
+sys.path.insert(0, str(ROOT))
+
+import build_support as support  # noqa: E402
+
+FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-g1", "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-DBNORM_EXT_EMULATOR=1"]
+FLAGS += ["-DBNORM_EXT_CUDA_KEY=PrivateUse1"]
+# What the operators are registered under, beside the real CUDA ones.
+KEY = torch._C.DispatchKey.PrivateUse1
+
+
+class Reported(AssertionError):
+    """The emulator has found an error in a kernel or a launch."""
+
+
+def build(csrc: Path = ROOT / "csrc", flags: Sequence[str] = ("-O1",), tag: str = "") -> Path:
+    """The library with the operators of csrc/cuda/, compiled where something has changed."""
+    name = f"torch-{torch.__version__}-{sys.implementation.cache_tag}{tag}"
+    folder = ROOT / "build" / "emulator" / name
+    torch_root = Path(torch.__file__).parent
+    compiler = os.environ.get("CXX", "c++")
+    include = [f"-I{EMULATOR / 'runner_shim'}", f"-I{EMULATOR}", f"-I{csrc}"]
+    for path in ("include", "include/torch/csrc/api/include"):
+        include += ["-isystem", str(torch_root / path)]
+    ours = [*EMULATOR.glob("*.h"), *EMULATOR.glob("emulator/*"), *EMULATOR.glob("runtime/*.h")]
+    ours += [*EMULATOR.glob("runner_shim/**/*.h"), *csrc.glob("*.h"), *csrc.glob("cuda/*.*h")]
+    sources = [*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp"), csrc / "checks.cpp"]
+    sources += [*EMULATOR.glob("runtime/*.cpp"), EMULATOR / "runner.cpp"]
+    # The longest first.
+    sources.sort(key=lambda path: path.suffix == ".cu" or path.name == "batch_norm.cpp")
+    todo, objects = [], []
+    for source in reversed(sources):
+        target = folder / f"{source.stem}-{source.suffix[1:]}.o"
+        command = [compiler, *FLAGS, *flags, *include, "-c", str(source), "-o", str(target)]
+        objects.append(str(target))
+        if support.outdated(target, command, [source, *ours]):
+            todo.append((command, target))
+    with ThreadPoolExecutor(support.usable_cores()) as pool:
+        list(pool.map(lambda job: support.compile_object(*job), todo))
+    library = folder / "libbnorm_ext_emulated.so"
+    link = [compiler, "-shared", *flags, *objects, "-o", str(library)]
+    link += [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    link += support_libraries()
+    if todo or support.outdated(library, link, []):
+        support.compile_object(link, library)
+    return library
+
+
+def support_libraries() -> list[str]:
+    """What the emulator's fibres need beside the standard library."""
+    return []
+
+
+@functools.cache
+def library() -> Any:
+    """The runner's C interface, with the operators registered."""
+    path = os.environ.get("BNORM_EXT_EMULATED_LIBRARY") or build()
+    import bnorm_ext  # noqa: F401  the schemas
+
+    torch.ops.load_library(str(path))
+    loaded = ctypes.CDLL(str(path))
+    loaded.runner_begin.restype = ctypes.c_bool
+    loaded.runner_begin.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_uint64,
+        ctypes.c_bool,
+    ]
+    loaded.runner_reports.restype = ctypes.c_char_p
+    loaded.runner_launches.restype = ctypes.c_char_p
+    return loaded
+
+
+class Session:
+    """One device, one seed; see `session`."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.launches: list[str] = []  # "kernel blocks threads shared_bytes"
+        self._library = library()
+
+    def copy(self, t: Tensor | None, *, inout: bool = False) -> Tensor | None:
+        """`t` in guarded memory, with its strides and its distance from 16 bytes."""
+        if t is None:
+            return None
+        self._library.runner_role(b"inout" if inout else b"input")
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        skip = t.data_ptr() % 16 // t.element_size()
+        base = torch.empty(skip + (last + 1 if t.numel() else 0), dtype=t.dtype)
+        copied = base.as_strided(t.shape, t.stride(), skip)
+        copied.copy_(t.detach())
+        self._library.runner_role(b"inout")
+        return copied
+
+    def call(self, name: str, *arguments: Any, outputs: Sequence[Tensor | int] = ()) -> Any:
+        """The operator; what it allocates of the sizes of `outputs` has to be written once."""
+        sizes = [t.nbytes if isinstance(t, Tensor) else t for t in outputs]
+        self._library.runner_outputs((ctypes.c_int64 * len(sizes))(*sizes), len(sizes))
+        try:
+            return getattr(torch.ops.bnorm_ext, name).default._op_dk(KEY, *arguments)
+        finally:
+            self._library.runner_outputs((ctypes.c_int64 * 0)(), 0)
+
+
+@contextlib.contextmanager
+def session(
+    *, seed: int = 0, device: str = "sm_80", multiprocessors: int = 2, capturing: bool = False
+) -> Iterator[Session]:
+    """Everything that torch allocates inside is guarded memory and is gone with the next session:
+    clone what is kept. Raises `Reported` at the end, naming the seed."""
+    current = Session(seed)
+    lib = current._library
+    assert lib.runner_begin(device.encode(), multiprocessors, seed, capturing), device
+    failed: Exception | None = None
+    try:
+        yield current
+    except RuntimeError as error:  # a launch that was refused or that found an error
+        failed = error
+    finally:
+        lib.runner_end()
+        current.launches = lib.runner_launches().decode().splitlines()
+    text = lib.runner_reports().decode()
+    if text:
+        raise Reported(f"seed {seed}, {device}: {text}") from failed
+    if failed is not None:
+        raise failed
+
+
+def run(c: Case, **where: Any) -> Results:
+    """Forward and backward of one case in the emulator; everything that came out, by name."""
+    with session(**where) as s:
+        x, dy, weight, bias = (s.copy(t) for t in (c.x, c.dy, c.weight, c.bias))
+        running = [s.copy(t, inout=True) for t in (c.running_mean, c.running_var)]
+        channels = c.x.shape[1]
+        sizes = [c.x, channels * torch.empty((), dtype=accumulation_type(c.x.dtype)).nbytes]
+        sizes += [t for t in (c.weight, c.bias) if t is not None]
+        mask = [True, False, weight is not None, bias is not None]
+        act = ("identity", 0.01)
+        if c.training:
+            y, mean, rstd, _ = s.call(
+                *("batch_norm_training", x, None, weight, bias, *running, None, c.momentum),
+                *(c.eps, *act),
+                outputs=sizes,
+            )
+            gradients = s.call(
+                *("batch_norm_backward", dy, x, None, weight, bias, mean, rstd, None, *act, mask),
+                outputs=sizes,
+            )
+        else:
+            y, _ = s.call(
+                *("batch_norm_inference", x, None, weight, bias, *running, c.eps, *act),
+                outputs=sizes,
+            )
+            gradients = s.call(
+                *("batch_norm_inference_backward", dy, x, None, weight, bias, *running, c.eps),
+                *(None, *act, mask),
+                outputs=sizes,
+            )
+    names = ["y", "dx", "dweight", "dbias", "running_mean", "running_var"]
+    dx, _, dweight, dbias = gradients
+    found = dict(zip(names, [y, dx, dweight, dbias, *running], strict=True))
+    return {name: t.clone() for name, t in found.items() if t is not None}
+
+
+def seeds(function: Callable[[int], Any], count: int = 3) -> None:
+    """Calls function(seed) for several orders of threads and blocks."""
+    for seed in range(count):
+        function(seed)
