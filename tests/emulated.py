@@ -13,7 +13,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
-sys.path.insert(0, str(ROOT))
+CSRC = ROOT / "csrc"
+sys.path.insert(0, str(EMULATOR))
 
-import build_support as support  # noqa: E402
+import building  # noqa: E402
 
-FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-g1", "-ffp-contract=off", "-fvisibility=hidden"]
-FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-DBNORM_EXT_EMULATOR=1"]
-FLAGS += ["-DBNORM_EXT_CUDA_KEY=PrivateUse1"]
+FLAGS = ["-ffp-contract=off", "-Werror", "-DBNORM_EXT_CUDA_KEY=PrivateUse1"]
+SHIM = EMULATOR / "runner_shim"  # in place of headers of CUDA and of torch's CUDA part
 # What the operators are registered under, beside the real CUDA ones.
 KEY = torch._C.DispatchKey.PrivateUse1
 
@@ -38,48 +37,46 @@ class Reported(AssertionError):
     """The emulator has found an error in a kernel or a launch."""
 
 
-def build(csrc: Path = ROOT / "csrc", flags: Sequence[str] = ("-O1",), tag: str = "") -> Path:
-    """The library with the operators of csrc/cuda/, compiled where something has changed."""
-    name = f"torch-{torch.__version__}-{sys.implementation.cache_tag}{tag}"
-    folder = ROOT / "build" / "emulator" / name
+def build(csrc: Path = CSRC, *, hosts: Path | None = None, sanitize: bool = False) -> Path:
+    """The library with the operators of csrc/cuda/, compiled where something has changed.
+
+    hosts: where the torch-facing files are taken from, if elsewhere.
+    """
     torch_root = Path(torch.__file__).parent
-    compiler = os.environ.get("CXX", "c++")
-    include = [f"-I{EMULATOR / 'runner_shim'}", f"-I{EMULATOR}", f"-I{csrc}"]
+    flags = list(FLAGS)
     for path in ("include", "include/torch/csrc/api/include"):
-        include += ["-isystem", str(torch_root / path)]
-    ours = [*EMULATOR.glob("*.h"), *EMULATOR.glob("emulator/*"), *EMULATOR.glob("runtime/*.h")]
-    ours += [*EMULATOR.glob("runner_shim/**/*.h"), *csrc.glob("*.h"), *csrc.glob("cuda/*.*h")]
-    sources = [*csrc.glob("cuda/*.cu"), *csrc.glob("cuda/*.cpp"), csrc / "checks.cpp"]
-    sources += [*EMULATOR.glob("runtime/*.cpp"), EMULATOR / "runner.cpp"]
-    # The longest first.
-    sources.sort(key=lambda path: path.suffix == ".cu" or path.name == "batch_norm.cpp")
-    todo, objects = [], []
-    for source in reversed(sources):
-        target = folder / f"{source.stem}-{source.suffix[1:]}.o"
-        command = [compiler, *FLAGS, *flags, *include, "-c", str(source), "-o", str(target)]
-        objects.append(str(target))
-        if support.outdated(target, command, [source, *ours]):
-            todo.append((command, target))
-    with ThreadPoolExecutor(support.usable_cores()) as pool:
-        list(pool.map(lambda job: support.compile_object(*job), todo))
-    library = folder / "libbnorm_ext_emulated.so"
-    link = [compiler, "-shared", *flags, *objects, "-o", str(library)]
-    link += [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    link += support_libraries()
-    if todo or support.outdated(library, link, []):
-        support.compile_object(link, library)
-    return library
+        flags += ["-isystem", str(torch_root / path)]
+    hosts = hosts or csrc
+    files = ["cuda/batch_norm.cpp", "checks.cpp", "cuda/tickets.cpp"]  # the longest first
+    return building.build(
+        "libbnorm_ext_emulated.so",
+        [
+            *((hosts / file, [SHIM, hosts]) for file in files),
+            (EMULATOR / "runner.cpp", [SHIM]),
+            *((kernel, [SHIM, csrc]) for kernel in sorted(csrc.glob("cuda/*.cu"))),
+        ],
+        flags=flags,
+        libraries=[f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"],
+        sanitize=sanitize,
+        shared=True,
+    )
 
 
-def support_libraries() -> list[str]:
-    """What the emulator's fibres need beside the standard library."""
-    return []
+@functools.cache
+def built() -> Path | Exception:
+    """The library, or what compiling it once has failed with."""
+    try:
+        return build()
+    except RuntimeError as error:
+        return error
 
 
 @functools.cache
 def library() -> Any:
     """The runner's C interface, with the operators registered."""
-    path = os.environ.get("BNORM_EXT_EMULATED_LIBRARY") or build()
+    path = os.environ.get("BNORM_EXT_EMULATED_LIBRARY") or built()
+    if isinstance(path, Exception):
+        raise path
     import bnorm_ext  # noqa: F401  the schemas
 
     torch.ops.load_library(str(path))

@@ -199,10 +199,12 @@ def test_pieces_of_synchronised_training(dtype: torch.dtype, layout: str) -> Non
         counter = s.copy(torch.tensor(0), inout=True)
         parts = [(s.copy(x), s.copy(dy)) for x, dy in halves]
         found = [s.call("batch_norm_stats", x) for x, _ in parts]
-        counts = torch.tensor([x[:, 0].numel() for x, _ in parts], dtype=torch.float64)
+        # A third process, without a batch.
+        nothing = torch.full((5,), torch.nan, dtype=torch.float64)
+        counts = torch.tensor([0, *(x[:, 0].numel() for x, _ in parts)], dtype=torch.float64)
+        means, variances = (torch.stack([nothing, *ts]) for ts in zip(*found, strict=True))
         mean, rstd = s.call(
-            *("batch_norm_merge_stats", torch.stack([m for m, _ in found])),
-            *(torch.stack([v for _, v in found]), counts, *running, counter, c.momentum),
+            *("batch_norm_merge_stats", means, variances, counts, *running, counter, c.momentum),
             *(c.eps, dtype),
         )
         ys = [s.call("batch_norm_apply", x, None, weight, bias, mean, rstd, *act) for x, _ in parts]

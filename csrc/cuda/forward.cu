@@ -18,7 +18,9 @@ namespace {
 // lose at most log2(count) of 53 bits, and one or two unless the anchor is far off.
 template <typename V>
 struct MomentSums {
-  using A = Acc<typename V::T>;
+  using T = typename V::T;
+  using A = Acc<T>;
+  using Batch = Values<T, V::kWidth>[kBatch];
   static constexpr int kChannels = V::kLast ? V::kWidth : 1;
   static constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
   static constexpr int kValues = kBatch * kPerVector;       // and in a batch
@@ -26,7 +28,12 @@ struct MomentSums {
   double anchor[kChannels];
   Pair sum[kChannels];
 
-  __device__ __forceinline__ void add(const A (&x)[kBatch][V::kWidth], int valid) {
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
+  }
+
+  __device__ __forceinline__ void add(const Batch& values, int valid) {
     const int count = valid * kPerVector;
     const A per_count = A{1} / static_cast<A>(count);
 #pragma unroll
@@ -34,7 +41,7 @@ struct MomentSums {
       A total = 0;
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
-        if (i < count) total += x[i / kPerVector][k * kPerVector + i % kPerVector];
+        if (i < count) total += values[i / kPerVector][k * kPerVector + i % kPerVector];
       }
       const A mean = total * per_count;
       double d = 0, d2 = 0;
@@ -43,7 +50,7 @@ struct MomentSums {
         A d_of_4 = 0, d2_of_4 = 0;
 #pragma unroll
         for (int i = begin; i < begin + 4; ++i) {
-          const A value = x[i / kPerVector][k * kPerVector + i % kPerVector];
+          const A value = values[i / kPerVector][k * kPerVector + i % kPerVector];
           const A deviation = i < count ? value - mean : A{0};
           d_of_4 += deviation;
           d2_of_4 = fma(deviation, deviation, d2_of_4);
@@ -52,18 +59,25 @@ struct MomentSums {
         d2 += d2_of_4;
       }
       const double shift = static_cast<double>(mean) - anchor[k];
-      if (is_finite(d2)) {
-        sum[k].a += count * shift + d;
-        sum[k].b += d2 + shift * (2 * d + count * shift);
-        continue;
-      }
-      // Not finite data, or float's range exceeded although the result fits.
-      for (int i = 0; i < kValues; ++i) {
-        if (i >= count) break;
-        const double wide = static_cast<double>(x[i / kPerVector][k * kPerVector + i % kPerVector]);
-        sum[k].a += wide - anchor[k];
-        sum[k].b += (wide - anchor[k]) * (wide - anchor[k]);
-      }
+      sum[k].a += count * shift + d;
+      sum[k].b += d2 + shift * (2 * d + count * shift);
+    }
+  }
+
+  // False for data that is not finite, or that exceeds float's range in between although the
+  // result fits: then everything is added once more, in double.
+  __device__ __forceinline__ bool finite() const {
+    bool all = true;
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) all = all && is_finite(sum[k].b);
+    return all;
+  }
+  __device__ __forceinline__ void add_in_double(const Values<T, V::kWidth>& value) {
+#pragma unroll
+    for (int v = 0; v < V::kWidth; ++v) {
+      const double deviation = static_cast<double>(value[v]) - anchor[v % kChannels];
+      sum[v % kChannels].a += deviation;
+      sum[v % kChannels].b += deviation * deviation;
     }
   }
 };
@@ -96,7 +110,7 @@ __device__ __forceinline__ double anchor_of(const StatisticsParams& p, int64_t c
 // Numerics   MomentSums above; merged in double
 // Requires   tickets that are 0, and of nobody else until the launch is over
 template <typename V>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(StatisticsParams p) {
+__global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParams p) {
   using T = typename V::T;
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
@@ -105,16 +119,25 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(StatisticsParams p
 #pragma unroll
   for (int k = 0; k < walk.kChannels; ++k) {
     moments.anchor[k] = walk.channel < p.shape.C ? anchor_of<T>(p, walk.channel + k) : 0;
-    moments.sum[k] = {0, 0};
   }
+  moments.clear();
   walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-    A value[kBatch][V::kWidth];
+    Values<T, V::kWidth> value[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      if (u < valid) load<V::kWidth>(x + at[u], value[u]);
+      if (u < valid) value[u].load(x + at[u]);
     }
     moments.add(value, valid);
   });
+  if (!moments.finite()) {
+    moments.clear();
+    for (Walk<V::kWidth, V::kLast> again(p.shape, p.plan, blockIdx.x); again.remaining > 0;
+         again.advance(p.plan)) {
+      Values<T, V::kWidth> value;
+      value.load(x + again.offset);
+      moments.add_in_double(value);
+    }
+  }
 
   Pair total;
   if (!tile_sum(moments.sum, walk, p.plan, p.exchange, &total)) return;
@@ -138,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(StatisticsParams p
 // Bytes      reads x, writes y
 // Numerics   in the accumulation type, rounded once
 template <typename V>
-__global__ void __launch_bounds__(kThreads) normalise_kernel(NormaliseParams p) {
+__global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams p) {
   using T = typename V::T;
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
@@ -158,10 +181,10 @@ __global__ void __launch_bounds__(kThreads) normalise_kernel(NormaliseParams p) 
     shift[k] = get_or(p.bias, c, A{0});
   }
   walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-    A value[kBatch][V::kWidth];
+    Values<T, V::kWidth> value[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      if (u < valid) load<V::kWidth>(x + at[u], value[u]);
+      if (u < valid) value[u].load(x + at[u]);
     }
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
@@ -169,9 +192,9 @@ __global__ void __launch_bounds__(kThreads) normalise_kernel(NormaliseParams p) 
 #pragma unroll
       for (int v = 0; v < V::kWidth; ++v) {
         const int k = v % walk.kChannels;
-        value[u][v] = fma(value[u][v] - mean[k], scale[k], shift[k]);
+        value[u].set(v, fma(value[u][v] - mean[k], scale[k], shift[k]));
       }
-      store<V::kWidth>(y + at[u], value[u]);
+      value[u].store(y + at[u]);
     }
   });
 }

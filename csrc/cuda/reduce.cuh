@@ -21,7 +21,8 @@ inline int reduce_shared_bytes(const TwoPassPlan& plan, Layout layout) {
 }
 
 // Sums value[k] over the rows of the block. Thread i < columns * kChannels receives the total of
-// channel i of the tile, the others nothing of use. Every thread must call.
+// channel i of the tile, the others nothing of use. Every thread must call, and between two calls
+// there must be a barrier.
 template <int kChannels>
 __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns) {
   const int t = static_cast<int>(threadIdx.x), lane = t % kWarp, warp = t / kWarp;
@@ -48,7 +49,6 @@ __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns)
       total.b += part.b;
     }
   }
-  __syncthreads();  // the next call writes there
   return total;
 }
 
@@ -79,6 +79,7 @@ __device__ __forceinline__ bool tile_sum(Pair (&value)[Walk::kChannels], const W
   const Workspace<Pair> of_tile =
       Workspace<Pair>(exchange.partials) + walk.tile * plan.chunks * channels;
   if (t < channels) of_tile[walk.chunk * channels + t] = *total;
+  // Its barriers also part the two calls of block_sum.
   if (!last_to_arrive(exchange.ticket + walk.tile, plan.chunks)) return false;
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) value[k] = {0, 0};

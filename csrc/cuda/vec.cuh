@@ -21,44 +21,42 @@ struct AccOf<double> {
 template <typename T>
 using Acc = typename AccOf<T>::type;
 
-// kWidth values from p in one access; p is a multiple of kWidth * sizeof(T) bytes.
-template <int kWidth, typename T>
-__device__ __forceinline__ void load(const T* p, Acc<T> (&out)[kWidth]) {
+// kWidth values as they lie in memory, in one access; p is a multiple of kWidth * sizeof(T) bytes.
+// 16-bit values take half the registers so, until each is computed with.
+template <typename T, int kWidth>
+class Values {
+ public:
   static_assert(kWidth == 1 || kWidth * sizeof(T) == 16, "one access of 16 bytes, or one value");
-  union Values {
-    Bytes<kWidth * sizeof(T)> bytes;
-    T value[kWidth];
-    __device__ Values() {}
-  } u;
-  u.bytes = load_bytes<kWidth * sizeof(T)>(p);
-#pragma unroll
-  for (int v = 0; v < kWidth; ++v) out[v] = static_cast<Acc<T>>(u.value[v]);
-}
 
-// Rounds to T, once.
-template <int kWidth, typename T>
-__device__ __forceinline__ void store(T* p, const Acc<T> (&value)[kWidth]) {
-  union Values {
-    Bytes<kWidth * sizeof(T)> bytes;
-    T value[kWidth];
-    __device__ Values() {}
-  } u;
-#pragma unroll
-  for (int v = 0; v < kWidth; ++v) u.value[v] = static_cast<T>(value[v]);
-  store_bytes<kWidth * sizeof(T)>(p, u.bytes);
-}
+  __device__ __forceinline__ Values() {}
+  __device__ __forceinline__ void load(const T* p) { bytes_ = load_bytes<kWidth * sizeof(T)>(p); }
+  __device__ __forceinline__ void store(T* p) const { store_bytes<kWidth * sizeof(T)>(p, bytes_); }
+
+  __device__ __forceinline__ Acc<T> operator[](int v) const {
+    return static_cast<Acc<T>>(value_[v]);
+  }
+  // Rounds to T, once.
+  __device__ __forceinline__ void set(int v, Acc<T> value) { value_[v] = static_cast<T>(value); }
+
+ private:
+  union {
+    Bytes<kWidth * sizeof(T)> bytes_;
+    T value_[kWidth];
+  };
+};
 
 template <typename T>
 __device__ __forceinline__ Acc<T> load_one(const T* p) {
-  Acc<T> value[1];
-  load<1>(p, value);
+  Values<T, 1> value;
+  value.load(p);
   return value[0];
 }
 
 template <typename T>
 __device__ __forceinline__ void store_one(T* p, Acc<T> value) {
-  const Acc<T> values[1] = {value};
-  store<1>(p, values);
+  Values<T, 1> rounded;
+  rounded.set(0, value);
+  rounded.store(p);
 }
 
 // False for infinities and NaN.

@@ -1,5 +1,6 @@
-// Supplies for ordinary host compilers what csrc/cuda/platform.cuh and CUDA's own headers supply for
-// nvcc, so that kernels and the code that launches them run on the CPU, one fibre per CUDA thread.
+// Supplies for ordinary host compilers what csrc/cuda/platform.cuh and CUDA's own headers supply
+// for nvcc, so that kernels and the code that launches them run on the CPU, one fibre per CUDA
+// thread.
 //
 // What is checked on the way (races, barriers, masks, bounds, ...) comes back as reports:
 // emulator/harness.h. Everything runs in one operating-system thread.

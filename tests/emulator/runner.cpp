@@ -88,6 +88,7 @@ RUNNER_API bool runner_begin(const char* architecture, int multiprocessors, uint
   c10::SetCPUAllocator(&allocator, /*priority=*/100);
   emulator::reset();
   emulator::set_seed(seed);
+  emulator::set_shuffles_order_memory(false);  // as CUDA promises, no more
   Session& s = session();
   for (void* block : s.freed) std::free(block);
   s.freed.clear();

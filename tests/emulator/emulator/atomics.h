@@ -44,16 +44,17 @@ struct AtomicTarget<bnorm_ext::cuda::Distributed<T>>
 template <typename T>
 struct AtomicTarget<bnorm_ext::cuda::Workspace<T>> : AtomicClass<bnorm_ext::cuda::Workspace<T>> {};
 
-// The value before; `update` returns the one after. An unchanged value counts as written, except
-// where `writes_if_changed`: a compare-and-swap that fails publishes nothing.
+// The value before; `update` returns the one after. It clears its second argument where it writes
+// nothing, as a compare-and-swap that fails: that publishes nothing either.
 template <typename Pointer, typename Update>
-typename AtomicTarget<Pointer>::Type atomic(const Pointer& p, Update update, bool wrote = true) {
+typename AtomicTarget<Pointer>::Type atomic(const Pointer& p, Update update) {
   using T = typename AtomicTarget<Pointer>::Type;
   const Place place = AtomicTarget<Pointer>::place(p);
   void* memory = atomic_begin(place, sizeof(T));
   if (memory == nullptr) return T{};
   T before;
   std::memcpy(&before, memory, sizeof(T));
+  bool wrote = true;
   const T after = update(before, wrote);
   if (wrote) std::memcpy(memory, &after, sizeof(T));
   atomic_end(place, sizeof(T), wrote);
@@ -63,24 +64,24 @@ typename AtomicTarget<Pointer>::Type atomic(const Pointer& p, Update update, boo
 }  // namespace detail
 }  // namespace emulator
 
-#define EMULATOR_ATOMIC(name, expression)                                             \
-  template <typename Pointer>                                                         \
-  typename emulator::detail::AtomicTarget<Pointer>::Type name(                        \
-      Pointer p, typename emulator::detail::AtomicTarget<Pointer>::Type value) {      \
-    using T = typename emulator::detail::AtomicTarget<Pointer>::Type;                 \
-    return emulator::detail::atomic(                                                  \
-        p, [value](T before, bool&) { return static_cast<T>(expression); });          \
+#define EMULATOR_ATOMIC(name, expression)                                        \
+  template <typename Pointer>                                                    \
+  typename emulator::detail::AtomicTarget<Pointer>::Type name(                   \
+      Pointer p, typename emulator::detail::AtomicTarget<Pointer>::Type value) { \
+    using T = typename emulator::detail::AtomicTarget<Pointer>::Type;            \
+    return emulator::detail::atomic(                                             \
+        p, [value](T before, bool&) { return static_cast<T>(expression); });     \
   }
 // Signed sums wrap around as the hardware's do.
-EMULATOR_ATOMIC(atomicAdd, static_cast<unsigned long long>(before) +
-                               static_cast<unsigned long long>(value))
-EMULATOR_ATOMIC(atomicSub, static_cast<unsigned long long>(before) -
-                               static_cast<unsigned long long>(value))
+EMULATOR_ATOMIC(atomicAdd,
+                static_cast<unsigned long long>(before) + static_cast<unsigned long long>(value))
+EMULATOR_ATOMIC(atomicSub,
+                static_cast<unsigned long long>(before) - static_cast<unsigned long long>(value))
 EMULATOR_ATOMIC(atomicExch, (static_cast<void>(before), value))
 EMULATOR_ATOMIC(atomicMin, value < before ? value : before)
 EMULATOR_ATOMIC(atomicMax, before < value ? value : before)
 EMULATOR_ATOMIC(atomicOr, before | value)
-EMULATOR_ATOMIC(atomicAnd, before & value)
+EMULATOR_ATOMIC(atomicAnd, before& value)
 EMULATOR_ATOMIC(atomicXor, before ^ value)
 EMULATOR_ATOMIC(atomicInc, before >= value ? 0 : before + 1)
 EMULATOR_ATOMIC(atomicDec, before == 0 || before > value ? value : before - 1)

@@ -74,17 +74,21 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return emulator::detail::vote(emulator::detail::Where::kBallot, mask, predicate);
 }
 inline int __any_sync(unsigned mask, int predicate) {
-  return static_cast<int>(
-      emulator::detail::vote(emulator::detail::Where::kAny, mask, predicate));
+  return static_cast<int>(emulator::detail::vote(emulator::detail::Where::kAny, mask, predicate));
 }
 inline int __all_sync(unsigned mask, int predicate) {
-  return static_cast<int>(
-      emulator::detail::vote(emulator::detail::Where::kAll, mask, predicate));
+  return static_cast<int>(emulator::detail::vote(emulator::detail::Where::kAll, mask, predicate));
 }
-inline unsigned __activemask() { return emulator::detail::active_mask(); }
+inline unsigned __activemask() {
+  return emulator::detail::active_mask();
+}
 
-inline void __threadfence() { emulator::detail::fence(true); }
-inline void __threadfence_block() { emulator::detail::fence(false); }
+inline void __threadfence() {
+  emulator::detail::fence(true);
+}
+inline void __threadfence_block() {
+  emulator::detail::fence(false);
+}
 
 template <typename T>
 T __ldg(const T* p) {

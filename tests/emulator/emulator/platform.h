@@ -38,22 +38,32 @@ template <typename T>
 inline void async_copy16(Shared<T> to, const void* from) {
   emulator::detail::async_copy(to.block(), to.byte(), from);
 }
-inline void async_commit() { emulator::detail::async_commit(); }
+inline void async_commit() {
+  emulator::detail::async_commit();
+}
 template <int kPending>
 inline void async_wait() {
   emulator::detail::async_wait(kPending);
 }
 
-inline unsigned cluster_rank() { return emulator::detail::cluster_rank(); }
-inline unsigned cluster_size() { return emulator::detail::cluster_size(); }
-inline void cluster_sync() { emulator::detail::cluster_barrier(); }
+inline unsigned cluster_rank() {
+  return emulator::detail::cluster_rank();
+}
+inline unsigned cluster_size() {
+  return emulator::detail::cluster_size();
+}
+inline void cluster_sync() {
+  emulator::detail::cluster_barrier();
+}
 
 template <typename T>
 inline Distributed<T> in_block(Shared<T> p, unsigned rank) {
   return {emulator::detail::block_in_cluster(rank), p.byte()};
 }
 
-inline void grid_sync() { emulator::detail::grid_barrier(); }
+inline void grid_sync() {
+  emulator::detail::grid_barrier();
+}
 
 }  // namespace cuda
 }  // namespace bnorm_ext

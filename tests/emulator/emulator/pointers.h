@@ -69,42 +69,38 @@ namespace cuda {
 
 // A byte offset into the shared memory of one block. Shared and Distributed differ in their types
 // only: both know their block.
-#define EMULATOR_SHARED_POINTER(Name)                                                            \
-  template <typename T>                                                                          \
-  class Name : public emulator::detail::Arithmetic<Name<T>> {                                    \
-   public:                                                                                       \
-    using Value = std::remove_const_t<T>;                                                        \
-    Name() = default;                                                                            \
-    Name(std::nullptr_t) : block_(nullptr), byte_(0) {}                                          \
-    Name(emulator::detail::Block* block, std::ptrdiff_t byte) : block_(block), byte_(byte) {}    \
-    Value read() const {                                                                         \
-      Value value;                                                                               \
-      emulator::detail::shared_read(block_, byte_, &value, sizeof(T));                           \
-      return value;                                                                              \
-    }                                                                                            \
-    void write(const Value& value) const {                                                       \
-      static_assert(!std::is_const<T>::value, "read-only");                                      \
-      emulator::detail::shared_write(block_, byte_, &value, sizeof(T));                          \
-    }                                                                                            \
-    Name offset(std::ptrdiff_t n) const {                                                        \
-      return {block_, byte_ + n * static_cast<std::ptrdiff_t>(sizeof(T))};                       \
-    }                                                                                            \
-    bool same(const Name& other) const {                                                         \
-      return block_ == other.block_ && byte_ == other.byte_;                                     \
-    }                                                                                            \
-    std::ptrdiff_t distance(const Name& other) const {                                           \
-      return (byte_ - other.byte_) / static_cast<std::ptrdiff_t>(sizeof(T));                     \
-    }                                                                                            \
-    emulator::detail::Block* block() const { return block_; }                                    \
-    std::ptrdiff_t byte() const { return byte_; }                                                \
-    emulator::detail::Place place() const {                                                      \
-      return {block_, static_cast<std::uintptr_t>(byte_)};                                       \
-    }                                                                                            \
-    explicit operator bool() const { return block_ != nullptr; }                                 \
-                                                                                                 \
-   private:                                                                                      \
-    emulator::detail::Block* block_;                                                             \
-    std::ptrdiff_t byte_;                                                                        \
+#define EMULATOR_SHARED_POINTER(Name)                                                              \
+  template <typename T>                                                                            \
+  class Name : public emulator::detail::Arithmetic<Name<T>> {                                      \
+   public:                                                                                         \
+    using Value = std::remove_const_t<T>;                                                          \
+    Name() = default;                                                                              \
+    Name(std::nullptr_t) : block_(nullptr), byte_(0) {}                                            \
+    Name(emulator::detail::Block* block, std::ptrdiff_t byte) : block_(block), byte_(byte) {}      \
+    Value read() const {                                                                           \
+      Value value;                                                                                 \
+      emulator::detail::shared_read(block_, byte_, &value, sizeof(T));                             \
+      return value;                                                                                \
+    }                                                                                              \
+    void write(const Value& value) const {                                                         \
+      static_assert(!std::is_const<T>::value, "read-only");                                        \
+      emulator::detail::shared_write(block_, byte_, &value, sizeof(T));                            \
+    }                                                                                              \
+    Name offset(std::ptrdiff_t n) const {                                                          \
+      return {block_, byte_ + n * static_cast<std::ptrdiff_t>(sizeof(T))};                         \
+    }                                                                                              \
+    bool same(const Name& other) const { return block_ == other.block_ && byte_ == other.byte_; }  \
+    std::ptrdiff_t distance(const Name& other) const {                                             \
+      return (byte_ - other.byte_) / static_cast<std::ptrdiff_t>(sizeof(T));                       \
+    }                                                                                              \
+    emulator::detail::Block* block() const { return block_; }                                      \
+    std::ptrdiff_t byte() const { return byte_; }                                                  \
+    emulator::detail::Place place() const { return {block_, static_cast<std::uintptr_t>(byte_)}; } \
+    explicit operator bool() const { return block_ != nullptr; }                                   \
+                                                                                                   \
+   private:                                                                                        \
+    emulator::detail::Block* block_;                                                               \
+    std::ptrdiff_t byte_;                                                                          \
   };
 EMULATOR_SHARED_POINTER(Shared)
 EMULATOR_SHARED_POINTER(Distributed)

@@ -13,23 +13,31 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-#define EMULATOR_VECTOR_TYPES(Name, Scalar)                                                    \
-  struct Name##1 {                                                                             \
-    Scalar x;                                                                                  \
-  };                                                                                           \
-  struct alignas(2 * sizeof(Scalar)) Name##2 {                                                 \
-    Scalar x, y;                                                                               \
-  };                                                                                           \
-  struct Name##3 {                                                                             \
-    Scalar x, y, z;                                                                            \
-  };                                                                                           \
-  struct alignas(4 * sizeof(Scalar) < 16 ? 4 * sizeof(Scalar) : 16) Name##4 {                  \
-    Scalar x, y, z, w;                                                                         \
-  };                                                                                           \
-  inline Name##1 make_##Name##1(Scalar x) { return {x}; }                                      \
-  inline Name##2 make_##Name##2(Scalar x, Scalar y) { return {x, y}; }                         \
-  inline Name##3 make_##Name##3(Scalar x, Scalar y, Scalar z) { return {x, y, z}; }            \
-  inline Name##4 make_##Name##4(Scalar x, Scalar y, Scalar z, Scalar w) { return {x, y, z, w}; }
+#define EMULATOR_VECTOR_TYPES(Name, Scalar)                                   \
+  struct Name##1 {                                                            \
+    Scalar x;                                                                 \
+  };                                                                          \
+  struct alignas(2 * sizeof(Scalar)) Name##2 {                                \
+    Scalar x, y;                                                              \
+  };                                                                          \
+  struct Name##3 {                                                            \
+    Scalar x, y, z;                                                           \
+  };                                                                          \
+  struct alignas(4 * sizeof(Scalar) < 16 ? 4 * sizeof(Scalar) : 16) Name##4 { \
+    Scalar x, y, z, w;                                                        \
+  };                                                                          \
+  inline Name##1 make_##Name##1(Scalar x) {                                   \
+    return {x};                                                               \
+  }                                                                           \
+  inline Name##2 make_##Name##2(Scalar x, Scalar y) {                         \
+    return {x, y};                                                            \
+  }                                                                           \
+  inline Name##3 make_##Name##3(Scalar x, Scalar y, Scalar z) {               \
+    return {x, y, z};                                                         \
+  }                                                                           \
+  inline Name##4 make_##Name##4(Scalar x, Scalar y, Scalar z, Scalar w) {     \
+    return {x, y, z, w};                                                      \
+  }
 EMULATOR_VECTOR_TYPES(char, signed char)
 EMULATOR_VECTOR_TYPES(uchar, unsigned char)
 EMULATOR_VECTOR_TYPES(short, short)

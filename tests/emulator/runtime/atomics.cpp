@@ -1,0 +1,92 @@
+// Atomics and fences, and the order that the two make together.
+//
+// A fence of thread A, then an atomic of A on F, then an atomic of B on F (or a chain of atomics on
+// F in between), then a fence of B: what A knew at its fence, B knows after its own. An atomic
+// alone orders nothing.
+#include <unordered_map>
+
+#include "machine.h"
+#include "memory.h"
+
+namespace emulator {
+namespace detail {
+namespace {
+
+// What the atomics on one address carried so far.
+struct Flag {
+  std::uint32_t generation = 0;  // of the block, for shared memory
+  KnownPtr released;
+};
+std::unordered_map<std::uintptr_t, Flag> flags;
+
+bool own_shared(Place place) {
+  return place.owner == current->block;
+}
+
+std::uintptr_t address_of(Place place) {
+  return place.owner == nullptr ? place.at
+                                : reinterpret_cast<std::uintptr_t>(place.owner->shared) + place.at;
+}
+
+}  // namespace
+
+void start_atomics() {
+  flags.clear();
+}
+
+void* atomic_begin(Place place, std::size_t bytes) {
+  yield();
+  const auto address = address_of(place);
+  if (place.at % bytes != 0) {
+    report("misaligned", "makes an atomic access of " + std::to_string(bytes) + " bytes at " +
+                             place_text(place.owner, place.at) +
+                             ", which is not a multiple of them");
+    return nullptr;
+  }
+  if (place.owner != nullptr) {
+    if (!check_shared(place.owner, static_cast<std::ptrdiff_t>(place.at), bytes, Access::kAtomic)) {
+      return nullptr;
+    }
+  } else if (!check_global(place.at, bytes, Access::kAtomic)) {
+    return nullptr;
+  }
+  return reinterpret_cast<void*>(address);
+}
+
+void atomic_end(Place place, std::size_t bytes, bool wrote) {
+  Thread& self = *current;
+  Extra& extra = self.more();
+  const bool own = own_shared(place);
+  const auto& fence = own ? extra.fence_block : extra.fence;
+  record(place.owner, place.at, bytes, Access::kAtomic, Epoch{self.key, self.clock},
+         fence != nullptr ? fence->clock : 0);
+
+  Flag& flag = flags[address_of(place)];
+  const std::uint32_t generation = place.owner == nullptr ? 0 : place.owner->generation;
+  if (flag.generation != generation) flag = Flag{generation, nullptr};
+  auto& pending = own ? extra.pending_block : extra.pending;
+  pending = join(pending, flag.released);
+  if (wrote && fence != nullptr) flag.released = join(flag.released, as_known(*fence, self));
+  ++self.clock;
+  yield();
+}
+
+void fence(bool whole_device) {
+  Thread& self = *current;
+  Extra& extra = self.more();
+  self.known = join(self.known, extra.pending_block);
+  extra.pending_block = nullptr;
+  if (whole_device) {
+    self.known = join(self.known, extra.pending);
+    extra.pending = nullptr;
+    if (extra.fence == nullptr) extra.fence = std::make_unique<Snapshot>();
+    take_snapshot(*extra.fence, self);
+  }
+  if (extra.fence_block == nullptr) extra.fence_block = std::make_unique<Snapshot>();
+  take_snapshot(*extra.fence_block, self);
+  ++self.clock;
+  yield();
+}
+
+}  // namespace detail
+}  // namespace emulator

@@ -1,0 +1,85 @@
+// Who accessed which bytes last: what finds races.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "clocks.h"
+
+namespace emulator {
+namespace detail {
+
+enum class Access : unsigned char {
+  kNone,
+  kRead,
+  kWrite,
+  kAtomic,
+  kCopy,      // an asynchronous copy that was waited for
+  kInFlight,  // one that was not
+};
+
+// Of 4 bytes, or of 1 where accesses of fewer than 4 were seen. Contents of another generation
+// (launch, or block for shared memory) count as none.
+struct Cell {
+  std::uint32_t generation = 0;
+  std::uint32_t readers = 0;  // index + 1 of a list, where readers do not form a chain
+  std::uint32_t split = 0;    // index + 1 of a group of 4 cells for the single bytes
+  Access wrote = Access::kNone;
+  Epoch write;
+  Epoch read;
+  std::uint64_t fence = 0;  // of an atomic: the clock of the fence before it
+};
+
+struct Conflict {
+  Access earlier = Access::kNone;  // kNone: there is no conflict
+  Access now = Access::kNone;
+  Epoch other;
+  std::ptrdiff_t byte = 0;  // offset of the first byte in conflict, from the access's first
+  bool unwritten = false;   // a read of bytes that nobody wrote in this generation
+};
+
+class Shadow {
+ public:
+  // Of `bytes` from the cell of offset 0 on: shared memory.
+  void resize(std::size_t bytes) { flat_.resize((bytes + 3) / 4); }
+
+  // Before a generation begins and none of the earlier ones will be asked about any more.
+  void forget();
+  // The same, and frees the memory.
+  void clear();
+
+  // Records the access of `bytes` bytes from `at` on; returns the first conflict with an earlier
+  // one. `fence`: of an atomic, the clock of the fence before it, or 0.
+  Conflict access(std::uint64_t at, std::size_t bytes, Access kind, const Epoch& now,
+                  const Thread& thread, std::uint32_t generation, std::uint64_t fence);
+
+ private:
+  struct Readers {
+    std::vector<Epoch> list;
+    std::uint64_t max_clock = 0;
+    bool one_block = true;
+  };
+
+  Cell& cell(std::uint64_t index);
+  void access_cell(Cell& cell, Access kind, const Epoch& now, const Thread& thread,
+                   std::uint64_t fence, Conflict& conflict);
+  void add_reader(Cell& cell, const Epoch& now, const Thread& thread);
+  const Epoch* unordered_reader(Cell& cell, const Thread& thread);
+  void split(Cell& cell);
+  std::uint32_t new_readers();
+
+  static constexpr std::uint64_t kPageCells = 1024;
+  std::vector<Cell> flat_;
+  std::unordered_map<std::uint64_t, std::unique_ptr<std::array<Cell, kPageCells>>> pages_;
+  std::uint64_t last_page_number_ = ~std::uint64_t{0};
+  std::array<Cell, kPageCells>* last_page_ = nullptr;
+  std::vector<Readers> readers_;  // kept from generation to generation, for their capacity
+  std::uint32_t used_readers_ = 0;
+  std::vector<std::array<Cell, 4>> splits_;
+};
+
+}  // namespace detail
+}  // namespace emulator
