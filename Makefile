@@ -4,6 +4,7 @@
 #   make demo                  compile, and train on real data, native batch norm against this one
 #   make test VENV=            the same in the current environment: python3 and the torch it has
 #   make test TORCH=torch==2.11.0 VENV=.venv-2.11        with another torch
+#   make bench                 measure it beside torch
 #   make mutants               whether the tests see CUDA kernels that were broken on purpose
 #   make gpu-check             what only a GPU can show
 #
@@ -33,14 +34,18 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: test test-all test-install demo build lint format cuda-build gpu-check mutants clean FORCE
+.PHONY: test test-all test-install demo build lint format cuda-build gpu-check mutants bench clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: build
+test-all: build mutants
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# Whether the tests see CUDA kernels that were broken on purpose (docs/kernels.md).
+mutants: build
+	$(PY) tests/emulator/mutants/run.py
 
 # The install matrix: sdist, clean environments, the messages that pip shows.
 test-install: build
@@ -76,6 +81,10 @@ cuda-build:
 	BNORM_EXT_CUDA=1 $(VENV_CUDA)/bin/python -m pip install \
 	    --verbose --no-build-isolation --no-deps --force-reinstall .
 	$(VENV_CUDA)/bin/python .ci/check_install.py
+
+# The microbenchmarks; `python -m bench --help` for all that they can do.
+bench: build $(STAMPS)/extra-bench
+	$(PY) -m bench
 
 # On a machine with a GPU; VENV= for the current environment, which needs no network then.
 gpu-check: $(if $(strip $(VENV)),$(STAMPS)/extra-test)

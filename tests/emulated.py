@@ -7,17 +7,19 @@ The library is compiled on first use into build/emulator/ and kept until a sourc
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import functools
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import Case, Results, accumulation_type
+from helpers import FORMATS, Case, Results, accumulation_type, assert_promise, case, normal
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,13 +39,19 @@ class Reported(AssertionError):
     """The emulator has found an error in a kernel or a launch."""
 
 
-def build(csrc: Path = CSRC, *, hosts: Path | None = None, sanitize: bool = False) -> Path:
+def build(
+    csrc: Path = CSRC,
+    *,
+    hosts: Path | None = None,
+    flags: Sequence[str] = FLAGS,
+    sanitize: bool = False,
+) -> Path:
     """The library with the operators of csrc/cuda/, compiled where something has changed.
 
     hosts: where the torch-facing files are taken from, if elsewhere.
     """
     torch_root = Path(torch.__file__).parent
-    flags = list(FLAGS)
+    flags = list(flags)
     for path in ("include", "include/torch/csrc/api/include"):
         flags += ["-isystem", str(torch_root / path)]
     hosts = hosts or csrc
@@ -148,8 +156,11 @@ def session(
         raise failed
 
 
-def run(c: Case, **where: Any) -> Results:
-    """Forward and backward of one case in the emulator; everything that came out, by name."""
+def run(c: Case, *, launches: Callable[[str], None] = lambda line: None, **where: Any) -> Results:
+    """Forward and backward of one case in the emulator; everything that came out, by name.
+
+    launches: called with a line for each launch.
+    """
     with session(**where) as s:
         x, dy, weight, bias = (s.copy(t) for t in (c.x, c.dy, c.weight, c.bias))
         running = [s.copy(t, inout=True) for t in (c.running_mean, c.running_var)]
@@ -178,13 +189,59 @@ def run(c: Case, **where: Any) -> Results:
                 *(None, *act, mask),
                 outputs=sizes,
             )
+    for line in s.launches:
+        launches(line)
     names = ["y", "dx", "dweight", "dbias", "running_mean", "running_var"]
     dx, _, dweight, dbias = gradients
     found = dict(zip(names, [y, dx, dweight, dbias, *running], strict=True))
     return {name: t.clone() for name, t in found.items() if t is not None}
 
 
-def seeds(function: Callable[[int], Any], count: int = 3) -> None:
-    """Calls function(seed) for several orders of threads and blocks."""
-    for seed in range(count):
-        function(seed)
+def sanitized_environment() -> dict[str, str]:
+    """In which a new Python process runs the kernels under address and undefined-behaviour
+    sanitizers."""
+    compiler = building.compiler() or "g++"
+    runtimes = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return os.environ | {
+        "BNORM_EXT_EMULATED_LIBRARY": str(build(sanitize=True)),
+        "LD_PRELOAD": " ".join(runtimes),
+        # Python itself leaks, and torch catches signals.
+        "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def main() -> None:
+    """One case from the command line; see docs/kernels.md."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("shape", help="N,C,...")
+    parser.add_argument("dtype", choices=["float64", "float32", "float16", "bfloat16"])
+    parser.add_argument("layout", choices=list(FORMATS))
+    parser.add_argument("--seed", type=int, default=0, help="of the order of threads and blocks")
+    parser.add_argument("--device", default="sm_80", help="sm_75, sm_80, sm_86, sm_90 or sm_120")
+    parser.add_argument("--multiprocessors", type=int, default=2)
+    parser.add_argument("--inference", action="store_true")
+    parser.add_argument("--sanitize", action="store_true", help="address, undefined behaviour")
+    options = parser.parse_args()
+    if options.sanitize and "BNORM_EXT_EMULATED_LIBRARY" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], sanitized_environment())
+    shape = tuple(int(size) for size in options.shape.split(","))
+    c = case(
+        normal(shape, seed=0, mean=0.5, std=2),
+        getattr(torch, options.dtype),
+        layout=options.layout,
+        training=not options.inference,
+    )
+    where = {"seed": options.seed, "device": options.device}
+    results = run(c, **where, multiprocessors=options.multiprocessors, launches=print)
+    for name, (ours, native) in assert_promise(c, ours=results).items():
+        print(f"{name:14} error {ours:6.2f} u, native on the CPU {native:6.2f} u")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import emulated
 import pytest
@@ -103,6 +106,31 @@ def test_absent_arguments(absent: tuple[str, ...], running: bool) -> None:
 def test_mean_far_from_zero(layout: str, mean: float) -> None:
     c = case(normal((4, 3, 16, 24), seed=3, mean=mean), torch.float32, layout=layout)
     assert_promise(c, ours=emulated.run(c), beside_native=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_cancels(layout: str) -> None:
+    """A mean that is a float costs y nothing, however large: x - mean is taken first."""
+    sign = torch.where(normal((4, 3, 16, 24), seed=5) > 0, 1.0, -1.0).flatten(2)
+    sign[..., ::2] = -sign[..., 1::2]
+    c = case(1e5 + sign.view(4, 3, 16, 24).double(), torch.float32, layout=layout)
+    y = emulated.run(c)["y"].double()
+    right = batch_norm_reference(c.x, None, None, c.weight, c.bias, True, 0, c.eps).y
+    scale = c.weight.double().abs() + c.bias.double().abs()
+    assert ((y - right).abs().amax((0, 2, 3)) < 4 * 2**-24 * scale).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_between_two_floats(layout: str) -> None:
+    """The mean of every batch of values rounds the same way: what that loses has to be mended."""
+    x = torch.full((4, 3, 16, 24), 1e5)
+    x[..., ::2] = torch.nextafter(torch.tensor(1e5), torch.tensor(torch.inf))
+    x = x.contiguous(memory_format=getattr(torch, layout, torch.contiguous_format))
+    with emulated.session() as s:
+        mean, var = (t.clone() for t in s.call("batch_norm_stats", s.copy(x)))
+    std = x.double().std(unbiased=False)
+    assert ((mean - x.double().mean()).abs() < 1e-6 * std).all()
+    torch.testing.assert_close(var.sqrt(), std.expand(3), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -233,6 +261,22 @@ def test_pieces_of_synchronised_training(dtype: torch.dtype, layout: str) -> Non
     assert_promise(c, ours=results)
 
 
+def test_merged_counter() -> None:
+    """The cumulative average reads the counter before it is incremented."""
+    with emulated.session() as s:
+        mean, var = torch.full((1, 4), 3.0).double(), torch.ones(1, 4).double()
+        running = [s.copy(torch.zeros(4), inout=True), s.copy(torch.ones(4), inout=True)]
+        counter = s.copy(torch.tensor(2), inout=True)
+        count = torch.tensor([8.0]).double()
+        s.call(
+            *("batch_norm_merge_stats", mean, var, count, *running, counter, None, 1e-5),
+            torch.float32,
+        )
+        found = running[0].clone(), counter.item()
+    torch.testing.assert_close(found[0], torch.ones(4))
+    assert found[1] == 3
+
+
 def test_launches_of_one_stream_share_their_tickets() -> None:
     """Many blocks per tile, three calls in one session: the tickets are back at zero each time."""
     c = made((8, 2, 32, 48), torch.float32, "contiguous")
@@ -255,3 +299,20 @@ def test_devices(device: str) -> None:
         for multiprocessors in (1, 8):
             results = emulated.run(c, device=device, multiprocessors=multiprocessors)
             assert_promise(c, ours=results)
+
+
+@pytest.mark.slow
+def test_sanitizers() -> None:
+    """Address and undefined-behaviour sanitizers have nothing to say of kernels and host code."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-m", "not slow", "-k", "odd or blocks or counter or synchronised or beyond"]
+    done = subprocess.run(
+        command,
+        env=emulated.sanitized_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parent.parent,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "runtime error" not in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What a call costs the host: its operators (bench/module_time.py has the time)."""
+"""What a call costs the host: its operators (`python -m bench.profile` has the time)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,217 @@
+"""What a measurement depends on besides the code: versions, hardware, memory and caches."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import functools
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bnorm_ext
+
+ROOT = Path(__file__).parent.parent
+FRESH_BYTES = 4 << 20  # outputs of this size and more come from the system in a cold run
+MADV_HUGEPAGE = 14  # Linux's mman.h
+# glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+VARIABLES = ("BNORM_EXT_", "OMP_", "MKL_", "KMP_", "GOMP_", "GLIBC_TUNABLES", "MALLOC_", "CUDA_",
+             "PYTORCH_", "TORCH", "LD_PRELOAD")  # fmt: skip
+
+
+@functools.cache
+def _libc() -> Any:
+    """glibc, or None where the C library is another one."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def fresh_outputs(fresh: bool) -> bool:
+    """Decides for the whole process whether large blocks are taken from the system each time and
+    given back when freed (True), or kept and used again. Left to itself, glibc does either, as the
+    order of calls has it. Returns whether the C library can be told.
+    """
+    libc = _libc()
+    if libc is None:
+        return False
+    told = libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # what is small is always used again
+    if not fresh:
+        return bool(told and libc.mallopt(M_MMAP_MAX, 0))
+    told = told and libc.mallopt(M_MMAP_THRESHOLD, FRESH_BYTES)
+    return bool(told and libc.mallopt(M_MMAP_MAX, 1 << 16))
+
+
+@contextlib.contextmanager
+def no_large_holes() -> Iterator[None]:
+    """Within, blocks of FRESH_BYTES and more are fresh for certain: malloc would first take what
+    lies free in its heap, left there by whatever ran before. That is held meanwhile, untouched.
+    """
+    libc, held = _libc(), []
+    if libc is not None:
+        libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+        libc.malloc.argtypes = libc.sbrk.argtypes = [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        for _ in range(1 << 14):
+            block = libc.malloc(FRESH_BYTES)
+            if not block:
+                break
+            held.append(block)
+            if block > libc.sbrk(0):  # not from the heap, which has no such hole any more
+                break
+    try:
+        yield
+    finally:
+        for block in held:
+            libc.free(block)
+
+
+def in_huge_pages(out: Tensor) -> Tensor:
+    """Asks for huge pages for memory that nobody has written yet, as bnorm_ext does for outputs."""
+    libc = _libc() if sys.platform == "linux" else None
+    if libc is not None and out.nbytes >= FRESH_BYTES:
+        huge = 2 << 20
+        first, last = -(-out.data_ptr() // huge), (out.data_ptr() + out.nbytes) // huge
+        if last >= first + 2:
+            size = ctypes.c_size_t((last - first) * huge)
+            libc.madvise(ctypes.c_void_p(first * huge), size, MADV_HUGEPAGE)
+    return out
+
+
+def _cache_bytes() -> int:
+    """Of the largest cache of the first core; 32 MB where the system does not say."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in "KM":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}[text[-1]])
+    return max(sizes, default=32 << 20)
+
+
+def cpu_flush_bytes() -> int:
+    """The buffer that is walked through before a cold call."""
+    return min(max(2 * _cache_bytes(), 16 << 20), 256 << 20)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Free on the GPU; physical on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resident(name: str) -> int:
+    """VmRSS, or VmHWM for its peak, of this process, in bytes. OSError where there is no such."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) << 10
+    raise OSError(name)
+
+
+def reset_peak() -> int:
+    """Has the peak start anew, with what is free given back; returns where it starts."""
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> str | None:
+    """Of the checkout; None outside of one."""
+    head = _output("git", "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{head}, with changes" if head and changed else head
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "last_level_cache_bytes": _cache_bytes(),
+        "memory_bytes": memory_bytes(torch.device("cpu")),
+        "huge_pages": _text("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "load_average_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        found["gpu"] = {
+            "name": p.name,
+            "capability": f"{p.major}.{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+            "memory_bytes": p.total_memory,
+            "l2_bytes": p.L2_cache_size,
+            query: _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        }
+    return found
+
+
+def header(device: torch.device, module: str, arguments: list[str]) -> dict[str, Any]:
+    """Who measured what, when and on what; the same for every tool of this package."""
+    info = bnorm_ext.build_info()
+    return {
+        "versions": {
+            "bnorm_ext": bnorm_ext.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+            "compiler": info["compiler"],
+            "cpu_capability": info["cpu_capability"],
+            "cuda_archs": info["archs"],
+        },
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", module, *arguments]),
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "machine": _hardware(device),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            # Paths say nothing about speed, and the file may be published.
+            if name.startswith(VARIABLES) and "/" not in value
+        },
+    }

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Every measurement that the README quotes, on a machine that does nothing else: about ten minutes.
+#
+#   bench/record.sh [PYTHON [DEVICE]]      writes bench/results/DEVICE-*.json, .png and .txt
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+device=${2:-$("$python" -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")}
+results=bench/results/$device
+export PYTHONUNBUFFERED=1
+
+record() { # NAME ARGUMENTS...
+    local to=$results-$1
+    shift
+    "$python" -m bench --device "$device" "$@" --json "$to.json" | tee "$to.txt"
+}
+
+record quick --plot "$results-quick.png"
+record resnet50 --suite resnet50 --provider bnorm_ext torch --time-budget 120 \
+    --plot "$results-resnet50.png"
+record sweep-spatial --suite sweep-spatial --provider bnorm_ext torch --cache both --time-budget 90 \
+    --plot "$results-sweep-spatial.png"
+record large --shape 32,64,56,56 --provider bnorm_ext torch torch.compile --cache both \
+    --pass fwd eval bwd fwd+bwd --time-budget 60
+"$python" -m bench.train --device "$device" --model resnet18 --json "$results-train.json" |
+    tee "$results-train.txt"
+"$python" -m bench.profile --device "$device" --shape 32,64,56,56 2>/dev/null |
+    tee "$results-profile.txt"

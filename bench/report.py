@@ -1,0 +1,217 @@
+"""Rows as a table, as JSON, and as progress while they come."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .providers import BASELINE
+from .run import COPY, Row
+
+SHORT = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def case_key(row: Row) -> tuple:
+    """What rows of the same measurement have in common."""
+    fields = ("device", "cache", "dtype", "layout", "op", "pass")
+    return tuple(row["shape"]), *(row[name] for name in fields)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def number(us: float) -> str:
+    """Microseconds in four digits."""
+    return f"{us:,.0f}" if us >= 1000 else f"{us:.4g}"
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Providers in the order of the rows; those that no case could run are left out."""
+    timed = {r["provider"] for r in rows if r["median_us"] is not None}
+    return [p for p in dict.fromkeys(r["provider"] for r in rows) if p in timed and p != COPY]
+
+
+def _cell(row: Row | None, notes: dict[str, str]) -> str:
+    if row is None:
+        return "-"
+    if row["correct"] is None:
+        return "-" + notes[row["reason"]]
+    if not row["correct"]:
+        return "wrong" + notes[row["reason"]]
+    return number(row["median_us"]) + ("~" if row["noisy"] else "")
+
+
+def subject(rows: Sequence[Row]) -> str:
+    """Whose GB/s, fraction and ratio the table shows: the first that is not the baseline."""
+    found = columns(rows)
+    return next((p for p in found if p != BASELINE), BASELINE)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per case, then geometric means and what the marks mean."""
+    if not rows:
+        return "Nothing was measured."
+    shown, chosen = columns(rows), subject(rows)
+    cases: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(case_key(row), {})[row["provider"]] = row
+    reasons = [r["reason"] for r in rows if r["reason"] and r["provider"] in shown]
+    notes = {text: f"[{i}]" for i, text in enumerate(dict.fromkeys(reasons), 1)}
+    names = ["shape", "dtype", "layout", "op", "pass", "cache", *(f"{p}, us" for p in shown)]
+    lines = [[*names, "copy, us", "GB/s", "% of copy", "ratio"]]
+    for key, found in cases.items():
+        shape, _, cache, dtype, layout, op, pass_ = key
+        copy, mine = found.get(COPY), found.get(chosen)
+        line = ["x".join(map(str, shape)), SHORT[dtype], layout, op, pass_, cache]
+        line += [_cell(found.get(p), notes) for p in shown]
+        line.append(number(copy["median_us"]) if copy else "-")
+        if mine and mine["correct"]:
+            ratio = "-" if mine["ratio"] is None else f"{mine['ratio']:.2f}"
+            fraction = mine["copy_fraction"]
+            line += [f"{mine['gbps']:.1f}", "-" if fraction is None else f"{100 * fraction:.0f}"]
+            line.append(ratio + ("~" if mine["noisy"] else ""))
+        else:
+            line += ["-"] * 3
+        lines.append(line)
+    text = [*aligned(lines, left=6), "", f"GB/s, % of copy and ratio are {chosen}'s."]
+    text += ["", *_means(rows, shown)]
+    text += ["", *_legend(rows, notes)]
+    return "\n".join(text).rstrip()
+
+
+def aligned(lines: list[list[str]], left: int) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return [text[0], "-" * max(map(len, text)), *text[1:]]
+
+
+def _means(rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
+    """Of ratios to the baseline by provider and pass; of what is right and was timed."""
+    passes = list(dict.fromkeys(r["pass"] for r in rows))
+    lines = [[f"geometric mean, {BASELINE} / provider", *passes, "all", "% of copy", "cases"]]
+    for provider in shown:
+        mine = [r for r in rows if r["provider"] == provider and r["ratio"] is not None]
+        groups = [[r["ratio"] for r in mine if r["pass"] == p] for p in passes]
+        groups.append([r["ratio"] for r in mine])
+        line = [provider, *(f"{geometric_mean(g):.2f}" if g else "-" for g in groups)]
+        fractions = [r["copy_fraction"] for r in mine if r["copy_fraction"] is not None]
+        line.append(f"{100 * geometric_mean(fractions):.0f}" if fractions else "-")
+        lines.append([*line, str(len(mine))])
+    return aligned(lines, left=1)
+
+
+def _legend(rows: Sequence[Row], notes: dict[str, str]) -> list[str]:
+    lines = []
+    if any(r["noisy"] for r in rows):
+        lines.append("~  the two halves of the samples differ by more than the claimed difference")
+    if any(r["launch_gaps"] for r in rows):
+        gaps = {case_key(r) for r in rows if r["launch_gaps"]}
+        lines.append(f"in {len(gaps)} cases the host was too slow: gaps between launches are timed")
+    lines += [f"{mark} {text}" for text, mark in notes.items()]
+    shown = columns(rows)
+    absent: dict[str, str] = {}
+    for row in rows:
+        if row["provider"] not in shown and row["reason"]:
+            absent.setdefault(row["provider"], row["reason"])
+    return lines + [f"unavailable: {name}: {reason}" for name, reason in absent.items()]
+
+
+def check_folder(path: Path | None, what: str) -> None:
+    if path is not None and not path.resolve().parent.is_dir():
+        raise ValueError(f"{what} {path}: there is no folder {path.parent}")
+
+
+def threads_of(header: dict[str, Any]) -> str:
+    return f"{header['threads']} thread{'s' if header['threads'] > 1 else ''}"
+
+
+def title(header: dict[str, Any]) -> str:
+    """What was measured where, for the head of a table."""
+    v = header["versions"]
+    threads = f", {threads_of(header)}" if header["device"] == "cpu" else ""
+    text = (
+        f"{header['device_name']}{threads}; torch {v['torch']}, bnorm_ext {v['bnorm_ext']}, "
+        f"commit {header['commit']}, {header['date'][:10]}; {header['command']}"
+    )
+    return textwrap.fill(text, 110, break_on_hyphens=False)
+
+
+def write_json(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Whole or not at all: an interruption leaves no half of a file."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    text = f'{{"header": {json.dumps(header, indent=1)},\n"rows": [\n{lines}\n]}}\n'
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Raises ValueError, with one line, where it is not such a file."""
+    try:
+        content = json.loads(path.read_text())
+        header, rows = content["header"], content["rows"]
+        for row in rows:
+            case_key(row), row["provider"], row["median_us"]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a file that --json wrote") from None
+    return header, rows
+
+
+class Progress:
+    """On a terminal a bar (tqdm, where installed); else a line for each step. All on stderr."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.done = total, 0
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=total, desc=what, unit="case", dynamic_ncols=True)
+
+    def step(self, text: str) -> None:
+        self.done += 1
+        if self._bar is None:
+            width = len(str(self.total))
+            print(f"[{self.done:{width}}/{self.total}] {text}", file=sys.stderr, flush=True)
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def one_line(case: object, rows: Sequence[Row]) -> str:
+    """A case and its times, for the progress."""
+    times = [
+        f"{r['provider']} {number(r['median_us'])}" for r in rows if r["median_us"] is not None
+    ]
+    return f"{case}: {', '.join(times)} us"

@@ -1,0 +1,263 @@
+"""From cases and providers to rows: gate, measurement, figures."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import machine
+from .cases import DTYPES, Case, ImpossibleCase, bytes_floor, ceiling, ceiling_bytes
+from .correct import CHECKED, Inputs, Results, make_inputs, reference, wrong
+from .measure import CpuTimer, CudaTimer, Sampled, Stats, Timer, Work, sample, within_noise
+from .providers import BASELINE, Layer, Provider, Unavailable, first_line
+
+COPY = "copy"  #: stands where a provider's name does, for the ceiling
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of the gate on one provider: `correct` None where it could not run."""
+
+    correct: bool | None
+    reason: str | None = None
+
+
+def check_memory(case: Case, device: torch.device, providers: int) -> None:
+    """Raises ImpossibleCase where tensors and float64 reference would not fit."""
+    elements = math.prod(case.shape)
+    needed = elements * (8 * 8 + DTYPES[case.dtype].itemsize * (4 + 2 * providers))
+    there = machine.memory_bytes(device)
+    if needed > 0.8 * there:
+        raise ImpossibleCase(
+            f"{case}: needs about {needed / 1e9:.1f} GB, and there are {there / 1e9:.1f}"
+        )
+
+
+def _leaves(i: Inputs, *, gradients: bool) -> tuple[Tensor, Tensor | None]:
+    x = i.x.detach().requires_grad_(gradients)
+    return x, None if i.residual is None else i.residual.detach().requires_grad_(gradients)
+
+
+def _given(layer: Layer, x: Tensor) -> Tensor:
+    """What forward gets: x, or a copy where it is going to be overwritten."""
+    return x.clone() if layer.consumes_input else x
+
+
+def _gradients(layer: Layer, y: Tensor, x: Tensor, r: Tensor | None, dy: Tensor, keep: bool) -> Any:
+    to = [t for t in (x, r, layer.weight, layer.bias) if t is not None]
+    return torch.autograd.grad(y, to, dy, retain_graph=keep)
+
+
+def results(layer: Layer, case: Case, i: Inputs) -> Results:
+    """What one pass computes, by name."""
+    x, r = _leaves(i, gradients=case.training)
+    with torch.set_grad_enabled(case.training):
+        y = layer.forward(_given(layer, x), r)
+    found = {"y": y.detach()}
+    found |= zip(("running_mean", "running_var"), map(torch.clone, layer.buffers()), strict=True)
+    if "bwd" in case.pass_:
+        names = ["dx", *["dresidual"] * (r is not None), "dweight", "dbias"]
+        found |= zip(names, _gradients(layer, y, x, r, i.dy, False), strict=True)
+    return {name: t for name, t in found.items() if name in CHECKED[case.pass_]}
+
+
+def gate(case: Case, i: Inputs, provider: Provider, right: Any) -> Verdict:
+    """Runs a provider once and compares."""
+    try:
+        error = wrong(results(provider.layer(case, i), case, i), right)
+    except Unavailable as why:
+        return Verdict(None, str(why))
+    except Exception as why:  # whatever another package raises is a reason, not our end
+        return Verdict(None, first_line(why))
+    return Verdict(error is None, error)
+
+
+def work(provider: Provider, case: Case, i: Inputs) -> Work:
+    """The call that is timed."""
+    layer = provider.layer(case, i)
+    x, r = _leaves(i, gradients=case.training)
+    given = x
+
+    def refresh() -> None:
+        nonlocal given
+        given = _given(layer, x)
+
+    if case.pass_ == "eval":
+
+        def inference() -> Tensor:
+            with torch.no_grad():
+                return layer.forward(given, r)
+
+        return Work(provider.name, inference, refresh)
+    if case.pass_ == "fwd":
+        return Work(provider.name, lambda: layer.forward(given, r), refresh)
+    if case.pass_ == "fwd+bwd":
+
+        def step() -> tuple[Tensor, Any]:
+            y = layer.forward(given, r)
+            return y, _gradients(layer, y, x, r, i.dy, False)
+
+        return Work(provider.name, step, refresh)
+    y = layer.forward(_given(layer, x), r)
+
+    def again() -> None:
+        nonlocal y
+        if layer.consumes_input:  # and backward overwrites what forward has left
+            y = layer.forward(_given(layer, x), r)
+
+    return Work(provider.name, lambda: _gradients(layer, y, x, r, i.dy, True), again)
+
+
+def copy_work(case: Case, i: Inputs) -> Work:
+    """The ceiling. Its outputs are allocated, and live, as a provider's."""
+    sources = itertools.cycle((i.x, i.dy))
+    calls = [
+        functools.partial(_copy, (source,) if name == "clone" else (i.x, i.dy))
+        for name, source in zip(ceiling(case), sources, strict=False)
+    ]
+    return Work(COPY, lambda: [call() for call in calls])
+
+
+def _copy(sources: tuple[Tensor, ...]) -> Tensor:
+    if sources[0].is_cuda:
+        return sources[0].clone() if len(sources) == 1 else sources[0] + sources[1]
+    out = machine.in_huge_pages(torch.empty_like(sources[0]))
+    return out.copy_(sources[0]) if len(sources) == 1 else torch.add(*sources, out=out)
+
+
+def _round(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def make_row(
+    case: Case,
+    where: Row,
+    provider: str,
+    verdict: Verdict,
+    sampled: Sampled,
+    base: Stats | None,
+) -> Row:
+    """One object of `rows` in the JSON. `base`: the baseline's times, None where it is wrong."""
+    stats, copy = sampled.stats.get(provider), sampled.stats.get(COPY)
+    moved = ceiling_bytes(case) if provider == COPY else bytes_floor(case)
+    row: Row = {
+        **where,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "shape": list(case.shape),
+        "op": case.op,
+        "pass": case.pass_,
+        "provider": provider,
+        **dict.fromkeys(("median_us", "p10_us", "p90_us")),
+        "bytes_floor": moved,
+        **dict.fromkeys(("gbps", "copy_fraction")),
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        **dict.fromkeys(("ratio", "noisy", "first_half_us", "second_half_us", "rounds")),
+        "page_faults": sampled.faults.get(provider),
+        "launch_gaps": sampled.gaps,
+        "count": case.count,
+        "layer": case.layer,
+    }
+    if stats is None:
+        return row
+    gbps = moved / stats.median / 1e3
+    row |= {
+        "median_us": _round(stats.median, 6),
+        "p10_us": _round(stats.p10, 6),
+        "p90_us": _round(stats.p90, 6),
+        "gbps": _round(gbps),
+        "first_half_us": _round(stats.first_half, 6),
+        "second_half_us": _round(stats.second_half, 6),
+        "rounds": stats.rounds,
+    }
+    if copy is not None:
+        row["copy_fraction"] = _round(gbps / (ceiling_bytes(case) / copy.median / 1e3))
+    if verdict.correct:
+        row |= compared(stats, base, provider)
+    return row
+
+
+def compared(mine: Stats, base: Stats | None, provider: str) -> Row:
+    """How many times faster than the baseline, and whether that is more than noise."""
+    if base is None:
+        return {}
+    noisy = None if provider == BASELINE else within_noise(mine, base)
+    return {"ratio": _round(base.median / mine.median), "noisy": noisy}
+
+
+def _timer(device: torch.device, cache: str) -> Timer:
+    return CudaTimer(cache, device) if device.type == "cuda" else CpuTimer(cache)
+
+
+def measure(
+    cases: Sequence[Case],
+    providers: Sequence[Provider],
+    device: torch.device,
+    caches: Sequence[str],
+    seconds: float,
+) -> Iterator[tuple[Case, list[Row]]]:
+    """The rows of each case as they are there. The seconds are spread over what is left to do."""
+    end = time.perf_counter() + seconds
+    left = len(cases) * len(caches)
+    for cache in caches:
+        timer = _timer(device, cache)
+        where = {
+            "device": device.type,
+            "device_name": machine.device_name(device),
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "cache": cache,
+        }
+        for _, group in itertools.groupby(cases, key=lambda c: c.group):
+            members = list(group)
+            inputs, verdicts = _gated(members, providers, device)
+            for case in members:
+                works = [copy_work(case, inputs)]
+                for p in providers:
+                    key = case.pass_, p.name
+                    if verdicts[key].correct is None:
+                        continue
+                    try:
+                        works.append(_tried(work(p, case, inputs)))
+                    except Exception as why:  # what runs once need not run again
+                        verdicts[key] = Verdict(None, first_line(why))
+                timed = sample(works, timer, (end - time.perf_counter()) / left)
+                left -= 1
+                right = verdicts.get((case.pass_, BASELINE), Verdict(None)).correct
+                base = timed.stats.get(BASELINE) if right else None
+                rows = [make_row(case, where, COPY, Verdict(None), timed, base)]
+                for p in providers:
+                    said = verdicts[case.pass_, p.name]
+                    rows.append(make_row(case, where, p.name, said, timed, base))
+                del works
+                yield case, rows
+
+
+def _tried(w: Work) -> Work:
+    for _ in range(2):
+        w.prepare()
+        w.call()
+    return w
+
+
+def _gated(
+    cases: Sequence[Case], providers: Sequence[Provider], device: torch.device
+) -> tuple[Inputs, dict[tuple[str, str], Verdict]]:
+    """The tensors that these cases share, and what the gate says of (pass, provider)."""
+    inputs = make_inputs(cases[0], device)
+    verdicts = {}
+    # Training first: it decides where dy is 0.
+    for case in sorted(cases, key=lambda c: not c.training):
+        right = reference(case, inputs, training=case.training)
+        for provider in providers:
+            verdicts[case.pass_, provider.name] = gate(case, inputs, provider, right)
+    return inputs, verdicts

@@ -1,0 +1,273 @@
+"""`python -m bench.train`: a training step end to end, with torch's batch norm and with ours.
+
+Variants: native (nn.BatchNorm2d), converted (bnorm_ext.convert_batchnorm), fused (activation and
+addition taken into it too). All start from the same weights and take the same step in turn, so
+that whatever else the machine does slows all alike. images/s: batch over the median step. Peak
+memory: of one step, over what was there before it. Share: of batch norm (and what is fused with
+it) in the time of the operators of one profiled step, forward and backward; on CUDA, of kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import bnorm_ext
+
+from . import machine, nets, report
+from .__main__ import Parser, device_of, listed
+from .measure import Stats, describe, within_noise
+from .providers import Unavailable, first_line
+
+WARM_UP, MIN_STEPS = 2, 5
+BATCH_NORM = ("batch_norm", "batchnorm")  # in the names of operators and autograd nodes
+
+
+def convert(variant: str, model: nn.Module) -> nn.Module:
+    """A copy of the model in that variant; raises Unavailable where there is none."""
+    model = copy.deepcopy(model)
+    if variant == "native":
+        return model
+    if variant == "converted":
+        return bnorm_ext.convert_batchnorm(model)
+    fuse: Callable[[nn.Module], nn.Module] | None = getattr(bnorm_ext, "fuse_batchnorm_act", None)
+    if fuse is None:
+        raise Unavailable("fused operations are not there yet: no bnorm_ext.fuse_batchnorm_act")
+    return fuse(model)
+
+
+VARIANTS = ("native", "converted", "fused")
+
+
+@dataclass
+class Run:
+    """One variant's model and what was measured of it."""
+
+    name: str
+    step: Callable[[], None]
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    share: float | None = None
+
+
+def make_step(
+    model: nn.Module, images: Tensor, labels: Tensor, *, amp: bool, compiled: bool
+) -> Callable[[], None]:
+    """Forward, loss, backward, SGD; ends when the device is done."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    device = images.device.type
+    dtype = torch.bfloat16 if device == "cpu" else torch.float16
+    scaler = torch.amp.GradScaler(device, enabled=amp and dtype == torch.float16)
+    call: Any = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype, enabled=amp):
+            loss = F.cross_entropy(call(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
+    """Of one step, over what was there before; None where the system does not say."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        before = machine.reset_peak()
+        step()
+        return machine.resident("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _is_batch_norm(name: str) -> bool:
+    return any(part in name.lower() for part in BATCH_NORM)
+
+
+def share(step: Callable[[], None], device: torch.device) -> float:
+    """Of batch norm in a step, 0 to 1: outermost operators of that name over all outermost ones."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        step()
+    return share_of(profiler.events(), on_device=device.type == "cuda")
+
+
+def share_of(events: Sequence[Any], *, on_device: bool) -> float:
+    """Of profiler events. What lies within a batch norm counts as batch norm, once."""
+
+    def own(event: Any) -> float:
+        if on_device:
+            return event.self_device_time_total
+        return event.self_cpu_time_total
+
+    mine = everything = 0.0
+    for event in events:
+        if str(event.device_type).endswith("CUDA"):
+            continue  # kernels are counted with the operators that launched them
+        ancestor = event
+        while ancestor is not None and not _is_batch_norm(ancestor.name):
+            ancestor = ancestor.cpu_parent
+        everything += own(event)
+        mine += own(event) if ancestor is not None else 0
+    return mine / everything if everything else 0.0
+
+
+def measure(runs: Sequence[Run], device: torch.device, seconds: float, say: Callable) -> None:
+    """Fills the runs; steps are taken in turns until the time is up."""
+    for run in runs:
+        for _ in range(WARM_UP):
+            run.step()
+        run.peak_bytes = peak_bytes(run.step, device)
+        run.share = share(run.step, device)
+        say(f"{run.name}: warmed up")
+    end = time.perf_counter() + seconds
+    while len(runs[0].seconds) < MIN_STEPS or time.perf_counter() < end:
+        # Whoever goes first changes, as in the microbenchmark.
+        for run in runs if len(runs[0].seconds) % 2 == 0 else list(reversed(runs)):
+            start = time.perf_counter()
+            run.step()
+            run.seconds.append(time.perf_counter() - start)
+
+
+def rows(
+    runs: Sequence[Run], reasons: dict[str, str], batch: int, compiled: bool
+) -> list[dict[str, Any]]:
+    """One object per variant, of those that could not run too."""
+    base: Stats | None = None
+    found = []
+    for run in runs:
+        # A round that was interrupted has given some runs a step more than others.
+        samples = run.seconds[: min(len(r.seconds) for r in runs)]
+        if not samples:
+            continue
+        s = describe([1e6 * t for t in samples])
+        base = s if run.name == "native" else base
+        found.append(
+            {
+                "variant": run.name,
+                "median_us": round(s.median, 1),
+                "p10_us": round(s.p10, 1),
+                "p90_us": round(s.p90, 1),
+                "steps": s.rounds,
+                "images_per_second": round(batch / s.median * 1e6, 2),
+                "ratio": round(base.median / s.median, 4) if base else None,
+                "noisy": within_noise(s, base) if base and s is not base else None,
+                "peak_bytes": run.peak_bytes,
+                # The compiler puts batch norm and its neighbours into one kernel.
+                "batch_norm_share": None if compiled or run.share is None else round(run.share, 4),
+                "reason": None,
+            }
+        )
+    return found + [{"variant": name, "reason": reason} for name, reason in reasons.items()]
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Aligned; reasons of what could not run below."""
+    lines = [["variant", "ms a step", "p10", "p90", "images/s", "native / it", "peak, MB",
+              "batch norm", "steps"]]  # fmt: skip
+    for r in found:
+        if r["reason"] is None:
+            ratio = "-" if r["ratio"] is None else f"{r['ratio']:.3f}{'~' if r['noisy'] else ''}"
+            peak = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:,.0f}"
+            part = "-" if r["batch_norm_share"] is None else f"{100 * r['batch_norm_share']:.1f} %"
+            times = [f"{r[name] / 1e3:.1f}" for name in ("median_us", "p10_us", "p90_us")]
+            speed = f"{r['images_per_second']:.1f}"
+            lines.append([r["variant"], *times, speed, ratio, peak, part, str(r["steps"])])
+    text = report.aligned(lines, left=1)
+    if any(r.get("noisy") for r in found):
+        text += ["", "~  the two halves of the samples differ by more than the claimed difference"]
+    return "\n".join([*text, *(f"{r['variant']}: {r['reason']}" for r in found if r["reason"])])
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m bench.train", description=__doc__,
+               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = p.add_argument
+    add("--model", choices=tuple(nets.NETS), default="resnet18")
+    add("--variant", nargs="+", metavar="V", help=f"{', '.join(VARIANTS)}; default: all")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--batch", type=int, help="images in a step; default: 64, on the CPU 8")
+    add("--size", type=int, default=224, help="height and width of an image; default: 224")
+    add("--amp", action="store_true", help="autocast: float16, on the CPU bfloat16")
+    add("--channels-last", action="store_true")
+    add("--compile", action="store_true", help="torch.compile(model)")
+    add("--threads", type=int, metavar="K")
+    add("--time-budget", type=float, default=60.0, metavar="SECONDS", help="of timed steps")
+    add("--json", type=Path, metavar="FILE")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    p = parser()
+    o = p.parse_args(arguments)
+    try:
+        names = listed(o.variant) or list(VARIANTS)
+        for name in names:
+            if name not in VARIANTS:
+                raise ValueError(f"--variant: unknown {name!r}; there are {', '.join(VARIANTS)}")
+        device = device_of(o.device)
+        batch = o.batch if o.batch is not None else 64 if device.type == "cuda" else 8
+        if batch < 1 or o.size < 32 or (o.threads is not None and o.threads < 1):
+            raise ValueError("--batch and --threads: at least 1; --size: at least 32")
+        report.check_folder(o.json, "--json")
+    except ValueError as error:
+        p.error(str(error))
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    torch.manual_seed(0)
+    net, source = nets.build(o.model)
+    images, labels = torch.randn(batch, 3, o.size, o.size), torch.randint(1000, (batch,))
+    net, images, labels = net.train().to(device), images.to(device), labels.to(device)
+    if o.channels_last:
+        last: Any = {"memory_format": torch.channels_last}
+        net, images = net.to(**last), images.to(**last)
+    runs, reasons = [], {}
+    for name in names:
+        try:
+            step = make_step(convert(name, net), images, labels, amp=o.amp, compiled=o.compile)
+            runs.append(Run(name, step))
+        except Exception as why:
+            reasons[name] = str(why) if isinstance(why, Unavailable) else first_line(why)
+    interrupted = False
+    try:
+        if runs:
+            measure(runs, device, o.time_budget, lambda text: print(text, file=sys.stderr))
+    except KeyboardInterrupt:
+        interrupted = True
+    found = rows(runs, reasons, batch, o.compile)
+    header = machine.header(device, "bench.train", arguments)
+    header |= {"model": o.model, "net_from": source, "batch": batch, "size": o.size}
+    header |= {"method": __doc__, "interrupted": interrupted}
+    print(f"{o.model} ({source}), {batch} images of {o.size}x{o.size}\n{report.title(header)}\n")
+    print(table(found))
+    if o.json is not None:
+        with contextlib.suppress(KeyboardInterrupt):
+            report.write_json(o.json, header, found)
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
