@@ -74,7 +74,7 @@ struct Backward {
         return;
       }
       two_passes<Sums, ChannelSums>(
-          in.shape, Chunks(in.shape, kBackwardChunk),
+          in.shape, Chunks(in.shape, kBackwardChunk), 2 * x.element_size(),
           [&](const Span& span, int64_t c0, int64_t c1, Sums* out) { sums(p, span, c0, c1, out); },
           [&](int64_t c, const ChannelSums& total) {
             const A dy_sum = static_cast<A>(total.dy), dy_xhat_sum = static_cast<A>(total.dy_xhat);

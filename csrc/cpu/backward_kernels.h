@@ -28,27 +28,36 @@ void sums_in_double(const BackwardParams& p, const Span& span, int64_t c, Sums* 
   });
 }
 
-// ChannelsFirst: one channel, rows of contiguous positions.
-template <typename T>
-void sums_channels_first(const BackwardParams& p, const Span& span, int64_t c, Sums* out) {
+// ChannelsFirst: at most kGroup channels, rows of contiguous positions.
+template <typename T, int kGroup>
+void sums_channels_first(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1,
+                         Sums* out) {
   using A = Acc<T>;
   using V = Vec<A>;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
-  const V mean = V::all(static_cast<const A*>(p.mean)[c]);
-  const V rstd = V::all(static_cast<const A*>(p.rstd)[c]);
-
-  ChannelAccumulator<A> s;
-  s.walk(p.shape, span, c, [&](int64_t at, auto part, V& s1, V& s2) {
-    fetch_next(dy + at);
-    fetch_next(x + at);
-    const V g = load(dy + at, part, V::all(0));
-    const V xhat = (load(x + at, part, mean) - mean) * rstd;
-    s1 = s1 + g;
-    s2 = fma(g, xhat, s2);
+  V mean[kGroup], rstd[kGroup];
+  for (int64_t c = c0; c < c1; ++c) {
+    mean[c - c0] = V::all(static_cast<const A*>(p.mean)[c]);
+    rstd[c - c0] = V::all(static_cast<const A*>(p.rstd)[c]);
+  }
+  ChannelAccumulator<A> s[kGroup];
+  each_row(p.shape, span, c0, c1, [&](int64_t offset, int64_t length, int64_t k) {
+    const V m = mean[k], r = rstd[k];
+    s[k].row(offset, length, [&](int64_t at, auto part, V& s1, V& s2) {
+      fetch_next(dy + at);
+      fetch_next(x + at);
+      const V g = load(dy + at, part, V::all(0));
+      const V xhat = (load(x + at, part, m) - m) * r;
+      s1 = s1 + g;
+      s2 = fma(g, xhat, s2);
+    });
   });
-  *out = {s.total1(), s.total2()};
-  if (!finite(out->dy) || !finite(out->dy_xhat)) sums_in_double<T>(p, span, c, out);
+  for (int64_t c = c0; c < c1; ++c) {
+    Sums& of_c = out[c - c0];
+    of_c = {s[c - c0].total1(), s[c - c0].total2()};
+    if (!finite(of_c.dy) || !finite(of_c.dy_xhat)) sums_in_double<T>(p, span, c, &of_c);
+  }
 }
 
 // ChannelsLast: vectors along the channels, four rows at a time.
@@ -106,8 +115,10 @@ template <typename T>
 void sums(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1, Sums* out) {
   if (p.shape.layout == Layout::ChannelsLast) {
     sums_channels_last<T>(p, span, c0, c1, out);
+  } else if (c1 - c0 == 1) {
+    sums_channels_first<T, 1>(p, span, c0, c1, out);
   } else {
-    sums_channels_first<T>(p, span, c0, out);
+    sums_channels_first<T, kChannelGroup>(p, span, c0, c1, out);
   }
 }
 
@@ -151,18 +162,17 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
     }
     return;
   }
-  const V s = V::all(scale[c0]);
-  if (constant_statistics) {
-    each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
+  each_row(p.shape, span, c0, c1, [&](int64_t offset, int64_t length, int64_t k) {
+    const int64_t c = c0 + k;
+    const V s = V::all(scale[c]);
+    if (constant_statistics) {
       each_vector_to<A>(dx + offset, length, stream, [&](int64_t i, auto part, auto how) {
         store(dx + offset + i, part, load(dy + offset + i, part, zero) * s, how);
       });
-    });
-    return;
-  }
-  const V m = V::all(mean[c0]), r = V::all(rstd[c0]);
-  const V k1 = V::all(mean_dy[c0]), k2 = V::all(mean_dy_xhat[c0]);
-  each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
+      return;
+    }
+    const V m = V::all(mean[c]), r = V::all(rstd[c]);
+    const V k1 = V::all(mean_dy[c]), k2 = V::all(mean_dy_xhat[c]);
     each_vector_to<A>(dx + offset, length, stream, [&](int64_t i, auto part, auto how) {
       const int64_t at = offset + i;
       fetch_ahead(dy + at + ahead, how);

@@ -1,8 +1,9 @@
 // Runs the chunk kernels over a whole tensor with ATen's threads.
 //
 // Two ways through the memory, chosen by shape and threads, with the same bits in either:
-//   by channel  (ChannelsFirst, enough channels) one thread takes a channel through both passes, so
-//               that its slab is still in the core's L2 in the second
+//   by channel  (ChannelsFirst, enough channels) one thread takes a channel, or some with short
+//   rows,
+//               through both passes, so that its slab is still in the core's L2 in the second
 //   by chunk    (ChannelsLast, or too few channels) all threads share the chunks of the first pass,
 //               then those of the second, last ones first since they are the ones still in cache
 #pragma once
@@ -68,18 +69,30 @@ inline bool by_channel(const Shape& shape) {
   return shape.numel() <= kGrain || threads == 1 || shape.C >= 4 * threads;
 }
 
+// How many channels one thread takes through both passes at once: several where rows are short, so
+// that it reads runs of memory, as long as all that it reads stays in half of an L2 of 1 MB.
+inline int64_t channel_group(const Shape& shape, int64_t bytes_per_position) {
+  constexpr int64_t kShortRow = 256;
+  if (shape.S >= kShortRow || shape.layout == Layout::ChannelsLast) return 1;
+  const int64_t slab = std::max<int64_t>(1, shape.count() * bytes_per_position);
+  const int64_t fair = shape.C / (4 * at::get_num_threads());
+  return std::clamp<int64_t>(std::min((int64_t{512} << 10) / slab, fair), 1, kChannelGroup);
+}
+
 // How far ahead to fetch in the second pass: rows of a channel are followed in memory by those of
 // the next one, which the same thread reads next. Not where L2 could not keep them until then.
 inline int64_t fetch_distance(const Shape& shape, int64_t bytes_per_position) {
-  return by_channel(shape) && shape.count() * bytes_per_position <= (1 << 20) ? shape.S : 0;
+  if (!by_channel(shape) || shape.count() * bytes_per_position > (1 << 20)) return 0;
+  return channel_group(shape, bytes_per_position) * shape.S;
 }
 
 // first(span, c0, c1, out): gathers a Partial of each channel of the chunk.
 // finish(c, total): called once per channel, before `second` sees the channel.
 // second(span, c0, c1): writes the chunk. `has_second` is false where only totals are wanted.
+// bytes_per_position: of all that `first` reads.
 template <typename Partial, typename Total, typename First, typename Finish, typename Second>
-void two_passes(const Shape& shape, const Chunks& chunks, First first, Finish finish, Second second,
-                bool has_second) {
+void two_passes(const Shape& shape, const Chunks& chunks, int64_t bytes_per_position, First first,
+                Finish finish, Second second, bool has_second) {
   // The second pass goes backwards in short steps, so that it meets what is still in the cache.
   const Chunks steps(shape, kForwardChunk);
   const int64_t L = steps.size();
@@ -88,18 +101,21 @@ void two_passes(const Shape& shape, const Chunks& chunks, First first, Finish fi
   const bool alone = shape.numel() <= kGrain;
 
   if (by_channel(shape)) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / per_channel);
-    at::parallel_for(0, C, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        Total total;
+    const int64_t G = channel_group(shape, bytes_per_position), groups = (C + G - 1) / G;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (per_channel * G));
+    at::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t c0 = group * G, c1 = std::min(c0 + G, C);
+        Total totals[kChannelGroup];
         for (int64_t k = 0; k < K; ++k) {
-          Partial partial;
-          first(chunks[k], c, c + 1, &partial);
-          total.add(partial, static_cast<double>(chunks[k].count()));
+          Partial partials[kChannelGroup];
+          first(chunks[k], c0, c1, partials);
+          const double count = static_cast<double>(chunks[k].count());
+          for (int64_t c = c0; c < c1; ++c) totals[c - c0].add(partials[c - c0], count);
         }
-        finish(c, total);
+        for (int64_t c = c0; c < c1; ++c) finish(c, totals[c - c0]);
         if (!has_second) continue;
-        for (int64_t k = L - 1; k >= 0; --k) second(steps[k], c, c + 1);
+        for (int64_t k = L - 1; k >= 0; --k) second(steps[k], c0, c1);
       }
       kernels().fence();
     });

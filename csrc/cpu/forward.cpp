@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     const auto moments = kernels().moments[static_cast<int>(in.dtype)];
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
     two_passes<Moments, ChannelMoments>(
-        in.shape, Chunks(in.shape, kForwardChunk),
+        in.shape, Chunks(in.shape, kForwardChunk), x.element_size(),
         [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
           moments(p, span, c0, c1, out);
         },
@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> stats(const Tensor& x) {
   p.x = in.tensor.const_data_ptr();
   const auto moments = kernels().moments[static_cast<int>(in.dtype)];
   two_passes<Moments, ChannelMoments>(
-      in.shape, Chunks(in.shape, kForwardChunk),
+      in.shape, Chunks(in.shape, kForwardChunk), x.element_size(),
       [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
         moments(p, span, c0, c1, out);
       },

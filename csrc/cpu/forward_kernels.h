@@ -37,32 +37,46 @@ BNORM_INLINE Moments moments_about(double shift, double d, double d2, double cou
   return {shift, d / count, m2 < 0 ? 0 : m2};
 }
 
-// ChannelsFirst: one channel, rows of contiguous positions.
-template <typename T>
-void moments_channels_first(const ForwardParams& p, const Span& span, int64_t c, Moments* out) {
+// ChannelsFirst: at most kGroup channels, rows of contiguous positions.
+template <typename T, int kGroup>
+void moments_channels_first(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1,
+                            Moments* out) {
   using A = Acc<T>;
   using V = Vec<A>;
   const T* x = static_cast<const T*>(p.x);
   const double count = static_cast<double>(span.count());
 
   // Near the mean is enough: the sum of deviations mends the rest.
-  V sum4[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-  each_row(p.shape, span, c, [&](int64_t offset, int64_t length) {
+  V sum4[kGroup][4];
+  for (int64_t k = 0; k < c1 - c0; ++k) {
+    for (V& lane : sum4[k]) lane = V::all(0);
+  }
+  each_row(p.shape, span, c0, c1, [&](int64_t offset, int64_t length, int64_t k) {
+    V of_row[4] = {sum4[k][0], sum4[k][1], sum4[k][2], sum4[k][3]};
     each_vector_of_four<A>(length, [&](int64_t i, int u, auto part) {
-      sum4[u] = sum4[u] + load(x + offset + i, part, V::all(0));
+      of_row[u] = of_row[u] + load(x + offset + i, part, V::all(0));
+    });
+    for (int u = 0; u < 4; ++u) sum4[k][u] = of_row[u];
+  });
+  A shift[kGroup] = {};
+  for (int64_t k = 0; k < c1 - c0; ++k) {
+    const V total = (sum4[k][0] + sum4[k][1]) + (sum4[k][2] + sum4[k][3]);
+    shift[k] = static_cast<A>(sum(total) / count);
+  }
+
+  ChannelAccumulator<A> d[kGroup];
+  each_row(p.shape, span, c0, c1, [&](int64_t offset, int64_t length, int64_t k) {
+    const V m = V::all(shift[k]);
+    d[k].row(offset, length, [&](int64_t at, auto part, V& d1, V& d2) {
+      const V deviation = load(x + at, part, m) - m;
+      d1 = d1 + deviation;
+      d2 = fma(deviation, deviation, d2);
     });
   });
-  const A shift = static_cast<A>(sum((sum4[0] + sum4[1]) + (sum4[2] + sum4[3])) / count);
-
-  const V m = V::all(shift);
-  ChannelAccumulator<A> d;
-  d.walk(p.shape, span, c, [&](int64_t at, auto part, V& d1, V& d2) {
-    const V deviation = load(x + at, part, m) - m;
-    d1 = d1 + deviation;
-    d2 = fma(deviation, deviation, d2);
-  });
-  *out = moments_about(static_cast<double>(shift), d.total1(), d.total2(), count);
-  if (!finite(out->m2)) moments_in_double<T>(p, span, c, out);
+  for (int64_t k = 0; k < c1 - c0; ++k) {
+    out[k] = moments_about(static_cast<double>(shift[k]), d[k].total1(), d[k].total2(), count);
+    if (!finite(out[k].m2)) moments_in_double<T>(p, span, c0 + k, out + k);
+  }
 }
 
 // ChannelsLast: vectors along the channels, four rows at a time.
@@ -133,8 +147,10 @@ template <typename T>
 void moments(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1, Moments* out) {
   if (p.shape.layout == Layout::ChannelsLast) {
     moments_channels_last<T>(p, span, c0, c1, out);
+  } else if (c1 - c0 == 1) {
+    moments_channels_first<T, 1>(p, span, c0, c1, out);
   } else {
-    moments_channels_first<T>(p, span, c0, out);
+    moments_channels_first<T, kChannelGroup>(p, span, c0, c1, out);
   }
 }
 
@@ -170,8 +186,8 @@ void apply(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1) {
     }
     return;
   }
-  const V m = V::all(mean[c0]), a = V::all(scale[c0]), b = V::all(shift[c0]);
-  each_row(p.shape, span, c0, [&](int64_t offset, int64_t length) {
+  each_row(p.shape, span, c0, c1, [&](int64_t offset, int64_t length, int64_t k) {
+    const V m = V::all(mean[c0 + k]), a = V::all(scale[c0 + k]), b = V::all(shift[c0 + k]);
     each_vector_to<A>(y + offset, length, stream, [&](int64_t i, auto part, auto how) {
       fetch_ahead(x + offset + i + ahead, how);
       store(y + offset + i, part, normalise(load(x + offset + i, part, zero), m, a, b), how);

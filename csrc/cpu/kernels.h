@@ -18,6 +18,9 @@ namespace cpu {
 // costs.
 constexpr int64_t kForwardChunk = 4096;
 constexpr int64_t kBackwardChunk = 8192;
+// Channels of short rows that are taken together in ChannelsFirst, so that memory is read in runs;
+// their accumulators stay in L1.
+constexpr int64_t kChannelGroup = 16;
 // Channels-last moments are gathered for this many channels at a time, in arrays on the stack.
 constexpr int64_t kChannelBlock = 128;
 
@@ -89,7 +92,7 @@ struct Sums {
 struct KernelTable {
   const char* capability;  // "baseline", "avx2" or "avx512"
   // Indexed by DType. out: [c1 - c0]. moments and sums take at most kChannelBlock channels at a
-  // time, and exactly one in ChannelsFirst; apply and dx any range (one in ChannelsFirst).
+  // time, in ChannelsFirst kChannelGroup; apply and dx any range.
   void (*moments[4])(const ForwardParams&, const Span&, int64_t c0, int64_t c1, Moments* out);
   void (*apply[4])(const ForwardParams&, const Span&, int64_t c0, int64_t c1);
   void (*sums[4])(const BackwardParams&, const Span&, int64_t c0, int64_t c1, Sums* out);

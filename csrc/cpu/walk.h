@@ -34,12 +34,22 @@ BNORM_INLINE double value(const T* p) {
   return sum(load(p, Part{1}, Vec<Acc<T>>::all(0)));
 }
 
-// Calls f(offset) for the first element of each row of one channel in the span, and the number of
-// elements from there on.
+// Calls f(offset, length) for each row of one channel in the span: its first element, and how many.
 template <typename F>
 BNORM_INLINE void each_row(const Shape& shape, const Span& span, int64_t c, F f) {
   for (int64_t n = span.n0; n < span.n1; ++n) {
     f((n * shape.C + c) * shape.S + span.s0, span.s1 - span.s0);
+  }
+}
+
+// The same of several channels, f(offset, length, channel - c0): in the order of memory, which
+// matters where rows are short.
+template <typename F>
+BNORM_INLINE void each_row(const Shape& shape, const Span& span, int64_t c0, int64_t c1, F f) {
+  for (int64_t n = span.n0; n < span.n1; ++n) {
+    for (int64_t c = c0; c < c1; ++c) {
+      f((n * shape.C + c) * shape.S + span.s0, span.s1 - span.s0, c - c0);
+    }
   }
 }
 
@@ -98,32 +108,30 @@ class ChannelAccumulator {
  public:
   using V = Vec<A>;
 
-  // f(offset, part, s1, s2) adds the vector at offset to s1 and s2.
+  // f(offset, part, s1, s2) adds the vector at offset to s1 and s2, for one row of `length` values.
   template <typename F>
-  BNORM_INLINE void walk(const Shape& shape, const Span& span, int64_t c, F f) {
+  BNORM_INLINE void row(int64_t offset, int64_t length, F f) {
     constexpr int64_t W = V::W, kBlock = 4 * W * kLaneLength;
-    each_row(shape, span, c, [&](int64_t offset, int64_t length) {
-      int64_t i = 0;
-      for (; i + kBlock <= length; i += kBlock) {
-        // Chains of the block's own, so that they stay in registers.
-        V s1[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-        V s2[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-        for (int64_t at = offset + i; at < offset + i + kBlock; at += 4 * W) {
-          f(at, Full{}, s1[0], s2[0]);
-          f(at + W, Full{}, s1[1], s2[1]);
-          f(at + 2 * W, Full{}, s1[2], s2[2]);
-          f(at + 3 * W, Full{}, s1[3], s2[3]);
-        }
-        lanes1_.add(s1);
-        lanes2_.add(s2);
+    int64_t i = 0;
+    for (; i + kBlock <= length; i += kBlock) {
+      // Chains of the block's own, so that they stay in registers.
+      V s1[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+      V s2[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+      for (int64_t at = offset + i; at < offset + i + kBlock; at += 4 * W) {
+        f(at, Full{}, s1[0], s2[0]);
+        f(at + W, Full{}, s1[1], s2[1]);
+        f(at + 2 * W, Full{}, s1[2], s2[2]);
+        f(at + 3 * W, Full{}, s1[3], s2[3]);
       }
-      if (i == length) return;
-      const int64_t taken = (length - i + 4 * W - 1) / (4 * W);
-      if (taken > room_) empty();
-      room_ -= taken;
-      each_vector_of_four<A>(length - i, [&](int64_t j, int u, auto part) {
-        f(offset + i + j, part, rest1_[u], rest2_[u]);
-      });
+      lanes1_.add(s1);
+      lanes2_.add(s2);
+    }
+    if (i == length) return;
+    const int64_t taken = (length - i + 4 * W - 1) / (4 * W);
+    if (taken > room_) empty();
+    room_ -= taken;
+    each_vector_of_four<A>(length - i, [&](int64_t j, int u, auto part) {
+      f(offset + i + j, part, rest1_[u], rest2_[u]);
     });
   }
 
