@@ -55,7 +55,13 @@ def build(
     for path in ("include", "include/torch/csrc/api/include"):
         flags += ["-isystem", str(torch_root / path)]
     hosts = hosts or csrc
-    files = ["cuda/batch_norm.cpp", "checks.cpp", "cuda/tickets.cpp"]  # the longest first
+    # The longest first.
+    files = [
+        "cuda/batch_norm.cpp",
+        "cuda/batch_norm_backward.cpp",
+        "checks.cpp",
+        "cuda/tickets.cpp",
+    ]
     return building.build(
         "libbnorm_ext_emulated.so",
         [

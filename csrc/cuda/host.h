@@ -1,0 +1,81 @@
+// What the host code of both directions shares: the current stream and device, plans, memory for
+// the launch.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../checks.h"
+#include "kernels.h"
+#include "tickets.h"
+
+// The emulator registers the same operators beside the real ones.
+#ifndef BNORM_EXT_CUDA_KEY
+#define BNORM_EXT_CUDA_KEY CUDA
+#endif
+
+namespace bnorm_ext {
+namespace cuda {
+
+using at::Tensor;
+
+inline cudaStream_t stream() {
+  return c10::cuda::getCurrentCUDAStream();
+}
+
+// Of the current device. The driver answers from its cache.
+inline DeviceLimits limits() {
+  DeviceLimits limits;
+  const int device = c10::cuda::current_device();
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  return limits;
+}
+
+template <typename... Pointers>
+bool aligned(const Pointers*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % kVectorBytes == 0) && ...);
+}
+
+// Memory that the blocks of one launch of a reducing kernel exchange values through.
+class ExchangeMemory {
+ public:
+  ExchangeMemory(const TwoPassPlan& plan, const Input& in) {
+    if (plan.chunks == 1) return;
+    const int64_t bytes = partials_of(plan, in.shape.layout) * static_cast<int64_t>(sizeof(Pair));
+    partials_ = at::empty({bytes}, in.tensor.options().dtype(at::kByte));
+    ticket_ = tickets(plan.tiles, in.tensor.options());
+    exchange_ = {static_cast<Pair*>(partials_.data_ptr()),
+                 reinterpret_cast<unsigned*>(ticket_.data_ptr<int32_t>())};
+  }
+  const Exchange& operator*() const { return exchange_; }
+
+ private:
+  Tensor partials_, ticket_;
+  Exchange exchange_;
+};
+
+// What the reducing and the writing kernel of a direction take alike.
+template <typename Params>
+Params params_for(const Input& in, const TwoPassPlan& plan) {
+  Params p;
+  p.shape = in.shape;
+  p.plan = plan;
+  p.dtype = in.dtype;
+  p.x = in.tensor.const_data_ptr();
+  return p;
+}
+
+inline TwoPassPlan plan_for(const Input& in, bool is_aligned) {
+  return plan_two_pass(in.shape, static_cast<int>(in.tensor.element_size()), is_aligned, limits());
+}
+
+inline Statistics known(const Tensor& mean, const Tensor& rstd) {
+  return {channel_vector(mean), channel_vector(rstd), /*is_rstd=*/true, 0};
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext
