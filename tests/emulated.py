@@ -233,7 +233,11 @@ def main() -> None:
     parser.add_argument("--multiprocessors", type=int, default=2)
     parser.add_argument("--inference", action="store_true")
     parser.add_argument("--sanitize", action="store_true", help="address, undefined behaviour")
+    parser.add_argument("--debug", action="store_true", help="compile without optimisation")
     options = parser.parse_args()
+    if options.debug:
+        library = build(flags=[*FLAGS, "-O0", "-g", "-w"])
+        os.environ["BNORM_EXT_EMULATED_LIBRARY"] = str(library)
     if options.sanitize and "BNORM_EXT_EMULATED_LIBRARY" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], sanitized_environment())
     shape = tuple(int(size) for size in options.shape.split(","))
