@@ -1,6 +1,9 @@
 """Large outputs on the CPU ask the system for huge pages (csrc/cpu/huge_pages.h)."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -27,9 +30,8 @@ def advised(tensor: torch.Tensor) -> bool:
     raise AssertionError("no mapping found")
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_large_outputs_are_in_huge_pages(training: bool) -> None:
-    # Above glibc's 32 MB every tensor has a mapping of its own, fresh from the system.
+def check(training: bool) -> None:
+    # Above glibc's 32 MB, and in a fresh process, every tensor has a mapping of its own.
     x = torch.randn(40, 8, 256, 256, requires_grad=True)
     assert not advised(x)
     weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
@@ -37,3 +39,17 @@ def test_large_outputs_are_in_huge_pages(training: bool) -> None:
     assert advised(y)
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert advised(dx)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_large_outputs_are_in_huge_pages(training: bool) -> None:
+    """In a process of its own: a heap that has been advised before stays so."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import test_huge_pages as t; t.check({training})"],
+        cwd=pathlib.Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
