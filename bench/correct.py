@@ -57,7 +57,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """Random tensors of the case's shape, dtype and layout; the same ones for the same seed."""
     generator = torch.Generator(device).manual_seed(seed)
     dtype, channels = DTYPES[case.dtype], case.shape[1]
-    drawn = torch.float64 if dtype == torch.float64 else torch.float32
+    drawn = accumulation_type(dtype)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=drawn)

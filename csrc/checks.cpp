@@ -131,6 +131,12 @@ at::Tensor gradient_like(const at::Tensor& x, const Input& in) {
   return x.numel() == 0 ? at::empty_like(x) : at::empty_like(in.tensor, x.suggest_memory_format());
 }
 
+at::Tensor parameter_gradient_like(const OptionalTensor& parameter, const at::Tensor& x) {
+  const at::Tensor out = given(parameter) ? at::empty_like(*parameter, at::MemoryFormat::Contiguous)
+                                          : statistic_like(x);
+  return x.numel() == 0 ? out.zero_() : out;
+}
+
 at::Tensor in_layout_of(const at::Tensor& other, const Input& like) {
   return other.contiguous(like.format);
 }

@@ -65,6 +65,10 @@ at::Tensor output_like(const at::Tensor& x, const Input& in);
 // Uninitialised, in the memory format that native gives the gradient of x.
 at::Tensor gradient_like(const at::Tensor& x, const Input& in);
 
+// For the gradient of a parameter, or of one that was not given: uninitialised, or 0 where x is
+// empty.
+at::Tensor parameter_gradient_like(const OptionalTensor& parameter, const at::Tensor& x);
+
 // `other` in the layout of `like`: itself where it is dense so, else a copy.
 at::Tensor in_layout_of(const at::Tensor& other, const Input& like);
 

@@ -11,6 +11,18 @@ namespace bnorm_ext {
 
 enum class DType : int8_t { Float, Double, Half, BFloat16 };
 
+// What values of type T are accumulated and computed in: the "acc" of the comments here.
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
+
 enum class Layout : int8_t {
   ChannelsFirst,  // element (n, c, s) at (n * C + c) * S + s
   ChannelsLast,   // element (n, c, s) at (n * S + s) * C + c; N * S rows of C channels

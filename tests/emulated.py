@@ -19,16 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from emulator import building
 from helpers import FORMATS, Case, Results, accumulation_type, assert_promise, case, normal
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
 CSRC = ROOT / "csrc"
-sys.path.insert(0, str(EMULATOR))
-
-import building  # noqa: E402
-
 FLAGS = ["-ffp-contract=off", "-Werror", "-DBNORM_EXT_CUDA_KEY=PrivateUse1"]
 SHIM = EMULATOR / "runner_shim"  # in place of headers of CUDA and of torch's CUDA part
 # What the operators are registered under, beside the real CUDA ones.
@@ -110,8 +107,7 @@ def library() -> Any:
 class Session:
     """One device, one seed; see `session`."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self) -> None:
         self.launches: list[str] = []  # "kernel blocks threads shared_bytes"
         self._library = library()
 
@@ -144,7 +140,7 @@ def session(
 ) -> Iterator[Session]:
     """Everything that torch allocates inside is guarded memory and is gone with the next session:
     clone what is kept. Raises `Reported` at the end, naming the seed."""
-    current = Session(seed)
+    current = Session()
     lib = current._library
     assert lib.runner_begin(device.encode(), multiprocessors, seed, capturing), device
     failed: Exception | None = None

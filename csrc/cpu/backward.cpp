@@ -93,13 +93,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Gradients gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                     const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
                     bool training, std::array<bool, 4> output_mask) {
-  const auto like = [&](const OptionalTensor& t) {
-    const Tensor out = t ? at::empty_like(*t, at::MemoryFormat::Contiguous) : statistic_like(x);
-    return x.numel() == 0 ? out.zero_() : out;
-  };
   Tensor dweight, dbias;
-  if (output_mask[2]) dweight = like(weight);
-  if (output_mask[3]) dbias = like(bias);
+  if (output_mask[2]) dweight = parameter_gradient_like(weight, x);
+  if (output_mask[3]) dbias = parameter_gradient_like(bias, x);
   const ChannelVector dw = channel_vector(dweight), db = channel_vector(dbias);
   const Backward backward{
       dy, x, weight, mean, rstd, training, output_mask[2] || output_mask[3], output_mask[0]};

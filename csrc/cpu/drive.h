@@ -1,9 +1,8 @@
 // Runs the chunk kernels over a whole tensor with ATen's threads.
 //
 // Two ways through the memory, chosen by shape and threads, with the same bits in either:
-//   by channel  (ChannelsFirst, enough channels) one thread takes a channel, or some with short
-//   rows,
-//               through both passes, so that its slab is still in the core's L2 in the second
+//   by channel  (ChannelsFirst, enough channels) one thread takes a channel, or some whose rows are
+//               short, through both passes: its slab is still in the core's L2 in the second
 //   by chunk    (ChannelsLast, or too few channels) all threads share the chunks of the first pass,
 //               then those of the second, last ones first since they are the ones still in cache
 #pragma once

@@ -11,17 +11,6 @@ namespace bnorm_ext {
 namespace cpu {
 namespace {
 
-template <typename T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <typename T>
-using Acc = typename AccOf<T>::type;
-
 BNORM_INLINE bool finite(double a) {
   return a - a == 0.0;
 }
@@ -34,16 +23,8 @@ BNORM_INLINE double value(const T* p) {
   return sum(load(p, Part{1}, Vec<Acc<T>>::all(0)));
 }
 
-// Calls f(offset, length) for each row of one channel in the span: its first element, and how many.
-template <typename F>
-BNORM_INLINE void each_row(const Shape& shape, const Span& span, int64_t c, F f) {
-  for (int64_t n = span.n0; n < span.n1; ++n) {
-    f((n * shape.C + c) * shape.S + span.s0, span.s1 - span.s0);
-  }
-}
-
-// The same of several channels, f(offset, length, channel - c0): in the order of memory, which
-// matters where rows are short.
+// Calls f(offset, length, channel - c0) for each row of some channels in the span: its first
+// element, and how many. In the order of memory, which matters where rows are short.
 template <typename F>
 BNORM_INLINE void each_row(const Shape& shape, const Span& span, int64_t c0, int64_t c1, F f) {
   for (int64_t n = span.n0; n < span.n1; ++n) {
@@ -59,7 +40,7 @@ BNORM_INLINE void each_element(const Shape& shape, const Span& span, int64_t c, 
   if (shape.layout == Layout::ChannelsLast) {
     for (int64_t row = span.s0; row < span.s1; ++row) f(row * shape.C + c);
   } else {
-    each_row(shape, span, c, [&](int64_t offset, int64_t length) {
+    each_row(shape, span, c, c + 1, [&](int64_t offset, int64_t length, int64_t) {
       for (int64_t i = 0; i < length; ++i) f(offset + i);
     });
   }

@@ -12,6 +12,25 @@ namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// dx, with the means of dy and dy * xhat, or without where the statistics are constants.
+Tensor input_gradient(const Tensor& g, const Tensor& x, const Input& in,
+                      const OptionalTensor& weight, const Statistics& statistics,
+                      const void* mean_dy, const void* mean_dy_xhat) {
+  Tensor dx = gradient_like(x, in);
+  if (x.numel() == 0) return dx;
+  const bool is_aligned =
+      aligned(g.const_data_ptr(), in.tensor.const_data_ptr(), dx.const_data_ptr());
+  auto p = params_for<BackwardApplyParams>(in, plan_for(in, is_aligned));
+  p.dy = g.const_data_ptr();
+  p.dx = dx.data_ptr();
+  p.statistics = statistics;
+  p.weight = channel_vector(weight);
+  p.mean_dy = mean_dy;
+  p.mean_dy_xhat = mean_dy_xhat;
+  C10_CUDA_CHECK(launch_backward_apply(p, stream()));
+  return dx;
+}
+
 // `training` is false where the statistics are constants.
 Gradients gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                     const OptionalTensor& bias, const Statistics& statistics, bool training,
@@ -19,49 +38,28 @@ Gradients gradients(const Tensor& dy, const Tensor& x, const OptionalTensor& wei
   const Input in = resolve(x);
   const Tensor g = in_layout_of(dy, in);
   Tensor dx, dweight, dbias, means;
-  if (output_mask[0]) dx = gradient_like(x, in);
-  const auto like = [&](const OptionalTensor& t) {
-    return given(t) ? at::empty_like(*t, at::MemoryFormat::Contiguous) : statistic_like(x);
-  };
-  if (output_mask[2]) dweight = like(weight);
-  if (output_mask[3]) dbias = like(bias);
-  if (x.numel() == 0) {
-    if (dweight.defined()) dweight.zero_();
-    if (dbias.defined()) dbias.zero_();
-    return {dx, Tensor(), dweight, dbias};
-  }
-  const void *dy_data = g.const_data_ptr(), *x_data = in.tensor.const_data_ptr();
-  const bool needs_means = training && dx.defined();
-  if (needs_means) {
+  if (output_mask[2]) dweight = parameter_gradient_like(weight, x);
+  if (output_mask[3]) dbias = parameter_gradient_like(bias, x);
+  void *mean_dy = nullptr, *mean_dy_xhat = nullptr;
+  if (training && output_mask[0]) {
     means = at::empty({2, x.size(1)}, x.options().dtype(accumulation_type(x.scalar_type())));
+    mean_dy = means[0].data_ptr();
+    mean_dy_xhat = means[1].data_ptr();
   }
-  if (needs_means || dweight.defined() || dbias.defined()) {
-    auto p = params_for<BackwardReduceParams>(in, plan_for(in, aligned(dy_data, x_data)));
+  if (x.numel() != 0 && (means.defined() || dweight.defined() || dbias.defined())) {
+    const bool is_aligned = aligned(g.const_data_ptr(), in.tensor.const_data_ptr());
+    auto p = params_for<BackwardReduceParams>(in, plan_for(in, is_aligned));
     const ExchangeMemory exchange(p.plan, in);
-    p.dy = dy_data;
+    p.dy = g.const_data_ptr();
     p.statistics = statistics;
     p.exchange = *exchange;
     p.sum_dy = channel_vector(dbias);
     p.sum_dy_xhat = channel_vector(dweight);
-    if (needs_means) {
-      p.mean_dy = means[0].data_ptr();
-      p.mean_dy_xhat = means[1].data_ptr();
-    }
+    p.mean_dy = mean_dy;
+    p.mean_dy_xhat = mean_dy_xhat;
     C10_CUDA_CHECK(launch_backward_reduce(p, stream()));
   }
-  if (dx.defined()) {
-    const bool is_aligned = aligned(dy_data, x_data, dx.const_data_ptr());
-    auto p = params_for<BackwardApplyParams>(in, plan_for(in, is_aligned));
-    p.dy = dy_data;
-    p.dx = dx.data_ptr();
-    p.statistics = statistics;
-    p.weight = channel_vector(weight);
-    if (needs_means) {
-      p.mean_dy = means[0].const_data_ptr();
-      p.mean_dy_xhat = means[1].const_data_ptr();
-    }
-    C10_CUDA_CHECK(launch_backward_apply(p, stream()));
-  }
+  if (output_mask[0]) dx = input_gradient(g, x, in, weight, statistics, mean_dy, mean_dy_xhat);
   return {dx, Tensor(), dweight, dbias};
 }
 
@@ -117,20 +115,9 @@ std::tuple<Tensor, Tensor> backward_apply(
   check_statistic(op, "mean_dy_xhat", mean_dy_xhat, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const Input in = resolve(x);
-  Tensor dx = gradient_like(x, in);
-  if (x.numel() == 0) return {dx, Tensor()};
-  const Tensor g = in_layout_of(dy, in);
-  const bool is_aligned =
-      aligned(g.const_data_ptr(), in.tensor.const_data_ptr(), dx.const_data_ptr());
-  auto p = params_for<BackwardApplyParams>(in, plan_for(in, is_aligned));
-  p.dy = g.const_data_ptr();
-  p.dx = dx.data_ptr();
-  p.statistics = known(mean, rstd);
-  p.weight = channel_vector(weight);
-  p.mean_dy = mean_dy.const_data_ptr();
-  p.mean_dy_xhat = mean_dy_xhat.const_data_ptr();
-  C10_CUDA_CHECK(launch_backward_apply(p, stream()));
-  return {dx, Tensor()};
+  return {input_gradient(in_layout_of(dy, in), x, in, weight, known(mean, rstd),
+                         mean_dy.const_data_ptr(), mean_dy_xhat.const_data_ptr()),
+          Tensor()};
 }
 
 }  // namespace

@@ -5,8 +5,6 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include <type_traits>
-
 #include "params.h"
 #include "platform.cuh"
 

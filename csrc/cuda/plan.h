@@ -5,7 +5,7 @@
 // and row t / columns. A *tile* is the channels that a block reduces, a *chunk* the positions.
 //   ChannelsFirst  one column, one channel per tile; the channel's N * S values are numbered in
 //                  vectors, and row r takes vectors r, r + kThreads, ... of its chunk
-//   ChannelsLast   each column is one vector of channels; row r takes rows r, r + rows(), ... of
+//   ChannelsLast   each column is one vector of channels; row r takes rows r, r + rows, ... of
 //                  the chunk's rows of the matrix [N * S, C]
 // A grid is tiles * chunks blocks in one dimension: block b has tile b / chunks, chunk b % chunks.
 #pragma once
@@ -93,7 +93,7 @@ inline TwoPassPlan plan_two_pass(const Shape& shape, int element_bytes, bool ali
   return plan;
 }
 
-// Bytes of workspace and number of tickets that a reducing kernel exchanges values through.
+// How many partial sums the blocks of a reducing kernel exchange.
 inline int64_t partials_of(const TwoPassPlan& plan, Layout layout) {
   return plan.chunks == 1 ? 0 : plan.blocks() * channels_per_tile(plan, layout);
 }

@@ -4,22 +4,11 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include "../params.h"
 #include "platform.cuh"
 
 namespace bnorm_ext {
 namespace cuda {
-
-// What values of type T are accumulated and computed in.
-template <typename T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <typename T>
-using Acc = typename AccOf<T>::type;
 
 // kWidth values as they lie in memory, in one access; p is a multiple of kWidth * sizeof(T) bytes.
 // 16-bit values take half the registers so, until each is computed with.
