@@ -45,7 +45,7 @@ struct Backward {
       A *k1 = coefficients[0], *k2 = coefficients[1], *scale = coefficients[2];
       const A* rstd_of_c = rstd.const_data_ptr<A>();
       BackwardParams p;
-      p.shape = in.shape;
+      p.shape = as_channels_first(in.shape);
       p.dtype = in.dtype;
       p.dy = g.const_data_ptr();
       p.x = in.tensor.const_data_ptr();
@@ -56,10 +56,9 @@ struct Backward {
       p.mean_dy_xhat = k2;
       p.scale = scale;
       p.stream = streams(dx);
-      p.ahead = wants_sums || own_means ? fetch_distance(in.shape, 2 * x.element_size()) : 0;
-      const auto set_coefficients = [&](int64_t c, A dy_mean, A dy_xhat_mean) {
-        k1[c] = dy_mean;
-        k2[c] = dy_xhat_mean;
+      const auto set_coefficients = [&](int64_t c, double dy_mean, double dy_xhat_mean) {
+        k1[c] = static_cast<A>(dy_mean);
+        k2[c] = static_cast<A>(dy_xhat_mean);
         scale[c] = static_cast<A>(get_or(w, c, 1)) * rstd_of_c[c];
       };
       const auto sums = kernels().sums[static_cast<int>(in.dtype)];
@@ -70,16 +69,19 @@ struct Backward {
           set_coefficients(c, mean_dy ? mean_dy->const_data_ptr<A>()[c] : A{0},
                            mean_dy_xhat ? mean_dy_xhat->const_data_ptr<A>()[c] : A{0});
         }
-        if (wants_dx) one_pass(in.shape, second);
+        if (wants_dx) one_pass(p.shape, second);
         return;
       }
+      const int64_t bytes = x.element_size() * (p.stream || !wants_dx ? 2 : 3);
+      const int64_t slab = slab_channels(p.shape, bytes, p.stream);
+      p.ahead = slab * p.shape.S;
       two_passes<Sums, ChannelSums>(
-          in.shape, Chunks(in.shape, kBackwardChunk), 2 * x.element_size(),
+          p.shape, slab,
           [&](const Span& span, int64_t c0, int64_t c1, Sums* out) { sums(p, span, c0, c1, out); },
           [&](int64_t c, const ChannelSums& total) {
             const A dy_sum = static_cast<A>(total.dy), dy_xhat_sum = static_cast<A>(total.dy_xhat);
-            set_coefficients(c, own_means ? static_cast<A>(dy_sum / count) : A{0},
-                             own_means ? static_cast<A>(dy_xhat_sum / count) : A{0});
+            set_coefficients(c, own_means ? dy_sum / count : 0,
+                             own_means ? dy_xhat_sum / count : 0);
             finish(c, dy_sum, dy_xhat_sum);
           },
           second, wants_dx);

@@ -1,18 +1,20 @@
 // Runs the chunk kernels over a whole tensor with ATen's threads.
 //
 // Two ways through the memory, chosen by shape and threads, with the same bits in either:
-//   by channel  (ChannelsFirst, enough channels) one thread takes a channel, or some whose rows are
-//               short, through both passes: its slab is still in the core's L2 in the second
-//   by chunk    (ChannelsLast, or too few channels) all threads share the chunks of the first pass,
-//               then those of the second, last ones first since they are the ones still in cache
+//   by slab   one thread takes a group of channels through both passes: all their values, the slab,
+//             are still in the core's L2 in the second
+//   by chunk  where slabs are too large or too few, or would be read in crumbs (channels-last): all
+//             threads share the chunks of the first pass, then those of the second, last ones first
+//             since they are the ones still in cache
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
+#include "../params.h"
 #include "capability.h"
 #include "huge_pages.h"
 
@@ -21,6 +23,7 @@ namespace cpu {
 
 // Below about this many elements a thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
+constexpr int64_t kFinishGrain = 1024;  // partials that are merged
 
 // Outputs of at least this many bytes are written past the caches: a store into a line that is not
 // cached would first read it, and evict the slab that the second pass is about to read. A constant,
@@ -61,121 +64,141 @@ class ChannelSums {
   double dy = 0, dy_xhat = 0;
 };
 
-// Whether one thread takes a channel through both passes.
-inline bool by_channel(const Shape& shape) {
-  if (shape.layout == Layout::ChannelsLast) return false;
-  const int64_t threads = at::get_num_threads();
-  return shape.numel() <= kGrain || threads == 1 || shape.C >= 4 * threads;
+// The work of one thread's first pass over its own slab, or its share of a chunk.
+constexpr int64_t kSlabBytes = int64_t{512} << 10;  // half of an L2 of 1 MB
+constexpr int64_t kSlabChannels = 256;              // their totals are on the stack
+constexpr int64_t kRun = 2048;  // values in a row of memory that are worth while going for
+
+// Channels per slab, or 0 where chunks are the better way. bytes: per position, all that goes
+// through the cache in both passes.
+inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream) {
+  if (shape.numel() <= kGrain) return std::min(shape.C, kSlabChannels);
+  if (is_folded(shape)) return 0;
+  const int64_t threads = at::get_num_threads(), slab = shape.count() * bytes;
+  const int64_t unit = is_short(shape) ? whole_vectors(shape.S) : 1;
+  int64_t group = std::min(
+      {kSlabBytes / slab, shape.C / (4 * threads), ceil_div(kRun, shape.S), kSlabChannels});
+  if (group > unit) group -= group % unit;
+  if (group * shape.S >= kShortRow) return group;
+  // Streaming leaves the cache to what is read; most of a slab that is too large still hits it.
+  return stream && !is_short(shape) && shape.C >= 4 * threads ? 1 : 0;
 }
 
-// How many channels one thread takes through both passes at once: several where rows are short, so
-// that it reads runs of memory, as long as all that it reads stays in half of an L2 of 1 MB.
-inline int64_t channel_group(const Shape& shape, int64_t bytes_per_position) {
-  constexpr int64_t kShortRow = 256;
-  if (shape.S >= kShortRow || shape.layout == Layout::ChannelsLast) return 1;
-  const int64_t slab = std::max<int64_t>(1, shape.count() * bytes_per_position);
-  const int64_t fair = shape.C / (4 * at::get_num_threads());
-  return std::clamp<int64_t>(std::min((int64_t{512} << 10) / slab, fair), 1, kChannelGroup);
+// Channels per task of a pass by chunks: all, so that memory is read in order, unless that leaves
+// threads without work.
+inline int64_t block_channels(const Shape& shape, int64_t chunks) {
+  if (is_folded(shape)) return shape.C;
+  const int64_t unit = is_short(shape) ? tile_channels(shape.S) : 1;
+  const int64_t blocks = ceil_div(4 * at::get_num_threads(), chunks);
+  const int64_t fair = ceil_div(shape.C, blocks);
+  return std::min(ceil_div(fair, unit) * unit, kChannelBlock);
 }
 
-// How far ahead to fetch in the second pass: rows of a channel are followed in memory by those of
-// the next one, which the same thread reads next. Not where L2 could not keep them until then.
-inline int64_t fetch_distance(const Shape& shape, int64_t bytes_per_position) {
-  if (!by_channel(shape) || shape.count() * bytes_per_position > (1 << 20)) return 0;
-  return channel_group(shape, bytes_per_position) * shape.S;
+// Room for K * C partials, not initialised; on the stack for usual sizes.
+template <typename Partial>
+class Partials {
+ public:
+  explicit Partials(int64_t count) {
+    if (count > kOnStack) heap_.reset(new Partial[static_cast<size_t>(count)]);
+    data_ = heap_ ? heap_.get() : stack_;
+  }
+  Partial& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  static constexpr int64_t kOnStack = 2048;
+  Partial stack_[kOnStack];
+  std::unique_ptr<Partial[]> heap_;
+  Partial* data_;
+};
+
+// Calls f(k, c0, c1) for every chunk and block of channels, shared by the threads. Each thread's
+// share is the same in every call, and in the order of memory, or against it.
+template <typename F>
+void each_block(const Shape& shape, int64_t chunks, bool backwards, F f) {
+  const int64_t block = block_channels(shape, chunks), blocks = ceil_div(shape.C, block);
+  const int64_t tasks = chunks * blocks;
+  const int64_t grain = std::max<int64_t>(1, kGrain * tasks / shape.numel());
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t task = backwards ? begin + (end - 1 - i) : i, c0 = task % blocks * block;
+      f(task / blocks, c0, std::min(c0 + block, shape.C));
+    }
+    kernels().fence();
+  });
 }
 
 // first(span, c0, c1, out): gathers a Partial of each channel of the chunk.
 // finish(c, total): called once per channel, before `second` sees the channel.
 // second(span, c0, c1): writes the chunk. `has_second` is false where only totals are wanted.
-// bytes_per_position: of all that `first` reads.
+// slab: channels per slab, or 0.
 template <typename Partial, typename Total, typename First, typename Finish, typename Second>
-void two_passes(const Shape& shape, const Chunks& chunks, int64_t bytes_per_position, First first,
-                Finish finish, Second second, bool has_second) {
-  // The second pass goes backwards in short steps, so that it meets what is still in the cache.
-  const Chunks steps(shape, kForwardChunk);
-  const int64_t L = steps.size();
-  const int64_t C = shape.C, K = chunks.size(), per_channel = shape.count();
-  const bool by_row = shape.layout == Layout::ChannelsLast;
-  const bool alone = shape.numel() <= kGrain;
+void two_passes(const Shape& shape, int64_t slab, First first, Finish finish, Second second,
+                bool has_second) {
+  const Chunks chunks(shape);
+  const int64_t C = shape.C, K = chunks.size();
+  const auto count = [&](int64_t k) { return static_cast<double>(chunks[k].count()); };
 
-  if (by_channel(shape)) {
-    const int64_t G = channel_group(shape, bytes_per_position), groups = (C + G - 1) / G;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (per_channel * G));
-    at::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group) {
-        const int64_t c0 = group * G, c1 = std::min(c0 + G, C);
-        Total totals[kChannelGroup];
+  if (slab > 0) {
+    const int64_t slabs = ceil_div(C, slab);
+    const int64_t grain = std::max<int64_t>(1, kGrain / (shape.count() * slab));
+    at::parallel_for(0, slabs, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t c0 = i * slab, c1 = std::min(c0 + slab, C);
+        Total totals[kSlabChannels];
         for (int64_t k = 0; k < K; ++k) {
-          Partial partials[kChannelGroup];
+          Partial partials[kSlabChannels];
           first(chunks[k], c0, c1, partials);
-          const double count = static_cast<double>(chunks[k].count());
-          for (int64_t c = c0; c < c1; ++c) totals[c - c0].add(partials[c - c0], count);
+          for (int64_t c = c0; c < c1; ++c) totals[c - c0].add(partials[c - c0], count(k));
         }
         for (int64_t c = c0; c < c1; ++c) finish(c, totals[c - c0]);
         if (!has_second) continue;
-        for (int64_t k = L - 1; k >= 0; --k) second(steps[k], c0, c1);
+        for (int64_t k = K - 1; k >= 0; --k) second(chunks[k], c0, c1);
       }
       kernels().fence();
     });
     return;
   }
 
-  const int64_t block = by_row ? kChannelBlock : 1;
-  const int64_t blocks = (C + block - 1) / block;
-  const int64_t grain = alone ? K * blocks : 1;
-  std::vector<Partial> partials(static_cast<size_t>(K * C));
-  at::parallel_for(0, K * blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t k = task / blocks, c0 = task % blocks * block;
-      first(chunks[k], c0, std::min(c0 + block, C), &partials[static_cast<size_t>(k * C + c0)]);
-    }
+  Partials<Partial> partials(K * C);
+  each_block(shape, K, /*backwards=*/false, [&](int64_t k, int64_t c0, int64_t c1) {
+    first(chunks[k], c0, c1, &partials[k * C + c0]);
   });
   // Eight neighbours at a time, because their partials share cache lines.
   constexpr int64_t kNeighbours = 8;
-  const int64_t finish_grain = std::max<int64_t>(kNeighbours, kGrain / std::max<int64_t>(K, 1));
-  at::parallel_for(0, (C + kNeighbours - 1) / kNeighbours, finish_grain / kNeighbours,
+  at::parallel_for(0, ceil_div(C, kNeighbours),
+                   std::max<int64_t>(1, kFinishGrain / (K * kNeighbours)),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t c0 = begin * kNeighbours; c0 < std::min(end * kNeighbours, C);
                           c0 += kNeighbours) {
                        const int64_t n = std::min(kNeighbours, C - c0);
                        Total totals[kNeighbours];
                        for (int64_t k = 0; k < K; ++k) {
-                         const double count = static_cast<double>(chunks[k].count());
-                         for (int64_t i = 0; i < n; ++i) {
-                           totals[i].add(partials[static_cast<size_t>(k * C + c0 + i)], count);
-                         }
+                         for (int64_t i = 0; i < n; ++i)
+                           totals[i].add(partials[k * C + c0 + i], count(k));
                        }
                        for (int64_t i = 0; i < n; ++i) finish(c0 + i, totals[i]);
                      }
                    });
   if (!has_second) return;
-  const int64_t second_blocks = by_row ? 1 : C;
-  at::parallel_for(0, L * second_blocks, alone ? L * second_blocks : 1,
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t task = end - 1; task >= begin; --task) {
-                       const int64_t c0 = task % second_blocks;
-                       second(steps[task / second_blocks], c0, by_row ? C : c0 + 1);
-                     }
-                     kernels().fence();
-                   });
+  each_block(shape, K, /*backwards=*/true,
+             [&](int64_t k, int64_t c0, int64_t c1) { second(chunks[k], c0, c1); });
 }
 
-// second(span, c0, c1) over every chunk, in order: for passes that need no totals.
+// second(span, c0, c1) over everything, for passes that need no totals: in the order of memory.
 template <typename Second>
 void one_pass(const Shape& shape, Second second) {
-  const Chunks chunks(shape, kForwardChunk);
-  const bool by_row = shape.layout == Layout::ChannelsLast;
-  const int64_t K = chunks.size(), channels = by_row ? 1 : shape.C, tasks = K * channels;
-  const int64_t grain = tasks == 0 ? 1 : std::max<int64_t>(1, kGrain * tasks / shape.numel());
-  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      // Sample by sample where a chunk is one row, so that memory is walked in order.
-      const int64_t c0 = task % channels;
-      second(chunks[task / channels], c0, by_row ? shape.C : c0 + 1);
-    }
-    kernels().fence();
-  });
+  const int64_t shares = 4 * at::get_num_threads();
+  if (shape.N >= shares) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / (shape.C * shape.S));
+    at::parallel_for(0, shape.N, grain, [&](int64_t begin, int64_t end) {
+      second(Span{begin, end, 0, shape.S}, 0, shape.C);
+      kernels().fence();
+    });
+    return;
+  }
+  const Chunks chunks(shape);
+  each_block(shape, chunks.size(), /*backwards=*/false,
+             [&](int64_t k, int64_t c0, int64_t c1) { second(chunks[k], c0, c1); });
 }
 
 }  // namespace cpu

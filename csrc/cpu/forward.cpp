@@ -16,7 +16,7 @@ namespace {
 // Everything but the coefficients.
 ForwardParams forward_params(const Input& in, const Tensor& y) {
   ForwardParams p;
-  p.shape = in.shape;
+  p.shape = as_channels_first(in.shape);
   p.dtype = in.dtype;
   p.x = in.tensor.const_data_ptr();
   p.y = y.data_ptr();
@@ -60,11 +60,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     p.mean = mean_of;
     p.scale = scale;
     p.shift = shift;
-    p.ahead = fetch_distance(in.shape, y.element_size());
+    const int64_t bytes = x.element_size() * (p.stream ? 1 : 2);
+    const int64_t slab = slab_channels(p.shape, bytes, p.stream);
+    p.ahead = slab * p.shape.S;
     const auto moments = kernels().moments[static_cast<int>(in.dtype)];
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
     two_passes<Moments, ChannelMoments>(
-        in.shape, Chunks(in.shape, kForwardChunk), x.element_size(),
+        p.shape, slab,
         [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
           moments(p, span, c0, c1, out);
         },
@@ -105,7 +107,7 @@ Tensor normalise_with(const Tensor& x, const OptionalTensor& weight, const Optio
     p.scale = scale;
     p.shift = shift;
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
-    one_pass(in.shape, [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
+    one_pass(p.shape, [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
   });
   return y;
 }
@@ -147,11 +149,11 @@ std::tuple<Tensor, Tensor> stats(const Tensor& x) {
   if (x.numel() == 0) return {mean, var};
   double *mean_of = mean.data_ptr<double>(), *var_of = var.data_ptr<double>();
   ForwardParams p;
-  p.shape = in.shape;
+  p.shape = as_channels_first(in.shape);
   p.x = in.tensor.const_data_ptr();
   const auto moments = kernels().moments[static_cast<int>(in.dtype)];
   two_passes<Moments, ChannelMoments>(
-      in.shape, Chunks(in.shape, kForwardChunk), x.element_size(),
+      p.shape, slab_channels(p.shape, x.element_size(), false),
       [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
         moments(p, span, c0, c1, out);
       },

@@ -13,66 +13,103 @@
 namespace bnorm_ext {
 namespace cpu {
 
-// Values per chunk and channel in ChannelsFirst. Forward: 16 KB of float, which stays in L1 between
-// the two passes over it. Backward goes over it once: long, for each start and end of a chunk
-// costs.
-constexpr int64_t kForwardChunk = 4096;
-constexpr int64_t kBackwardChunk = 8192;
-// Channels of short rows that are taken together in ChannelsFirst, so that memory is read in runs;
-// their accumulators stay in L1.
-constexpr int64_t kChannelGroup = 16;
-// Channels-last moments are gathered for this many channels at a time, in arrays on the stack.
-constexpr int64_t kChannelBlock = 128;
+// In an unnamed namespace, as all that kernels use: see vec.h.
+namespace {
 
-// The positions that one chunk covers. ChannelsFirst: samples [n0, n1), positions [s0, s1) of each.
-// ChannelsLast: rows [s0, s1) of the N * S rows, and n0 = 0, n1 = 1.
+// The kernels know one layout: element (n, c, s) at (n * C + c) * S + s. ChannelsLast is the case
+// of N * S samples with one position each.
+constexpr Shape as_channels_first(const Shape& shape) {
+  if (shape.layout == Layout::ChannelsFirst) return shape;
+  return {shape.N * shape.S, shape.C, 1, Layout::ChannelsFirst};
+}
+
+constexpr int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t clamp(int64_t v, int64_t lo, int64_t hi) {
+  return v < lo ? lo : v > hi ? hi : v;
+}
+
+// The least number of pieces of `length` values that is a multiple of 16 values, the widest vector.
+constexpr int64_t whole_vectors(int64_t length) {
+  int64_t pieces = 16;
+  for (; length % 2 == 0 && pieces > 1; length /= 2) pieces /= 2;
+  return pieces;
+}
+
+// Rows of a channel shorter than this are taken across the samples (walk.h): sixteen vectors of the
+// widest kind, below which what a row costs at its ends is felt.
+constexpr int64_t kShortRow = 256;
+constexpr bool is_short(const Shape& shape) {
+  return shape.S < kShortRow;
+}
+
+// Samples shorter than this are joined, `fold` of them, into rows of whole vectors.
+constexpr int64_t kShortSample = 128;
+constexpr bool is_folded(const Shape& shape) {
+  return is_short(shape) && shape.C * shape.S < kShortSample;
+}
+constexpr int64_t fold(int64_t sample) {
+  const int64_t whole = whole_vectors(sample);
+  return whole * ceil_div(kShortSample, whole * sample);
+}
+
+// Columns that are taken at once: their sums and coefficients stay in L1.
+constexpr int64_t kColumns = 2048;
+static_assert(16 * (kShortSample - 1) <= kColumns, "a folded row is one tile");
+
+// Channels per tile: as many as fit, their elements a multiple of 16, so that all tiles are aligned
+// where the first one is.
+constexpr int64_t tile_channels(int64_t S) {
+  const int64_t whole = whole_vectors(S), fit = kColumns / S;
+  return fit < whole ? fit : fit / whole * whole;
+}
+static_assert(kColumns / (kShortRow - 1) >= 1, "a tile has a channel at least");
+
+// Channels that `moments` and `sums` are asked for at a time, at most.
+constexpr int64_t kChannelBlock = 2048;
+
+}  // namespace
+
+// The positions that one chunk covers: samples [n0, n1), positions [s0, s1) of each.
 struct Span {
   int64_t n0, n1, s0, s1;
   int64_t count() const { return (n1 - n0) * (s1 - s0); }
 };
 
+// A tensor's chunks, in the order of memory.
 class Chunks {
  public:
-  Chunks(const Shape& shape, int64_t length) {
-    if (shape.layout == Layout::ChannelsLast) {
-      const int64_t width = shape.C < kChannelBlock ? shape.C : kChannelBlock;
-      outer_ = 1;
-      inner_ = shape.N * shape.S;
-      inner_step_ = clamp(4 * kForwardChunk / (width > 0 ? width : 1), 128, 1024);
-    } else if (shape.S < length) {
-      outer_ = shape.N;
-      inner_ = shape.S;
-      outer_step_ = length / (shape.S > 0 ? shape.S : 1);
-      inner_step_ = shape.S > 0 ? shape.S : 1;
+  explicit Chunks(const Shape& shape) : N_(shape.N), S_(shape.S) {
+    if (is_short(shape)) {
+      // Long enough that what a chunk costs per channel does not show. Equal pieces, whole eights.
+      const int64_t most = clamp(131072 / min(256, shape.C * shape.S), 512, 16384);
+      samples_ = ceil_div(ceil_div(N_, ceil_div(N_, most)), 8) * 8;
+      positions_ = S_;
+    } else if (S_ < kRowChunk) {
+      samples_ = kRowChunk / S_;
+      positions_ = S_;
     } else {
       // Equal pieces, so that no chunk is a sliver; multiples of 64 keep vectors whole.
-      outer_ = shape.N;
-      inner_ = shape.S;
-      const int64_t pieces = ceil_div(shape.S, length);
-      inner_step_ = ceil_div(ceil_div(shape.S, pieces), 64) * 64;
+      positions_ = ceil_div(ceil_div(S_, ceil_div(S_, kRowChunk)), 64) * 64;
     }
-    inner_chunks_ = ceil_div(inner_, inner_step_);
-    size_ = ceil_div(outer_, outer_step_) * inner_chunks_;
+    pieces_ = ceil_div(S_, positions_);
+    size_ = ceil_div(N_, samples_) * pieces_;
   }
 
   int64_t size() const { return size_; }
 
   Span operator[](int64_t chunk) const {
-    const int64_t n0 = chunk / inner_chunks_ * outer_step_;
-    const int64_t s0 = chunk % inner_chunks_ * inner_step_;
-    return {n0, min(n0 + outer_step_, outer_), s0, min(s0 + inner_step_, inner_)};
+    const int64_t n0 = chunk / pieces_ * samples_, s0 = chunk % pieces_ * positions_;
+    return {n0, min(n0 + samples_, N_), s0, min(s0 + positions_, S_)};
   }
 
  private:
-  static constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-  static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-  static constexpr int64_t clamp(int64_t v, int64_t lo, int64_t hi) {
-    return v < lo ? lo : v > hi ? hi : v;
-  }
-
-  int64_t outer_ = 1, outer_step_ = 1;
-  int64_t inner_ = 0, inner_step_ = 1;
-  int64_t inner_chunks_ = 0, size_ = 0;
+  static constexpr int64_t kRowChunk = 8192;  // values of a channel where rows are long
+  int64_t N_, S_, samples_ = 1, positions_ = 1, pieces_ = 0, size_ = 0;
 };
 
 // Of one chunk of one channel: the mean as shift + delta, and the sum of squared deviations from
@@ -92,7 +129,7 @@ struct Sums {
 struct KernelTable {
   const char* capability;  // "baseline", "avx2" or "avx512"
   // Indexed by DType. out: [c1 - c0]. moments and sums take at most kChannelBlock channels at a
-  // time, in ChannelsFirst kChannelGroup; apply and dx any range.
+  // time; apply and dx any range. All of them take all channels where is_folded().
   void (*moments[4])(const ForwardParams&, const Span&, int64_t c0, int64_t c1, Moments* out);
   void (*apply[4])(const ForwardParams&, const Span&, int64_t c0, int64_t c1);
   void (*sums[4])(const BackwardParams&, const Span&, int64_t c0, int64_t c1, Sums* out);

@@ -1,8 +1,16 @@
-// What the forward and the backward kernels share: the accumulation type, the walk over a chunk,
-// and accumulators.
+// What the forward and the backward kernels share: the way through a chunk, sums over it, and an
+// elementwise pass.
+//
+// Vectors run along the memory. Where rows are long (S of kShortRow and more, or few samples) one
+// vector lies within a channel: coefficients are broadcast, and lanes are added at the end of a
+// row. Where they are short the chunk is a matrix of samples whose columns are the C * S elements
+// of each: coefficients are spread out over the columns, sums are taken down the columns and folded
+// into channels at the end. Channels-last data is the case S = 1.
 //
 // Compiled once per instruction set; everything is in an unnamed namespace (see vec.h).
 #pragma once
+
+#include <type_traits>
 
 #include "kernels.h"
 #include "vec.h"
@@ -24,7 +32,7 @@ BNORM_INLINE double value(const T* p) {
 }
 
 // Calls f(offset, length, channel - c0) for each row of some channels in the span: its first
-// element, and how many. In the order of memory, which matters where rows are short.
+// element, and how many. In the order of memory.
 template <typename F>
 BNORM_INLINE void each_row(const Shape& shape, const Span& span, int64_t c0, int64_t c1, F f) {
   for (int64_t n = span.n0; n < span.n1; ++n) {
@@ -34,16 +42,12 @@ BNORM_INLINE void each_row(const Shape& shape, const Span& span, int64_t c0, int
   }
 }
 
-// Calls f(offset) for each element of channel c in the span, in either layout.
+// Calls f(offset) for each element of channel c in the span.
 template <typename F>
 BNORM_INLINE void each_element(const Shape& shape, const Span& span, int64_t c, F f) {
-  if (shape.layout == Layout::ChannelsLast) {
-    for (int64_t row = span.s0; row < span.s1; ++row) f(row * shape.C + c);
-  } else {
-    each_row(shape, span, c, c + 1, [&](int64_t offset, int64_t length, int64_t) {
-      for (int64_t i = 0; i < length; ++i) f(offset + i);
-    });
-  }
+  each_row(shape, span, c, c + 1, [&](int64_t offset, int64_t length, int64_t) {
+    for (int64_t i = 0; i < length; ++i) f(offset + i);
+  });
 }
 
 inline void fence_stores() {
@@ -58,97 +62,249 @@ BNORM_INLINE void fetch_ahead(const T* p, Streamed) {
 template <typename T>
 BNORM_INLINE void fetch_ahead(const T*, Cached) {}
 
-// Within a row, for a pass that only reads: hardware prefetch starts anew on every page and row.
-template <typename T>
-BNORM_INLINE void fetch_next(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096, /*rw=*/0, /*locality=*/3);
+// ---- Columns ----------------------------------------------------------------------------------
+
+// Whole vectors of the columns of some channels, with room for a vector that is not whole.
+template <typename A>
+struct alignas(64) Columns {
+  A a[kColumns + 64];
+};
+
+// A matrix of `rows` rows, `width` columns, the first element at `at`, and of a last row of `rest`
+// columns only. Column j belongs to channel c0 + j / S % (c1 - c0).
+struct Tile {
+  int64_t c0, c1;
+  int64_t at, stride, rows, width, rest;
+
+  int64_t rest_at() const { return at + rows * stride; }
+  int64_t copies(int64_t S) const { return width / ((c1 - c0) * S); }
+};
+
+// Calls f(tile) for tiles that cover channels [c0, c1) of the span. Where a sample is shorter than
+// a few vectors, some in a row make one row of the tile; then all channels have to be asked for.
+template <typename F>
+BNORM_INLINE void each_tile(const Shape& shape, const Span& span, int64_t c0, int64_t c1, F f) {
+  const int64_t S = shape.S, sample = shape.C * S, samples = span.n1 - span.n0;
+  const int64_t k = is_folded(shape) ? fold(sample) : 1;
+  const int64_t step = is_folded(shape) ? shape.C : tile_channels(S);
+  for (int64_t c = c0; c < c1; c += step) {
+    const int64_t end = smaller(c + step, c1), width = (end - c) * S;
+    f(Tile{c, end, span.n0 * sample + c * S, k * sample, samples / k, k * width,
+           samples % k * width});
+  }
+}
+
+// of_channel[c] (c from c0) into every column of it, and zeros into the room behind.
+template <typename A>
+BNORM_INLINE void spread(const Tile& tile, int64_t S, const A* of_channel, A* columns) {
+  const int64_t channels = tile.c1 - tile.c0;
+  int64_t j = 0;
+  for (int64_t copy = 0; copy < tile.copies(S); ++copy) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t s = 0; s < S; ++s) columns[j++] = of_channel[c];
+    }
+  }
+  for (int64_t end = j + Vec<A>::W; j < end; ++j) columns[j] = 0;
+}
+
+// out[c] (c from c0): the sum of the columns of it.
+BNORM_INLINE void gather(const Tile& tile, int64_t S, const double* columns, double* out) {
+  using V = Vec<double>;
+  const int64_t channels = tile.c1 - tile.c0;
+  for (int64_t c = 0; c < channels; ++c) out[c] = 0;
+  for (int64_t copy = 0; copy < tile.copies(S); ++copy) {
+    if (S == 1) {
+      for (int64_t c = 0; c < channels; ++c) out[c] += columns[c];
+      columns += channels;
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c, columns += S) {
+      if (S < 2 * V::W) {
+        for (int64_t s = 0; s < S; ++s) out[c] += columns[s];
+      } else {
+        V s4[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
+        each_vector_of_four<double>(S, [&](int64_t s, int u, auto part) {
+          s4[u] = s4[u] + load(columns + s, part, V::all(0));
+        });
+        out[c] += sum((s4[0] + s4[1]) + (s4[2] + s4[3]));
+      }
+    }
+  }
 }
 
 // ---- Sums -------------------------------------------------------------------------------------
 
-// A lane of the accumulation type takes at most this many values before it is emptied into double.
-// Equal values round the same way each time, so that n of them may cost n / 2 units in the last
-// place; this many cost two, of the four that are promised.
-constexpr int64_t kLaneLength = 4;
-
-template <typename A>
-struct DoubleLanes {
-  Vec<double> low = Vec<double>::all(0), high = Vec<double>::all(0);
-  BNORM_INLINE void add(const Vec<float> (&a)[4]) {
-    low = low + ((low_half(a[0]) + low_half(a[1])) + (low_half(a[2]) + low_half(a[3])));
-    high = high + ((high_half(a[0]) + high_half(a[1])) + (high_half(a[2]) + high_half(a[3])));
-  }
-  BNORM_INLINE void add(const Vec<double> (&a)[4]) { low = low + ((a[0] + a[1]) + (a[2] + a[3])); }
-  BNORM_INLINE double total() const { return sum(low + high); }
+// Two vectors, of which a and a * b are summed.
+template <typename V>
+struct Pair {
+  V a, b;
 };
 
-// Two sums over one channel, in four chains of additions each, since one would wait for its own
-// latency.
+// Sums over pair(first) .. pair(first + kCount - 1), as trees: equal values are added without
+// rounding, others are rounded log2(kCount) times. What comes out is added up in double.
+template <int kCount, typename F>
+BNORM_INLINE auto tree(int first, F pair) {
+  if constexpr (kCount == 1) {
+    const auto v = pair(first);
+    return decltype(v){v.a, v.a * v.b};
+  } else if constexpr (kCount == 2) {
+    const auto v = pair(first), w = pair(first + 1);
+    return decltype(v){v.a + w.a, multiply_add(v.a, v.b, w.a * w.b)};
+  } else {
+    const auto v = tree<kCount / 2>(first, pair), w = tree<kCount / 2>(first + kCount / 2, pair);
+    return decltype(v){v.a + w.a, v.b + w.b};
+  }
+}
+
+BNORM_INLINE void add_to(double* p, Vec<double> a) {
+  store(p, Full{}, load(p, Full{}, a) + a);
+}
+BNORM_INLINE void add_to(double* p, Vec<float> a) {
+  add_to(p, low_half(a));
+  add_to(p + Vec<double>::W, high_half(a));
+}
+
+// The lanes of a channel's two sums.
 template <typename A>
-class ChannelAccumulator {
- public:
+struct alignas(64) Lanes {
+  double a[Vec<A>::W] = {}, ab[Vec<A>::W] = {};
+
+  BNORM_INLINE void add(Pair<Vec<A>> sums) {
+    add_to(a, sums.a);
+    add_to(ab, sums.b);
+  }
+};
+BNORM_INLINE double total(const double* lanes, int64_t count) {
+  Vec<double> v = load(lanes, Full{}, Vec<double>::all(0));
+  for (int64_t i = Vec<double>::W; i < count; i += Vec<double>::W) {
+    v = v + load(lanes + i, Full{}, v);
+  }
+  return sum(v);
+}
+
+// One row of a channel.
+template <typename A, typename Load>
+BNORM_INLINE void add_row(int64_t at, int64_t length, Vec<A> mean, Lanes<A>& lanes,
+                          Load load_pair) {
   using V = Vec<A>;
+  constexpr int64_t W = V::W;
+  Lanes<A> sums = lanes;  // which the compiler keeps in registers
+  int64_t i = 0;
+  const auto whole = [&](int u) { return load_pair(at + i + u * W, Full{}, mean); };
+  for (; i + 16 * W <= length; i += 16 * W) sums.add(tree<16>(0, whole));
+  for (; i + 4 * W <= length; i += 4 * W) sums.add(tree<4>(0, whole));
+  if (i < length) {
+    Pair<V> v[4] = {};
+    each_vector_of_four<A>(
+        length - i, [&](int64_t j, int u, auto part) { v[u] = load_pair(at + i + j, part, mean); });
+    sums.add(tree<4>(0, [&](int u) { return v[u]; }));
+  }
+  lanes = sums;
+}
 
-  // f(offset, part, s1, s2) adds the vector at offset to s1 and s2, for one row of `length` values.
-  template <typename F>
-  BNORM_INLINE void row(int64_t offset, int64_t length, F f) {
-    constexpr int64_t W = V::W, kBlock = 4 * W * kLaneLength;
-    int64_t i = 0;
-    for (; i + kBlock <= length; i += kBlock) {
-      // Chains of the block's own, so that they stay in registers.
-      V s1[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-      V s2[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-      for (int64_t at = offset + i; at < offset + i + kBlock; at += 4 * W) {
-        f(at, Full{}, s1[0], s2[0]);
-        f(at + W, Full{}, s1[1], s2[1]);
-        f(at + 2 * W, Full{}, s1[2], s2[2]);
-        f(at + 3 * W, Full{}, s1[3], s2[3]);
-      }
-      lanes1_.add(s1);
-      lanes2_.add(s2);
-    }
-    if (i == length) return;
-    const int64_t taken = (length - i + 4 * W - 1) / (4 * W);
-    if (taken > room_) empty();
-    room_ -= taken;
-    each_vector_of_four<A>(length - i, [&](int64_t j, int u, auto part) {
-      f(offset + i + j, part, rest1_[u], rest2_[u]);
+// kRows rows of a tile.
+template <typename A, int kRows, typename Load>
+BNORM_INLINE void add_rows(int64_t at, int64_t stride, int64_t width, const A* mean, double* a,
+                           double* ab, Load load_pair) {
+  using V = Vec<A>;
+  each_vector<A>(width, [&](int64_t j, auto part) {
+    const V m = load(mean + j, Full{}, V::all(0));
+    const Pair<V> sums =
+        tree<kRows>(0, [&](int u) { return load_pair(at + u * stride + j, part, m); });
+    add_to(a + j, sums.a);
+    if (ab != nullptr) add_to(ab + j, sums.b);
+  });
+}
+
+// Sums down the columns of a tile, of a * b where there is a place for it.
+template <typename A, typename Load>
+BNORM_INLINE void sum_columns(const Tile& tile, int64_t element_size, const A* mean, double* a,
+                              double* ab, Load load_pair) {
+  for (int64_t j = 0; j < tile.width + Vec<A>::W; ++j) a[j] = 0;
+  if (ab != nullptr) {
+    for (int64_t j = 0; j < tile.width + Vec<A>::W; ++j) ab[j] = 0;
+  }
+  const auto take = [&](int64_t row, auto count) {
+    add_rows<A, decltype(count)::value>(tile.at + row * tile.stride, tile.stride, tile.width, mean,
+                                        a, ab, load_pair);
+  };
+  // Rows that are whole pages apart would share one set of the first cache.
+  const bool crowded = tile.stride * element_size % 2048 == 0;
+  int64_t r = 0;
+  for (; r + 16 <= tile.rows && !crowded; r += 16) take(r, std::integral_constant<int, 16>{});
+  for (; r + 4 <= tile.rows; r += 4) take(r, std::integral_constant<int, 4>{});
+  for (; r < tile.rows; ++r) take(r, std::integral_constant<int, 1>{});
+  add_rows<A, 1>(tile.rest_at(), 0, tile.rest, mean, a, ab, load_pair);
+}
+
+// Sums of a and a * b over channels [c0, c1) of a span: sum_a[c - c0], sum_ab[c - c0], where
+// load_pair(offset, Full | Part, mean of the channel) gives a and b, and zeros beyond a Part.
+template <typename T, typename A, typename Load>
+BNORM_INLINE void sums_of_pairs(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
+                                const A* mean, double* sum_a, double* sum_ab, Load load_pair) {
+  if (is_short(shape)) {
+    Columns<A> m;
+    Columns<double> a, ab;
+    each_tile(shape, span, c0, c1, [&](const Tile& tile) {
+      spread(tile, shape.S, mean + (tile.c0 - c0), m.a);
+      sum_columns(tile, sizeof(T), m.a, a.a, ab.a, load_pair);
+      gather(tile, shape.S, a.a, sum_a + (tile.c0 - c0));
+      gather(tile, shape.S, ab.a, sum_ab + (tile.c0 - c0));
     });
+    return;
   }
-
-  BNORM_INLINE double total1() { return empty(), lanes1_.total(); }
-  BNORM_INLINE double total2() { return empty(), lanes2_.total(); }
-
- private:
-  BNORM_INLINE void empty() {
-    lanes1_.add(rest1_);
-    lanes2_.add(rest2_);
-    for (int u = 0; u < 4; ++u) rest1_[u] = rest2_[u] = V::all(0);
-    room_ = kLaneLength;
+  constexpr int64_t kRowChannels = 16;  // in the order of memory; their lanes stay in L1
+  for (int64_t c = c0; c < c1; c += kRowChannels) {
+    const int64_t end = smaller(c + kRowChannels, c1);
+    Lanes<A> lanes[kRowChannels];
+    each_row(shape, span, c, end, [&](int64_t offset, int64_t length, int64_t k) {
+      add_row<A>(offset, length, Vec<A>::all(mean[c - c0 + k]), lanes[k], load_pair);
+    });
+    for (int64_t k = 0; k < end - c; ++k) {
+      sum_a[c - c0 + k] = total(lanes[k].a, Vec<A>::W);
+      sum_ab[c - c0 + k] = total(lanes[k].ab, Vec<A>::W);
+    }
   }
+}
 
-  DoubleLanes<A> lanes1_, lanes2_;
-  // Of the ends of rows, shorter than a block.
-  V rest1_[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-  V rest2_[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-  int64_t room_ = kLaneLength;  // of the fullest of them
-};
+// ---- Elementwise ------------------------------------------------------------------------------
 
-// Sums of a block of channels in ChannelsLast, over rows that are taken four at a time. A whole
-// number of vectors, so that only accesses to tensors need a part.
-constexpr int64_t kRowsPerBlock = 4 * kLaneLength;
-template <typename A>
-struct ChannelBlock {
-  alignas(64) A a[kChannelBlock];
-  BNORM_INLINE Vec<A> get(int64_t i) const { return load(a + i, Full{}, Vec<A>::all(0)); }
-  BNORM_INLINE void set(int64_t i, Vec<A> v) { store(a + i, Full{}, v); }
-  BNORM_INLINE void clear() {
-    for (int64_t i = 0; i < kChannelBlock; i += Vec<A>::W) set(i, Vec<A>::all(0));
+// In an elementwise pass rows are taken across the samples below this many positions only.
+constexpr int64_t kTinyRow = 16;
+
+// Calls f(offset, Full | Part, how, k) for every vector of channels [c0, c1) of a span, where k[i]
+// are the coefficients of its lanes, from the arrays coefficients[i][c], and `how` is the way to
+// store at out + offset.
+template <typename A, int kCount, typename T, typename F>
+BNORM_INLINE void each_vector_of_span(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
+                                      const A* const (&coefficients)[kCount], T* out, bool stream,
+                                      F f) {
+  using V = Vec<A>;
+  if (shape.S >= kTinyRow) {
+    each_row(shape, span, c0, c1, [&](int64_t offset, int64_t length, int64_t k) {
+      V of_row[kCount];
+      for (int i = 0; i < kCount; ++i) of_row[i] = V::all(coefficients[i][c0 + k]);
+      each_vector_to<A>(out + offset, length, stream,
+                        [&](int64_t i, auto part, auto how) { f(offset + i, part, how, of_row); });
+    });
+    return;
   }
-  BNORM_INLINE void empty_into(double* total, int64_t width) {
-    for (int64_t i = 0; i < width; ++i) total[i] += static_cast<double>(a[i]);
-  }
-};
+  Columns<A> columns[kCount];
+  each_tile(shape, span, c0, c1, [&](const Tile& tile) {
+    for (int i = 0; i < kCount; ++i) {
+      spread(tile, shape.S, coefficients[i] + tile.c0, columns[i].a);
+    }
+    for (int64_t r = 0; r <= tile.rows; ++r) {
+      const int64_t offset = tile.at + r * tile.stride;
+      const int64_t width = r < tile.rows ? tile.width : tile.rest;
+      each_vector_to<A>(out + offset, width, stream, [&](int64_t j, auto part, auto how) {
+        V k[kCount];
+        for (int i = 0; i < kCount; ++i) k[i] = load(columns[i].a + j, Full{}, V::all(0));
+        f(offset + j, part, how, k);
+      });
+    }
+  });
+}
 
 }  // namespace
 }  // namespace cpu
