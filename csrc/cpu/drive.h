@@ -73,7 +73,7 @@ constexpr int64_t kRun = 2048;  // values in a row of memory that are worth whil
 // through the cache in both passes.
 inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream) {
   if (shape.numel() <= kGrain) return std::min(shape.C, kSlabChannels);
-  if (is_folded(shape)) return 0;
+  if (is_folded(shape) || !stream) return 0;
   const int64_t threads = at::get_num_threads(), slab = shape.count() * bytes;
   const int64_t unit = is_short(shape) ? whole_vectors(shape.S) : 1;
   int64_t group = std::min(
