@@ -32,7 +32,7 @@ void sums_in_double(const BackwardParams& p, const Span& span, int64_t c, Sums* 
 template <typename T>
 void sums(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1, Sums* out) {
   using A = Acc<T>;
-  using V = Vec<A>;
+  using V = VectorOf<T>;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
   const A* mean = static_cast<const A*>(p.mean) + c0;
@@ -57,7 +57,7 @@ BNORM_INLINE V input_gradient(V dy, V x, V mean, V rstd, V mean_dy, V mean_dy_xh
 template <typename T>
 void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   using A = Acc<T>;
-  using V = Vec<A>;
+  using V = VectorOf<T>;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
   T* dx = static_cast<T*>(p.dx);

@@ -39,7 +39,7 @@ template <typename T>
 BNORM_INLINE void sample_means(const T* x, const Shape& shape, const Span& span, int64_t c0,
                                int64_t c1, Acc<T>* about) {
   using A = Acc<T>;
-  using V = Vec<A>;
+  using V = VectorOf<T>;
   if (is_short(shape)) {
     Columns<A> zeros;
     Columns<double> columns;
@@ -50,11 +50,11 @@ BNORM_INLINE void sample_means(const T* x, const Shape& shape, const Span& span,
       if (tile.rows > 0) tile.rest = 0;
       if (tile.rows > wanted) tile.stride *= tile.rows / wanted, tile.rows = wanted;
       const int64_t values = tile.rows > 0 ? tile.rows * per_row : tile.rest / shape.C;
-      sum_columns(tile, sizeof(T), zeros.a, columns.a, nullptr, [=](int64_t at, auto part, V zero) {
-        return Pair<V>{load(x + at, part, zero), zero};
-      });
+      sum_columns<V>(
+          tile, sizeof(T), zeros.a, columns.a, nullptr,
+          [=](int64_t at, auto part, V zero) { return Pair<V>{load(x + at, part, zero), zero}; });
       double sums[kColumns];
-      gather(tile, shape.S, columns.a, sums);
+      gather<V>(tile, shape.S, columns.a, sums);
       for (int64_t c = tile.c0; c < tile.c1; ++c) {
         about[c - c0] = static_cast<A>(sums[c - tile.c0] / static_cast<double>(values));
       }
@@ -84,7 +84,7 @@ BNORM_INLINE Moments moments_about(double shift, double d, double d2, double per
 template <typename T>
 void moments(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1, Moments* out) {
   using A = Acc<T>;
-  using V = Vec<A>;
+  using V = VectorOf<T>;
   const T* x = static_cast<const T*>(p.x);
   const double per_value = 1.0 / static_cast<double>(span.count());
   A about[kChannelBlock];
@@ -130,7 +130,7 @@ BNORM_INLINE V normalise(V x, V mean, V scale, V shift) {
 template <typename T>
 void apply(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   using A = Acc<T>;
-  using V = Vec<A>;
+  using V = VectorOf<T>;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
   const A* const coefficients[] = {static_cast<const A*>(p.mean), static_cast<const A*>(p.scale),

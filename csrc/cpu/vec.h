@@ -2,6 +2,9 @@
 //
 //   Vec<float>   16 lanes with AVX-512, 8 with AVX2, 4 otherwise
 //   Vec<double>   8 lanes with AVX-512, 4 with AVX2, 2 otherwise
+//   EvenOdd      two Vec<float>: the elements at even and at odd places of W bfloat16, which is how
+//                they come apart and together again without moving between lanes
+//   VectorOf<T>  the one that elements of type T are loaded as
 //   load(pointer, Full, fill)    W elements of float, double, half or bfloat16
 //   load(pointer, Part, fill)    the first n < W of them, the other lanes from fill
 //   store(pointer, Full | Part, vector)
@@ -12,6 +15,8 @@
 
 #include <cstdint>
 #include <cstring>
+
+#include "../params.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 // GCC's own header initialises "undefined" vectors with themselves and then warns of it.
@@ -50,6 +55,8 @@ struct Streamed {};
 template <typename A>
 struct Vec;
 
+struct EvenOdd;
+
 #if defined(__AVX512F__)
 #include "vec_avx512.inc"
 #elif defined(__AVX2__)
@@ -62,10 +69,112 @@ BNORM_INLINE double sum(Vec<float> a) {
   return sum(low_half(a) + high_half(a));
 }
 
+struct EvenOdd {
+  using Scalar = float;
+  static constexpr int64_t W = 2 * Vec<float>::W;
+  Vec<float> even, odd;
+  static BNORM_INLINE EvenOdd all(float a) { return {Vec<float>::all(a), Vec<float>::all(a)}; }
+};
+BNORM_INLINE EvenOdd operator+(EvenOdd a, EvenOdd b) {
+  return {a.even + b.even, a.odd + b.odd};
+}
+BNORM_INLINE EvenOdd operator-(EvenOdd a, EvenOdd b) {
+  return {a.even - b.even, a.odd - b.odd};
+}
+BNORM_INLINE EvenOdd operator*(EvenOdd a, EvenOdd b) {
+  return {a.even * b.even, a.odd * b.odd};
+}
+BNORM_INLINE EvenOdd fma(EvenOdd a, EvenOdd b, EvenOdd c) {
+  return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)};
+}
+BNORM_INLINE EvenOdd multiply_add(EvenOdd a, EvenOdd b, EvenOdd c) {
+  return {multiply_add(a.even, b.even, c.even), multiply_add(a.odd, b.odd, c.odd)};
+}
+BNORM_INLINE double sum(EvenOdd a) {
+  return sum(a.even) + sum(a.odd);
+}
+
+// Elements 2 i of W bfloat16 as 32-bit words, elements 2 i + 1, and both again.
+BNORM_INLINE EvenOdd widen(Words two) {
+  return {as_floats(shift_left16(two)), as_floats(upper16(two))};
+}
+BNORM_INLINE Words narrow(EvenOdd a) {
+  return shift_right16(rounded(a.even)) | upper16(rounded(a.odd));
+}
+BNORM_INLINE EvenOdd load(const BFloat16* p, Full, EvenOdd) {
+  return widen(load_words(p));
+}
+BNORM_INLINE EvenOdd load(const BFloat16* p, Part n, EvenOdd fill) {
+  const EvenOdd a = widen(load_words(p, n));
+  return {blend(Part{(n.n + 1) / 2}, a.even, fill.even), blend(Part{n.n / 2}, a.odd, fill.odd)};
+}
+template <typename N>
+BNORM_INLINE void store(BFloat16* p, N n, EvenOdd a) {
+  store_words(p, n, narrow(a));
+}
+BNORM_INLINE void store(BFloat16* p, Full, EvenOdd a, Streamed) {
+  stream_words(p, narrow(a));
+}
+
+template <typename T>
+struct VectorFor {
+  using type = Vec<Acc<T>>;
+};
+template <>
+struct VectorFor<BFloat16> {
+  using type = EvenOdd;
+};
+template <typename T>
+using VectorOf = typename VectorFor<T>::type;
+
+// Arrays with a value for each lane of vectors in a row, by place in memory and by lane.
+template <typename A>
+BNORM_INLINE void to_lanes(Vec<A>, A*, int64_t) {}
+template <typename A>
+BNORM_INLINE void to_places(Vec<A>, double*, int64_t) {}
+BNORM_INLINE void to_lanes(EvenOdd, float* values, int64_t count) {
+  constexpr int64_t H = Vec<float>::W;
+  for (float* v = values; v < values + count; v += 2 * H) {
+    float lanes[2 * H];
+    for (int64_t i = 0; i < H; ++i) lanes[i] = v[2 * i], lanes[H + i] = v[2 * i + 1];
+    for (int64_t i = 0; i < 2 * H; ++i) v[i] = lanes[i];
+  }
+}
+BNORM_INLINE void to_places(EvenOdd, double* values, int64_t count) {
+  constexpr int64_t H = Vec<float>::W;
+  for (double* v = values; v < values + count; v += 2 * H) {
+    double places[2 * H];
+    for (int64_t i = 0; i < H; ++i) places[2 * i] = v[i], places[2 * i + 1] = v[H + i];
+    for (int64_t i = 0; i < 2 * H; ++i) v[i] = places[i];
+  }
+}
+
+// A vector of such an array of coefficients.
+template <typename A>
+BNORM_INLINE Vec<A> load_lanes(const A* p, Vec<A> v) {
+  return load(p, Full{}, v);
+}
+BNORM_INLINE EvenOdd load_lanes(const float* p, EvenOdd v) {
+  return {load(p, Full{}, v.even), load(p + Vec<float>::W, Full{}, v.odd)};
+}
+
+// Adds a vector to such an array of sums.
+BNORM_INLINE void add_to(double* p, Vec<double> a) {
+  store(p, Full{}, load(p, Full{}, a) + a);
+}
+BNORM_INLINE void add_to(double* p, Vec<float> a) {
+  add_to(p, low_half(a));
+  add_to(p + Vec<double>::W, high_half(a));
+}
+BNORM_INLINE void add_to(double* p, EvenOdd a) {
+  add_to(p, a.even);
+  add_to(p + Vec<float>::W, a.odd);
+}
+
 // Calls f(i, Full) for every whole vector of [0, length), and f(i, Part) for what is left.
-template <typename A, typename F>
+template <typename V, typename F>
 BNORM_INLINE void each_vector(int64_t length, F f) {
-  constexpr int64_t W = Vec<A>::W;
+  constexpr int64_t W = V::W;
   int64_t i = 0;
   for (; i + W <= length; i += W) f(i, Full{});
   if (i < length) f(i, Part{length - i});
@@ -73,9 +182,9 @@ BNORM_INLINE void each_vector(int64_t length, F f) {
 
 // The same for sums: f(i, u, part) adds to accumulator u of four, since one alone would wait for
 // its own latency.
-template <typename A, typename F>
+template <typename V, typename F>
 BNORM_INLINE void each_vector_of_four(int64_t length, F f) {
-  constexpr int64_t W = Vec<A>::W;
+  constexpr int64_t W = V::W;
   int64_t i = 0;
   for (; i + 4 * W <= length; i += 4 * W) {
     f(i, 0, Full{});
@@ -89,13 +198,19 @@ BNORM_INLINE void each_vector_of_four(int64_t length, F f) {
   if (i < length) f(i, 3, Part{length - i});
 }
 
+// Whether vectors of V from out on are aligned, as streaming wants them.
+template <typename V, typename T>
+BNORM_INLINE bool is_aligned(const T* out) {
+  return reinterpret_cast<uintptr_t>(out) % (V::W * sizeof(T)) == 0;
+}
+
 // The same for writing to `out`: f(i, part, how) where `how` is the way to store there. Streaming
 // passes by the caches, whole aligned lines only: the ends of the row are written as usual.
-template <typename A, typename T, typename F>
+template <typename V, typename T, typename F>
 BNORM_INLINE void each_vector_to(T* out, int64_t length, bool stream, F f) {
-  constexpr int64_t W = Vec<A>::W;
+  constexpr int64_t W = V::W;
   if (!stream) {
-    each_vector<A>(length, [&](int64_t i, auto part) { f(i, part, Cached{}); });
+    each_vector<V>(length, [&](int64_t i, auto part) { f(i, part, Cached{}); });
     return;
   }
   constexpr int64_t alignment = W * static_cast<int64_t>(sizeof(T));

@@ -28,7 +28,7 @@ BNORM_INLINE int64_t smaller(int64_t a, int64_t b) {
 
 template <typename T>
 BNORM_INLINE double value(const T* p) {
-  return sum(load(p, Part{1}, Vec<Acc<T>>::all(0)));
+  return sum(load(p, Part{1}, VectorOf<T>::all(0)));
 }
 
 // Calls f(offset, length, channel - c0) for each row of some channels in the span: its first
@@ -94,8 +94,8 @@ BNORM_INLINE void each_tile(const Shape& shape, const Span& span, int64_t c0, in
   }
 }
 
-// of_channel[c] (c from c0) into every column of it, and zeros into the room behind.
-template <typename A>
+// of_channel[c] (c from c0) into every column of it, and zeros into the room behind; by lanes of V.
+template <typename V, typename A>
 BNORM_INLINE void spread(const Tile& tile, int64_t S, const A* of_channel, A* columns) {
   const int64_t channels = tile.c1 - tile.c0;
   int64_t j = 0;
@@ -104,12 +104,15 @@ BNORM_INLINE void spread(const Tile& tile, int64_t S, const A* of_channel, A* co
       for (int64_t s = 0; s < S; ++s) columns[j++] = of_channel[c];
     }
   }
-  for (int64_t end = j + Vec<A>::W; j < end; ++j) columns[j] = 0;
+  for (const int64_t end = j + V::W; j < end; ++j) columns[j] = 0;
+  to_lanes(V{}, columns, tile.width);
 }
 
-// out[c] (c from c0): the sum of the columns of it.
-BNORM_INLINE void gather(const Tile& tile, int64_t S, const double* columns, double* out) {
-  using V = Vec<double>;
+// out[c] (c from c0): the sum of the columns of it, which are by lanes of V, then by place.
+template <typename V>
+BNORM_INLINE void gather(const Tile& tile, int64_t S, double* columns, double* out) {
+  using D = Vec<double>;
+  to_places(V{}, columns, tile.width);
   const int64_t channels = tile.c1 - tile.c0;
   for (int64_t c = 0; c < channels; ++c) out[c] = 0;
   for (int64_t copy = 0; copy < tile.copies(S); ++copy) {
@@ -119,12 +122,12 @@ BNORM_INLINE void gather(const Tile& tile, int64_t S, const double* columns, dou
       continue;
     }
     for (int64_t c = 0; c < channels; ++c, columns += S) {
-      if (S < 2 * V::W) {
+      if (S < 2 * D::W) {
         for (int64_t s = 0; s < S; ++s) out[c] += columns[s];
       } else {
-        V s4[4] = {V::all(0), V::all(0), V::all(0), V::all(0)};
-        each_vector_of_four<double>(S, [&](int64_t s, int u, auto part) {
-          s4[u] = s4[u] + load(columns + s, part, V::all(0));
+        D s4[4] = {D::all(0), D::all(0), D::all(0), D::all(0)};
+        each_vector_of_four<D>(S, [&](int64_t s, int u, auto part) {
+          s4[u] = s4[u] + load(columns + s, part, D::all(0));
         });
         out[c] += sum((s4[0] + s4[1]) + (s4[2] + s4[3]));
       }
@@ -139,6 +142,10 @@ template <typename V>
 struct Pair {
   V a, b;
 };
+
+// How many of them in one tree: 16 registers' worth.
+template <typename V>
+constexpr int kTree = 16 * Vec<typename V::Scalar>::W / V::W;
 
 // Sums over pair(first) .. pair(first + kCount - 1), as trees: equal values are added without
 // rounding, others are rounded log2(kCount) times. What comes out is added up in double.
@@ -156,20 +163,12 @@ BNORM_INLINE auto tree(int first, F pair) {
   }
 }
 
-BNORM_INLINE void add_to(double* p, Vec<double> a) {
-  store(p, Full{}, load(p, Full{}, a) + a);
-}
-BNORM_INLINE void add_to(double* p, Vec<float> a) {
-  add_to(p, low_half(a));
-  add_to(p + Vec<double>::W, high_half(a));
-}
-
 // The lanes of a channel's two sums.
-template <typename A>
+template <typename V>
 struct alignas(64) Lanes {
-  double a[Vec<A>::W] = {}, ab[Vec<A>::W] = {};
+  double a[V::W] = {}, ab[V::W] = {};
 
-  BNORM_INLINE void add(Pair<Vec<A>> sums) {
+  BNORM_INLINE void add(Pair<V> sums) {
     add_to(a, sums.a);
     add_to(ab, sums.b);
   }
@@ -183,19 +182,17 @@ BNORM_INLINE double total(const double* lanes, int64_t count) {
 }
 
 // One row of a channel.
-template <typename A, typename Load>
-BNORM_INLINE void add_row(int64_t at, int64_t length, Vec<A> mean, Lanes<A>& lanes,
-                          Load load_pair) {
-  using V = Vec<A>;
+template <typename V, typename Load>
+BNORM_INLINE void add_row(int64_t at, int64_t length, V mean, Lanes<V>& lanes, Load load_pair) {
   constexpr int64_t W = V::W;
-  Lanes<A> sums = lanes;  // which the compiler keeps in registers
+  Lanes<V> sums = lanes;  // which the compiler keeps in registers
   int64_t i = 0;
   const auto whole = [&](int u) { return load_pair(at + i + u * W, Full{}, mean); };
-  for (; i + 16 * W <= length; i += 16 * W) sums.add(tree<16>(0, whole));
+  for (; i + kTree<V> * W <= length; i += kTree<V> * W) sums.add(tree<kTree<V>>(0, whole));
   for (; i + 4 * W <= length; i += 4 * W) sums.add(tree<4>(0, whole));
   if (i < length) {
     Pair<V> v[4] = {};
-    each_vector_of_four<A>(
+    each_vector_of_four<V>(
         length - i, [&](int64_t j, int u, auto part) { v[u] = load_pair(at + i + j, part, mean); });
     sums.add(tree<4>(0, [&](int u) { return v[u]; }));
   }
@@ -203,12 +200,11 @@ BNORM_INLINE void add_row(int64_t at, int64_t length, Vec<A> mean, Lanes<A>& lan
 }
 
 // kRows rows of a tile.
-template <typename A, int kRows, typename Load>
-BNORM_INLINE void add_rows(int64_t at, int64_t stride, int64_t width, const A* mean, double* a,
-                           double* ab, Load load_pair) {
-  using V = Vec<A>;
-  each_vector<A>(width, [&](int64_t j, auto part) {
-    const V m = load(mean + j, Full{}, V::all(0));
+template <typename V, int kRows, typename Load>
+BNORM_INLINE void add_rows(int64_t at, int64_t stride, int64_t width,
+                           const typename V::Scalar* mean, double* a, double* ab, Load load_pair) {
+  each_vector<V>(width, [&](int64_t j, auto part) {
+    const V m = load_lanes(mean + j, V{});
     const Pair<V> sums =
         tree<kRows>(0, [&](int u) { return load_pair(at + u * stride + j, part, m); });
     add_to(a + j, sums.a);
@@ -217,52 +213,56 @@ BNORM_INLINE void add_rows(int64_t at, int64_t stride, int64_t width, const A* m
 }
 
 // Sums down the columns of a tile, of a * b where there is a place for it.
-template <typename A, typename Load>
-BNORM_INLINE void sum_columns(const Tile& tile, int64_t element_size, const A* mean, double* a,
-                              double* ab, Load load_pair) {
-  for (int64_t j = 0; j < tile.width + Vec<A>::W; ++j) a[j] = 0;
+template <typename V, typename Load>
+BNORM_INLINE void sum_columns(const Tile& tile, int64_t element_size,
+                              const typename V::Scalar* mean, double* a, double* ab,
+                              Load load_pair) {
+  for (int64_t j = 0; j < tile.width + V::W; ++j) a[j] = 0;
   if (ab != nullptr) {
-    for (int64_t j = 0; j < tile.width + Vec<A>::W; ++j) ab[j] = 0;
+    for (int64_t j = 0; j < tile.width + V::W; ++j) ab[j] = 0;
   }
   const auto take = [&](int64_t row, auto count) {
-    add_rows<A, decltype(count)::value>(tile.at + row * tile.stride, tile.stride, tile.width, mean,
+    add_rows<V, decltype(count)::value>(tile.at + row * tile.stride, tile.stride, tile.width, mean,
                                         a, ab, load_pair);
   };
   // Rows that are whole pages apart would share one set of the first cache.
   const bool crowded = tile.stride * element_size % 2048 == 0;
   int64_t r = 0;
-  for (; r + 16 <= tile.rows && !crowded; r += 16) take(r, std::integral_constant<int, 16>{});
+  for (; r + kTree<V> <= tile.rows && !crowded; r += kTree<V>) {
+    take(r, std::integral_constant<int, kTree<V>>{});
+  }
   for (; r + 4 <= tile.rows; r += 4) take(r, std::integral_constant<int, 4>{});
   for (; r < tile.rows; ++r) take(r, std::integral_constant<int, 1>{});
-  add_rows<A, 1>(tile.rest_at(), 0, tile.rest, mean, a, ab, load_pair);
+  add_rows<V, 1>(tile.rest_at(), 0, tile.rest, mean, a, ab, load_pair);
 }
 
 // Sums of a and a * b over channels [c0, c1) of a span: sum_a[c - c0], sum_ab[c - c0], where
 // load_pair(offset, Full | Part, mean of the channel) gives a and b, and zeros beyond a Part.
-template <typename T, typename A, typename Load>
+template <typename T, typename Load>
 BNORM_INLINE void sums_of_pairs(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
-                                const A* mean, double* sum_a, double* sum_ab, Load load_pair) {
+                                const Acc<T>* mean, double* sum_a, double* sum_ab, Load load_pair) {
+  using V = VectorOf<T>;
   if (is_short(shape)) {
-    Columns<A> m;
+    Columns<Acc<T>> m;
     Columns<double> a, ab;
     each_tile(shape, span, c0, c1, [&](const Tile& tile) {
-      spread(tile, shape.S, mean + (tile.c0 - c0), m.a);
-      sum_columns(tile, sizeof(T), m.a, a.a, ab.a, load_pair);
-      gather(tile, shape.S, a.a, sum_a + (tile.c0 - c0));
-      gather(tile, shape.S, ab.a, sum_ab + (tile.c0 - c0));
+      spread<V>(tile, shape.S, mean + (tile.c0 - c0), m.a);
+      sum_columns<V>(tile, sizeof(T), m.a, a.a, ab.a, load_pair);
+      gather<V>(tile, shape.S, a.a, sum_a + (tile.c0 - c0));
+      gather<V>(tile, shape.S, ab.a, sum_ab + (tile.c0 - c0));
     });
     return;
   }
   constexpr int64_t kRowChannels = 16;  // in the order of memory; their lanes stay in L1
   for (int64_t c = c0; c < c1; c += kRowChannels) {
     const int64_t end = smaller(c + kRowChannels, c1);
-    Lanes<A> lanes[kRowChannels];
+    Lanes<V> lanes[kRowChannels];
     each_row(shape, span, c, end, [&](int64_t offset, int64_t length, int64_t k) {
-      add_row<A>(offset, length, Vec<A>::all(mean[c - c0 + k]), lanes[k], load_pair);
+      add_row(offset, length, V::all(mean[c - c0 + k]), lanes[k], load_pair);
     });
     for (int64_t k = 0; k < end - c; ++k) {
-      sum_a[c - c0 + k] = total(lanes[k].a, Vec<A>::W);
-      sum_ab[c - c0 + k] = total(lanes[k].ab, Vec<A>::W);
+      sum_a[c - c0 + k] = total(lanes[k].a, V::W);
+      sum_ab[c - c0 + k] = total(lanes[k].ab, V::W);
     }
   }
 }
@@ -275,31 +275,33 @@ constexpr int64_t kTinyRow = 16;
 // Calls f(offset, Full | Part, how, k) for every vector of channels [c0, c1) of a span, where k[i]
 // are the coefficients of its lanes, from the arrays coefficients[i][c], and `how` is the way to
 // store at out + offset.
-template <typename A, int kCount, typename T, typename F>
+template <typename T, int kCount, typename F>
 BNORM_INLINE void each_vector_of_span(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
-                                      const A* const (&coefficients)[kCount], T* out, bool stream,
-                                      F f) {
-  using V = Vec<A>;
+                                      const Acc<T>* const (&coefficients)[kCount], T* out,
+                                      bool stream, F f) {
+  using V = VectorOf<T>;
   if (shape.S >= kTinyRow) {
     each_row(shape, span, c0, c1, [&](int64_t offset, int64_t length, int64_t k) {
       V of_row[kCount];
       for (int i = 0; i < kCount; ++i) of_row[i] = V::all(coefficients[i][c0 + k]);
-      each_vector_to<A>(out + offset, length, stream,
+      each_vector_to<V>(out + offset, length, stream,
                         [&](int64_t i, auto part, auto how) { f(offset + i, part, how, of_row); });
     });
     return;
   }
-  Columns<A> columns[kCount];
+  Columns<Acc<T>> columns[kCount];
   each_tile(shape, span, c0, c1, [&](const Tile& tile) {
     for (int i = 0; i < kCount; ++i) {
-      spread(tile, shape.S, coefficients[i] + tile.c0, columns[i].a);
+      spread<V>(tile, shape.S, coefficients[i] + tile.c0, columns[i].a);
     }
     for (int64_t r = 0; r <= tile.rows; ++r) {
       const int64_t offset = tile.at + r * tile.stride;
       const int64_t width = r < tile.rows ? tile.width : tile.rest;
-      each_vector_to<A>(out + offset, width, stream, [&](int64_t j, auto part, auto how) {
+      // Columns by even and odd places can be had from whole vectors on only.
+      const bool whole = std::is_same<V, EvenOdd>::value && !is_aligned<V>(out + offset);
+      each_vector_to<V>(out + offset, width, stream && !whole, [&](int64_t j, auto part, auto how) {
         V k[kCount];
-        for (int i = 0; i < kCount; ++i) k[i] = load(columns[i].a + j, Full{}, V::all(0));
+        for (int i = 0; i < kCount; ++i) k[i] = load_lanes(columns[i].a + j, V{});
         f(offset + j, part, how, k);
       });
     }
