@@ -15,9 +15,9 @@ from torch import Tensor
 
 import bnorm_ext
 
-# Every way through the memory (whole channels to a thread where there are enough of them, chunks
-# where not; rows of channels), below and above the size from which threads are used (32768 values),
-# one row of everything, several blocks of channels (128), and slabs longer than a chunk.
+# Every way through the memory (rows of a channel, short rows across samples, samples joined into
+# rows, rows that crowd one set of the cache), below and above the size from which threads are used
+# (32768 values), with one chunk and several, tiles of all channels and of some.
 SHAPES = {
     "many channels": ((3, 64, 15, 17), "contiguous"),
     "few channels": ((8, 3, 47, 49), "contiguous"),
@@ -29,6 +29,9 @@ SHAPES = {
     "2-d, huge N": ((40009, 3), "contiguous"),
     "2-d, many channels": ((200, 257), "contiguous"),
     "small": ((4, 5, 3, 2), "contiguous"),
+    "short rows": ((37, 61, 7, 7), "contiguous"),
+    "short rows, several chunks": ((600, 7, 5, 5), "contiguous"),
+    "channels_last, crowded": ((5, 512, 6, 7), "channels_last"),
 }
 ISAS = ["baseline", "avx2", "avx512"]
 
@@ -54,6 +57,17 @@ def test_same_bits_for_any_number_of_threads(name, dtype, training):
             again = bits(c)
         for key, value in first.items():
             assert again[key] == value, (count, key)
+
+
+def test_same_bits_by_slab_and_by_chunk():
+    """Outputs of 16 MB and more: a thread takes whole channels where each has four to take."""
+    c = case(normal((8, 16, 181, 183), 0, 3))
+    assert c.x.nbytes > 16 << 20
+    with threads(1):
+        first = bits(c)
+    for count in (4, 5):
+        with threads(count):
+            assert bits(c) == first, count
 
 
 def test_another_order_of_addition_would_show():

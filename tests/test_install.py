@@ -113,11 +113,18 @@ def test_isa_objects_share_no_code(isa):
 
 
 @x86_only
-@pytest.mark.parametrize(("isa", "has"), [("baseline", ""), ("avx2", "y"), ("avx512", "yz")])
+@pytest.mark.parametrize(("isa", "has"), [("baseline", ""), ("avx2", "vy"), ("avx512", "vyzk")])
 def test_isa_objects_use_their_own_instructions(isa, has):
+    """Wider registers, masks, and the encoding that came with AVX (mnemonics in v)."""
     code = tool("objdump", "-d", "--no-show-raw-insn", kernel_object(isa))
-    assert "xmm" in code
-    assert [wide for wide in "yz" if f"%{wide}mm" in code] == list(has)
+    found = {
+        "v": re.search(r"^\s*[0-9a-f]+:\s+v", code, re.MULTILINE),
+        "y": "%ymm" in code,
+        "z": "%zmm" in code or re.search(r"%[xy]mm(1[6-9]|2[0-9]|3[01])\b", code),
+        "k": re.search(r"%k[0-7]", code),
+    }
+    assert "%xmm" in code
+    assert [kind for kind, seen in found.items() if seen] == list(has)
 
 
 # --- errors at import -----------------------------------------------------------------------------

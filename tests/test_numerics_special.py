@@ -47,6 +47,27 @@ def test_tiny_data_with_tiny_eps(size, eps, layout):
     assert_promise(c)
 
 
+# The CPU kernels take deviations from the mean of a sample of each chunk. What they sample here, by
+# the way they walk through each shape: pieces of a row; whole samples; sixteen rows; rows of 48
+# joined samples.
+SAMPLED = {
+    "long rows": ((1, 2, 8192), lambda x: x.view(2, 8, 1024)[:, :, :16]),
+    "short rows": ((64, 20, 7, 7), lambda x: x[::16]),
+    "channels": ((1024, 128), lambda x: x[::64]),
+    "few channels": ((16384, 3), lambda x: x[: 85 * 4 * 48].view(4, 85, 48, 3)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_sample_that_is_no_guide(name):
+    """Everything sampled is far from everything else, which has two values, so that every rounding
+    of a deviation from the sample's mean errs the same way: 20 units and more in y if it stood."""
+    shape, sampled = SAMPLED[name]
+    x = torch.where(normal(shape, 3) < 0, 0.1, 0.3)
+    sampled(x)[:] = 1000.1
+    assert_promise(case(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_16_bit_products_beyond_65504(layout, dtype):
