@@ -179,11 +179,31 @@ def _3d(n: int) -> list[Shape]:
     return [*video, *unet]
 
 
+def _mixed(device: str, batch: int) -> list[Case]:
+    """What kernels are tuned on: large, small, thin and odd, 2-D to 5-D, every layout."""
+    n = batch
+    shapes: list[Shape] = [
+        (n, 64, 56, 56), (n // 4, 64, 112, 112), (n, 256, 14, 14), (2 * n, 512, 7, 7),
+        (4 * n, 16, 32, 32), (8 * n, 3, 32, 32), (128 * n, 256), (2048 * n, 64),
+        (n // 2, 128, 8, 16, 16), (2, 8, 4, 4), (1, 64, 1024, 1024),
+    ]  # fmt: skip
+    half = "float16" if device == "cuda" else "bfloat16"
+    return [
+        Case(shape, dtype, layout, pass_=p)
+        for dtype in ("float32", half)
+        for layout in LAYOUTS
+        for shape in shapes
+        if layout == "contiguous" or len(shape) > 3
+        for p in ("fwd", "bwd", "eval")
+    ]
+
+
 NET_SUITES = ("resnet50", "mobilenet_v2", "densenet121")
 #: name: (device, batch) -> cases
 SUITES: dict[str, Callable[[str, int], list[Case]]] = {
     "quick": _quick,
     **{name: _net(name) for name in NET_SUITES},
+    "mixed": _mixed,
     "1d": _shapes(_1d),
     "3d": _shapes(_3d),
     "sweep-batch": _shapes(lambda n: [(1 << i, 64, 56, 56) for i in range(n.bit_length() + 1)]),

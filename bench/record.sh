@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every measurement that the README quotes, on a machine that does nothing else: about ten minutes.
+# Every measurement that the README quotes, on a machine that does nothing else: about twelve minutes.
 #
 #   bench/record.sh [PYTHON [DEVICE]]      writes bench/results/DEVICE-*.json, .png and .txt
 set -euo pipefail
@@ -18,11 +18,17 @@ record() { # NAME ARGUMENTS...
 record quick --plot "$results-quick.png"
 record resnet50 --suite resnet50 --provider bnorm_ext torch --time-budget 120 \
     --plot "$results-resnet50.png"
+record mixed --suite mixed --provider bnorm_ext torch --cache warm --time-budget 150
 record sweep-spatial --suite sweep-spatial --provider bnorm_ext torch --cache both --time-budget 90 \
     --plot "$results-sweep-spatial.png"
 record large --shape 32,64,56,56 --provider bnorm_ext torch torch.compile --cache both \
     --pass fwd eval bwd fwd+bwd --time-budget 60
-"$python" -m bench.train --device "$device" --model resnet18 --json "$results-train.json" |
-    tee "$results-train.txt"
+train() { # MODEL ARGUMENTS...
+    "$python" -m bench.train --device "$device" --model "$@" --json "$results-train-$1.json" |
+        tee "$results-train-$1.txt"
+}
+small=()
+[ "$device" = cpu ] && small=(--batch 16 --size 112)
+for model in resnet50 mobilenet_v2 densenet121; do train "$model" "${small[@]}"; done
 "$python" -m bench.profile --device "$device" --shape 32,64,56,56 2>/dev/null |
     tee "$results-profile.txt"
