@@ -85,11 +85,12 @@ inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream) {
 }
 
 // Channels per task of a pass by chunks: all, so that memory is read in order, unless that leaves
-// threads without work.
-inline int64_t block_channels(const Shape& shape, int64_t chunks) {
+// threads without work, or rows are in pieces, each followed by the next one of its row.
+inline int64_t block_channels(const Shape& shape, const Chunks& chunks) {
   if (is_folded(shape)) return shape.C;
+  if (chunks.pieces() > 1) return 1;
   const int64_t unit = is_short(shape) ? tile_channels(shape.S) : 1;
-  const int64_t blocks = ceil_div(4 * at::get_num_threads(), chunks);
+  const int64_t blocks = ceil_div(4 * at::get_num_threads(), chunks.size());
   const int64_t fair = ceil_div(shape.C, blocks);
   return std::min(ceil_div(fair, unit) * unit, kChannelBlock);
 }
@@ -114,14 +115,16 @@ class Partials {
 // Calls f(k, c0, c1) for every chunk and block of channels, shared by the threads. Each thread's
 // share is the same in every call, and in the order of memory, or against it.
 template <typename F>
-void each_block(const Shape& shape, int64_t chunks, bool backwards, F f) {
+void each_block(const Shape& shape, const Chunks& chunks, bool backwards, F f) {
   const int64_t block = block_channels(shape, chunks), blocks = ceil_div(shape.C, block);
-  const int64_t tasks = chunks * blocks;
+  const int64_t tasks = chunks.size() * blocks, pieces = chunks.pieces();
   const int64_t grain = std::max<int64_t>(1, kGrain * tasks / shape.numel());
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t task = backwards ? begin + (end - 1 - i) : i, c0 = task % blocks * block;
-      f(task / blocks, c0, std::min(c0 + block, shape.C));
+      const int64_t task = backwards ? begin + (end - 1 - i) : i;
+      const int64_t samples = task / (blocks * pieces), piece = task % pieces;
+      const int64_t c0 = task / pieces % blocks * block;
+      f(samples * pieces + piece, c0, std::min(c0 + block, shape.C));
     }
     kernels().fence();
   });
@@ -160,7 +163,7 @@ void two_passes(const Shape& shape, int64_t slab, First first, Finish finish, Se
   }
 
   Partials<Partial> partials(K * C);
-  each_block(shape, K, /*backwards=*/false, [&](int64_t k, int64_t c0, int64_t c1) {
+  each_block(shape, chunks, /*backwards=*/false, [&](int64_t k, int64_t c0, int64_t c1) {
     first(chunks[k], c0, c1, &partials[k * C + c0]);
   });
   // Eight neighbours at a time, because their partials share cache lines.
@@ -180,7 +183,7 @@ void two_passes(const Shape& shape, int64_t slab, First first, Finish finish, Se
                      }
                    });
   if (!has_second) return;
-  each_block(shape, K, /*backwards=*/true,
+  each_block(shape, chunks, /*backwards=*/true,
              [&](int64_t k, int64_t c0, int64_t c1) { second(chunks[k], c0, c1); });
 }
 
@@ -197,7 +200,7 @@ void one_pass(const Shape& shape, Second second) {
     return;
   }
   const Chunks chunks(shape);
-  each_block(shape, chunks.size(), /*backwards=*/false,
+  each_block(shape, chunks, /*backwards=*/false,
              [&](int64_t k, int64_t c0, int64_t c1) { second(chunks[k], c0, c1); });
 }
 

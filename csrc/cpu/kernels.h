@@ -101,6 +101,7 @@ class Chunks {
   }
 
   int64_t size() const { return size_; }
+  int64_t pieces() const { return pieces_; }  // of a sample; they follow each other
 
   Span operator[](int64_t chunk) const {
     const int64_t n0 = chunk / pieces_ * samples_, s0 = chunk % pieces_ * positions_;
