@@ -72,8 +72,7 @@ struct Backward {
         if (wants_dx) one_pass(p.shape, second);
         return;
       }
-      const int64_t bytes = x.element_size() * (p.stream || !wants_dx ? 2 : 3);
-      const int64_t slab = slab_channels(p.shape, bytes, p.stream);
+      const int64_t slab = slab_channels(p.shape, 2 * x.element_size(), p.stream);
       p.ahead = slab * p.shape.S;
       two_passes<Sums, ChannelSums>(
           p.shape, slab,

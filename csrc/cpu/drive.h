@@ -64,13 +64,13 @@ class ChannelSums {
   double dy = 0, dy_xhat = 0;
 };
 
-// The work of one thread's first pass over its own slab, or its share of a chunk.
 constexpr int64_t kSlabBytes = int64_t{512} << 10;  // half of an L2 of 1 MB
 constexpr int64_t kSlabChannels = 256;              // their totals are on the stack
 constexpr int64_t kRun = 2048;  // values in a row of memory that are worth while going for
 
-// Channels per slab, or 0 where chunks are the better way. bytes: per position, all that goes
-// through the cache in both passes.
+// Channels per slab, or 0 where chunks are the better way: linear passes through the last-level
+// cache are, up to the size from which the output is streamed (bench/NOTES.md, 16). bytes: per
+// position, of all that is read.
 inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream) {
   if (shape.numel() <= kGrain) return std::min(shape.C, kSlabChannels);
   if (is_folded(shape) || !stream) return 0;
@@ -81,7 +81,7 @@ inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream) {
   if (group > unit) group -= group % unit;
   if (group * shape.S >= kShortRow) return group;
   // Streaming leaves the cache to what is read; most of a slab that is too large still hits it.
-  return stream && !is_short(shape) && shape.C >= 4 * threads ? 1 : 0;
+  return !is_short(shape) && shape.C >= 4 * threads ? 1 : 0;
 }
 
 // Channels per task of a pass by chunks: all, so that memory is read in order, unless that leaves

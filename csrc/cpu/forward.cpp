@@ -60,8 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     p.mean = mean_of;
     p.scale = scale;
     p.shift = shift;
-    const int64_t bytes = x.element_size() * (p.stream ? 1 : 2);
-    const int64_t slab = slab_channels(p.shape, bytes, p.stream);
+    const int64_t slab = slab_channels(p.shape, x.element_size(), p.stream);
     p.ahead = slab * p.shape.S;
     const auto moments = kernels().moments[static_cast<int>(in.dtype)];
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
