@@ -75,7 +75,8 @@ class Coefficients {
 // Moves the running statistics towards this batch. In double, whatever the buffers are.
 class RunningStatistics {
  public:
-  RunningStatistics(const ForwardArguments& a, int64_t count) : count_(static_cast<double>(count)) {
+  RunningStatistics(const ForwardArguments& a, int64_t count)
+      : unbiased_(static_cast<double>(count) / static_cast<double>(count - 1)) {
     update_.mean = channel_vector(a.running_mean);
     update_.var = channel_vector(a.running_var);
     if (given(a.num_batches_tracked)) {
@@ -92,8 +93,7 @@ class RunningStatistics {
     if (update_.mean.data == nullptr) return;
     const double m = update_.momentum;
     set(update_.mean, c, m * mean + (1 - m) * get(update_.mean, c));
-    const double unbiased = var * (count_ / (count_ - 1));
-    set(update_.var, c, m * unbiased + (1 - m) * get(update_.var, c));
+    set(update_.var, c, m * (var * unbiased_) + (1 - m) * get(update_.var, c));
   }
 
   void count_batch() const {
@@ -102,7 +102,7 @@ class RunningStatistics {
 
  private:
   RunningUpdate update_;
-  double count_;
+  double unbiased_;  // variance over the biased one
 };
 
 template <typename F>

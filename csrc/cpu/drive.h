@@ -45,10 +45,12 @@ class ChannelMoments {
     d_ += count * d;
     d2_ += chunk.m2 + count * d * d;
   }
-  double mean() const { return origin_ + d_ / count_; }
-  double var() const {
-    const double v = (d2_ - d_ * d_ / count_) / count_;
-    return v < 0 ? 0 : v;  // not std::max: a NaN must stay one
+  struct MeanVar {
+    double mean, var;
+  };
+  MeanVar result() const {
+    const double per_value = 1 / count_, d = d_ * per_value, v = d2_ * per_value - d * d;
+    return {origin_ + d, v < 0 ? 0 : v};  // not std::max: a NaN must stay one
   }
 
  private:

@@ -70,12 +70,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
           moments(p, span, c0, c1, out);
         },
         [&](int64_t c, const ChannelMoments& total) {
-          const double var = total.var();
-          mean_of[c] = static_cast<A>(total.mean());
+          const auto [batch_mean, var] = total.result();
+          mean_of[c] = static_cast<A>(batch_mean);
           rstd_of_c[c] = static_cast<A>(rstd_of<A>(var, eps));
           scale[c] = static_cast<A>(get_or(w, c, 1)) * rstd_of_c[c];
           shift[c] = static_cast<A>(get_or(b, c, 0));
-          running.update(c, total.mean(), var);
+          running.update(c, batch_mean, var);
         },
         [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); }, true);
   });
@@ -157,8 +157,9 @@ std::tuple<Tensor, Tensor> stats(const Tensor& x) {
         moments(p, span, c0, c1, out);
       },
       [&](int64_t c, const ChannelMoments& total) {
-        mean_of[c] = total.mean();
-        var_of[c] = total.var();
+        const auto [batch_mean, batch_var] = total.result();
+        mean_of[c] = batch_mean;
+        var_of[c] = batch_var;
       },
       [](const Span&, int64_t, int64_t) {}, false);
   return {mean, var};
@@ -192,9 +193,10 @@ std::tuple<Tensor, Tensor> merge_stats(const Tensor& mean, const Tensor& var, co
       for (int64_t w = 0; w < mean.size(0); ++w) {
         if (counts[w] > 0) moments.add({means[w][c], 0, vars[w][c] * counts[w]}, counts[w]);
       }
-      merged_mean.data_ptr<A>()[c] = static_cast<A>(moments.mean());
-      merged_rstd.data_ptr<A>()[c] = static_cast<A>(rstd_of<A>(moments.var(), eps));
-      running.update(c, moments.mean(), moments.var());
+      const auto [all_mean, all_var] = moments.result();
+      merged_mean.data_ptr<A>()[c] = static_cast<A>(all_mean);
+      merged_rstd.data_ptr<A>()[c] = static_cast<A>(rstd_of<A>(all_var, eps));
+      running.update(c, all_mean, all_var);
     }
   });
   running.count_batch();
