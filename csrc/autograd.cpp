@@ -1,8 +1,12 @@
-// Derivatives: C++ autograd Functions on the Autograd key of the operators. The backward operators
-// are differentiable themselves.
+// Derivatives of the forward operators: C++ autograd Functions on their Autograd key. The backward
+// operators are differentiable themselves (autograd_backward.cpp).
 //
-// Training saves x, weight, mean and rstd and nothing that a later forward pass changes: two
-// forward passes before one backward are safe. Inference saves the running statistics, like native.
+// Saved is x, weight, and the statistics: in training those of the batch, so that nothing that a
+// later forward pass changes is needed and two forward passes before one backward are safe; in
+// inference the running ones, like native. An activation adds what z is known by: bias, from which
+// it is recomputed; after an addition also the mask, or residual where act is not piecewise linear
+// (it is the output of another layer, which mostly keeps it as its own or its successor's input,
+// while z would be a tensor of its own).
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -11,8 +15,7 @@
 #include <array>
 #include <tuple>
 
-#include "checks.h"
-#include "double_backward.h"
+#include "autograd.h"
 #include "operators.h"
 
 namespace bnorm_ext {
@@ -22,50 +25,12 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-bool requires_grad(const OptionalTensor& t) {
-  return given(t) && t->requires_grad();
-}
-
-OptionalTensor optional(const Tensor& t) {
-  return t.defined() ? OptionalTensor(t) : std::nullopt;
-}
-
 // Native's words: buffers are not differentiable.
 void refuse_gradient(const OptionalTensor& buffer, const char* name) {
   TORCH_CHECK(!requires_grad(buffer) || !at::GradMode::is_enabled(),
               "The function 'native_batch_norm' is not differentiable with respect to argument '",
               name, "'. This input cannot have requires_grad True.");
 }
-
-// Weight and bias of other than one dimension, as native takes them.
-OptionalTensor flat(const OptionalTensor& t) {
-  return given(t) && t->dim() != 1 ? t->reshape({-1}) : t;
-}
-
-// Autograd numbers the edges of a node by the tensors that were really given. Steps through the
-// inputs of one Function in their order and tells which gradients are wanted.
-class WantedGradients {
- public:
-  WantedGradients(const AutogradContext* ctx, int64_t given) : ctx_(ctx), given_(given) {}
-  bool next() {
-    const bool present = (given_ >> position_++) & 1;
-    return present && ctx_->needs_input_grad(edge_++);
-  }
-
- private:
-  const AutogradContext* ctx_;
-  int64_t given_;
-  int position_ = 0;
-  size_t edge_ = 0;
-};
-
-int64_t given_bits(std::initializer_list<bool> given) {
-  int64_t bits = 0, place = 0;
-  for (const bool is_given : given) bits |= static_cast<int64_t>(is_given) << place++;
-  return bits;
-}
-
-// ---- Forward ----------------------------------------------------------------------------------
 
 // What the Functions need beyond their differentiable inputs.
 struct TrainingCall {
@@ -90,6 +55,63 @@ struct InferenceCall {
   Tensor mask;
 };
 
+// Keeps what both backward passes need.
+void save(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual,
+          const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+          const Tensor& rstd_or_var, const Tensor& mask, std::string_view act_name,
+          double negative_slope) {
+  ctx->saved_data["given"] = bits({true, given(residual), given(weight), given(bias)});
+  ctx->set_materialize_grads(false);
+  const Activation act = activation_named(act_name);
+  if (act == Activation::Identity) {
+    ctx->save_for_backward({x, or_undefined(weight), mean, rstd_or_var});
+    return;
+  }
+  ctx->saved_data["act"] = static_cast<int64_t>(act);
+  ctx->saved_data["slope"] = negative_slope;
+  const bool has_mask = given(residual) && is_piecewise(act);
+  ctx->save_for_backward(
+      {x, or_undefined(weight), mean, rstd_or_var, has_mask ? Tensor() : or_undefined(bias),
+       has_mask ? Tensor() : or_undefined(residual), has_mask ? mask : Tensor()});
+}
+
+// And gives it back, with which gradients are wanted.
+struct Saved {
+  explicit Saved(AutogradContext* ctx) : t(ctx->get_saved_variables()) {
+    WantedGradients wanted(ctx, ctx->saved_data["given"].toInt());
+    output_mask = {wanted.next(), wanted.next(), wanted.next(), wanted.next()};
+    if (t.size() > 4) {
+      act = static_cast<Activation>(ctx->saved_data["act"].toInt());
+      slope = ctx->saved_data["slope"].toDouble();
+    } else if (output_mask[1]) {
+      // The gradient of an addition is that of the sum.
+      output_mask[1] = false;
+      residual_takes_dy = true;
+    }
+  }
+  const Tensor& x() const { return t[0]; }
+  OptionalTensor weight() const { return optional(t[1]); }
+  const Tensor& mean() const { return t[2]; }
+  const Tensor& rstd_or_var() const { return t[3]; }
+  OptionalTensor bias() const { return extra(4); }
+  OptionalTensor residual() const { return extra(5); }
+  OptionalTensor mask() const { return extra(6); }
+  // In the order of the Function's inputs, the call last.
+  variable_list gradients(const Tensor& dy, Gradients g) const {
+    auto& [dx, dresidual, dweight, dbias] = g;
+    return {dx, residual_takes_dy ? dy : dresidual, dweight, dbias, Tensor()};
+  }
+
+  variable_list t;
+  std::array<bool, 4> output_mask;
+  Activation act = Activation::Identity;
+  double slope = 0;
+  bool residual_takes_dy = false;
+
+ private:
+  OptionalTensor extra(size_t i) const { return t.size() > i ? optional(t[i]) : std::nullopt; }
+};
+
 struct Training : torch::autograd::Function<Training> {
   static constexpr bool is_traceable = true;
 
@@ -99,10 +121,8 @@ struct Training : torch::autograd::Function<Training> {
     at::AutoDispatchBelowAutograd guard;
     auto [y, mean, rstd, mask] = training_op().call(
         x, residual, weight, bias, call->running_mean, call->running_var, call->num_batches_tracked,
-        call->momentum, call->eps, call->act, call->negative_slope);
-    ctx->save_for_backward({x, given(weight) ? *weight : Tensor(), mean, rstd});
-    ctx->saved_data["given"] = given_bits({true, given(residual), given(weight), given(bias)});
-    ctx->set_materialize_grads(false);
+        call->momentum, call->eps, call->act, call->negative_slope, /*save_mask=*/true);
+    save(ctx, x, residual, weight, bias, mean, rstd, mask, call->act, call->negative_slope);
     call->mean = mean;
     call->rstd = rstd;
     call->mask = mask;
@@ -111,13 +131,11 @@ struct Training : torch::autograd::Function<Training> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(5);
-    const variable_list saved = ctx->get_saved_variables();
-    WantedGradients wanted(ctx, ctx->saved_data["given"].toInt());
-    const std::array<bool, 4> mask = {wanted.next(), wanted.next(), wanted.next(), wanted.next()};
-    auto [dx, dresidual, dweight, dbias] =
-        backward_op().call(grads[0], saved[0], std::nullopt, optional(saved[1]), std::nullopt,
-                           saved[2], saved[3], std::nullopt, "identity", 0.0, mask);
-    return {dx, dresidual, dweight, dbias, Tensor()};
+    const Saved s(ctx);
+    return s.gradients(
+        grads[0], backward_op().call(grads[0], s.x(), s.residual(), s.weight(), s.bias(), s.mean(),
+                                     s.rstd_or_var(), s.mask(), activation_name(s.act), s.slope,
+                                     s.output_mask));
   }
 };
 
@@ -130,42 +148,41 @@ struct Inference : torch::autograd::Function<Inference> {
     at::AutoDispatchBelowAutograd guard;
     auto [y, mask] =
         inference_op().call(x, residual, weight, bias, call->running_mean, call->running_var,
-                            call->eps, call->act, call->negative_slope);
-    ctx->save_for_backward(
-        {x, given(weight) ? *weight : Tensor(), call->running_mean, call->running_var});
-    ctx->saved_data["given"] = given_bits({true, given(residual), given(weight), given(bias)});
+                            call->eps, call->act, call->negative_slope, /*save_mask=*/true);
+    save(ctx, x, residual, weight, bias, call->running_mean, call->running_var, mask, call->act,
+         call->negative_slope);
     ctx->saved_data["eps"] = call->eps;
-    ctx->set_materialize_grads(false);
     call->mask = mask;
     return {y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(5);
-    const variable_list saved = ctx->get_saved_variables();
-    WantedGradients wanted(ctx, ctx->saved_data["given"].toInt());
-    const std::array<bool, 4> mask = {wanted.next(), wanted.next(), wanted.next(), wanted.next()};
-    auto [dx, dresidual, dweight, dbias] = inference_backward_op().call(
-        grads[0], saved[0], std::nullopt, optional(saved[1]), std::nullopt, saved[2], saved[3],
-        ctx->saved_data["eps"].toDouble(), std::nullopt, "identity", 0.0, mask);
-    return {dx, dresidual, dweight, dbias, Tensor()};
+    const Saved s(ctx);
+    return s.gradients(grads[0], inference_backward_op().call(
+                                     grads[0], s.x(), s.residual(), s.weight(), s.bias(), s.mean(),
+                                     s.rstd_or_var(), ctx->saved_data["eps"].toDouble(), s.mask(),
+                                     activation_name(s.act), s.slope, s.output_mask));
   }
 };
+
+bool is_differentiable(const Tensor& x, const OptionalTensor& residual,
+                       const OptionalTensor& weight, const OptionalTensor& bias) {
+  return at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(residual) ||
+                                        requires_grad(weight) || requires_grad(bias));
+}
 
 ForwardOutputs training(const Tensor& x, const OptionalTensor& residual,
                         const OptionalTensor& weight, const OptionalTensor& bias,
                         const OptionalTensor& running_mean, const OptionalTensor& running_var,
                         const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
-                        double eps, std::string_view act, double negative_slope) {
+                        double eps, std::string_view act, double negative_slope, bool save_mask) {
   refuse_gradient(running_mean, "running_mean");
   refuse_gradient(running_var, "running_var");
-  const bool differentiable =
-      at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(residual) ||
-                                     requires_grad(weight) || requires_grad(bias));
-  if (!differentiable) {
+  if (!is_differentiable(x, residual, weight, bias)) {
     at::AutoDispatchBelowAutograd guard;
     return training_op().call(x, residual, weight, bias, running_mean, running_var,
-                              num_batches_tracked, momentum, eps, act, negative_slope);
+                              num_batches_tracked, momentum, eps, act, negative_slope, save_mask);
   }
   TrainingCall call{running_mean, running_var, num_batches_tracked, momentum,
                     eps,          act,         negative_slope,      {},
@@ -177,126 +194,18 @@ ForwardOutputs training(const Tensor& x, const OptionalTensor& residual,
 std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& residual,
                                      const OptionalTensor& weight, const OptionalTensor& bias,
                                      const Tensor& running_mean, const Tensor& running_var,
-                                     double eps, std::string_view act, double negative_slope) {
+                                     double eps, std::string_view act, double negative_slope,
+                                     bool save_mask) {
   refuse_gradient(running_mean, "running_mean");
   refuse_gradient(running_var, "running_var");
-  const bool differentiable =
-      at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(residual) ||
-                                     requires_grad(weight) || requires_grad(bias));
-  if (!differentiable) {
+  if (!is_differentiable(x, residual, weight, bias)) {
     at::AutoDispatchBelowAutograd guard;
     return inference_op().call(x, residual, weight, bias, running_mean, running_var, eps, act,
-                               negative_slope);
+                               negative_slope, save_mask);
   }
   InferenceCall call{running_mean, running_var, eps, act, negative_slope, {}};
   variable_list out = Inference::apply(x, residual, flat(weight), flat(bias), &call);
   return {std::move(out[0]), std::move(call.mask)};
-}
-
-// ---- Backward, itself differentiable ----------------------------------------------------------
-
-struct BackwardCall {
-  const Tensor& mean;  // of the batch, or the running one
-  const Tensor& rstd;
-  bool training;
-  std::array<bool, 4> output_mask;
-  Gradients (*run)(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                   const BackwardCall& call);
-  const Tensor* running_var = nullptr;
-  double eps = 0;
-};
-
-// Outputs only the gradients that are wanted, in the order dx, dweight, dbias.
-struct Backward : torch::autograd::Function<Backward> {
-  static constexpr bool is_traceable = true;
-
-  static variable_list forward(AutogradContext* ctx, const Tensor& dy, const Tensor& x,
-                               const OptionalTensor& weight, const BackwardCall& call) {
-    at::AutoDispatchBelowAutograd guard;
-    auto [dx, dresidual, dweight, dbias] = call.run(dy, x, weight, call);
-    ctx->save_for_backward({dy, x, given(weight) ? *weight : Tensor(), call.mean, call.rstd});
-    ctx->saved_data["training"] = call.training;
-    ctx->saved_data["given"] = given_bits({true, true, given(weight)});
-    ctx->saved_data["outputs"] =
-        given_bits({call.output_mask[0], call.output_mask[2], call.output_mask[3]});
-    ctx->set_materialize_grads(false);
-    variable_list out;
-    for (const Tensor& t : {dx, dweight, dbias}) {
-      if (t.defined()) out.push_back(t);
-    }
-    return out;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const int64_t outputs = ctx->saved_data["outputs"].toInt();
-    size_t next = 0;
-    std::array<OptionalTensor, 3> dd;  // of dx, dweight, dbias
-    for (int i = 0; i < 3; ++i) {
-      if ((outputs >> i) & 1) dd[i] = optional(grads[next++]);
-    }
-    WantedGradients wanted(ctx, ctx->saved_data["given"].toInt());
-    const std::array<bool, 3> mask = {wanted.next(), wanted.next(), wanted.next()};
-    auto [ddy, dx, dweight] =
-        double_backward(dd[0], dd[1], dd[2], saved[0], saved[1], optional(saved[2]), saved[3],
-                        saved[4], ctx->saved_data["training"].toBool(), mask);
-    return {ddy, dx, dweight, Tensor()};
-  }
-};
-
-Gradients differentiable_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                                  const BackwardCall& call) {
-  const variable_list out = Backward::apply(dy, x, flat(weight), call);
-  size_t next = 0;
-  const auto take = [&](int i) { return call.output_mask[i] ? out[next++] : Tensor(); };
-  Tensor dx = take(0), dweight = take(2), dbias = take(3);
-  return {dx, Tensor(), dweight, dbias};
-}
-
-bool needs_double_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight) {
-  return at::GradMode::is_enabled() &&
-         (dy.requires_grad() || x.requires_grad() || requires_grad(weight));
-}
-
-Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
-                   const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                   const Tensor& rstd, const OptionalTensor& mask, std::string_view act,
-                   double negative_slope, std::array<bool, 4> output_mask) {
-  if (!needs_double_backward(dy, x, weight)) {
-    at::AutoDispatchBelowAutograd guard;
-    return backward_op().call(dy, x, residual, weight, bias, mean, rstd, mask, act, negative_slope,
-                              output_mask);
-  }
-  check_activation(act, residual);
-  const auto run = [](const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                      const BackwardCall& call) {
-    return backward_op().call(dy, x, std::nullopt, weight, std::nullopt, call.mean, call.rstd,
-                              std::nullopt, "identity", 0.0, call.output_mask);
-  };
-  return differentiable_backward(dy, x, weight, {mean, rstd, true, output_mask, run});
-}
-
-Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
-                             const OptionalTensor& weight, const OptionalTensor& bias,
-                             const Tensor& running_mean, const Tensor& running_var, double eps,
-                             const OptionalTensor& mask, std::string_view act,
-                             double negative_slope, std::array<bool, 4> output_mask) {
-  if (!needs_double_backward(dy, x, weight)) {
-    at::AutoDispatchBelowAutograd guard;
-    return inference_backward_op().call(dy, x, residual, weight, bias, running_mean, running_var,
-                                        eps, mask, act, negative_slope, output_mask);
-  }
-  check_activation(act, residual);
-  const auto run = [](const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                      const BackwardCall& call) {
-    return inference_backward_op().call(dy, x, std::nullopt, weight, std::nullopt, call.mean,
-                                        *call.running_var, call.eps, std::nullopt, "identity", 0.0,
-                                        call.output_mask);
-  };
-  const at::ScalarType type = accumulation_type(x.scalar_type());
-  const Tensor rstd = (running_var.detach().to(at::kDouble) + eps).rsqrt().to(type);
-  return differentiable_backward(
-      dy, x, weight, {running_mean.detach(), rstd, false, output_mask, run, &running_var, eps});
 }
 
 }  // namespace
@@ -304,8 +213,6 @@ Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTe
 TORCH_LIBRARY_IMPL(bnorm_ext, Autograd, m) {
   m.impl("batch_norm_training", training);
   m.impl("batch_norm_inference", inference);
-  m.impl("batch_norm_backward", backward);
-  m.impl("batch_norm_inference_backward", inference_backward);
   // Whoever shares statistics between processes writes the Function around these.
   m.impl("batch_norm_stats", torch::autograd::autogradNotImplementedFallback());
   m.impl("batch_norm_merge_stats", torch::autograd::autogradNotImplementedFallback());

@@ -2,8 +2,15 @@
 // facts that are only known at run time.
 //
 // Shapes: x, y, dy, dx, residual (N, C, ...); weight, bias and running statistics (C,); mean and
-// rstd (C,) in the accumulation type (float for 16-bit x). `mask` is empty unless an activation
-// after an addition has to remember signs. A tensor that was not asked for is returned undefined.
+// rstd (C,) in the accumulation type (float for 16-bit x). A tensor that was not asked for is
+// returned undefined.
+//
+// y = act(z), z = (x - mean) * rstd * weight + bias + residual; act is one of identity, relu,
+// relu6, leaky_relu, silu, hardswish (csrc/activation.h). Backward computes z once more from x,
+// residual, statistics and parameters; after an addition a piecewise linear act leaves a `mask` in
+// residual's place, one bit for each element, where save_mask asks for it (else it is empty;
+// autograd asks where it needs it). How its bits lie is the device's affair. dresidual is the
+// gradient of z.
 #include <torch/extension.h>
 #include <torch/library.h>
 
@@ -15,12 +22,12 @@ TORCH_LIBRARY(bnorm_ext, m) {
   m.def(
       "batch_norm_training(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-      "float? momentum, float eps, str act=\"identity\", float negative_slope=0.01) "
-      "-> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)");
+      "float? momentum, float eps, str act=\"identity\", float negative_slope=0.01, "
+      "bool save_mask=False) -> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)");
   m.def(
       "batch_norm_inference(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor running_mean, Tensor running_var, float eps, str act=\"identity\", "
-      "float negative_slope=0.01) -> (Tensor y, Tensor mask)");
+      "float negative_slope=0.01, bool save_mask=False) -> (Tensor y, Tensor mask)");
   // output_mask: which of dx, dresidual, dweight, dbias are wanted.
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
@@ -41,7 +48,8 @@ TORCH_LIBRARY(bnorm_ext, m) {
       "ScalarType dtype) -> (Tensor mean, Tensor rstd)");
   m.def(
       "batch_norm_apply(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor rstd, str act=\"identity\", float negative_slope=0.01) -> (Tensor y, Tensor mask)");
+      "Tensor rstd, str act=\"identity\", float negative_slope=0.01, bool save_mask=False) "
+      "-> (Tensor y, Tensor mask)");
   m.def(
       "batch_norm_backward_reduce(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, str act=\"identity\", "

@@ -75,8 +75,6 @@ at::Tensor in_layout_of(const at::Tensor& other, const Input& like);
 // Uninitialised: one value per channel of x, in the accumulation type.
 at::Tensor statistic_like(const at::Tensor& x);
 
-at::Tensor no_mask(const at::Tensor& x);
-
 void check_forward(const ForwardArguments& a);
 void check_gradient(const GradientArguments& a);
 // And the statistics that a training forward pass returned.
@@ -92,6 +90,36 @@ void check_merge(const char* op, const at::Tensor& mean, const at::Tensor& var,
 // `x` has a dtype that the kernels know and at least two dimensions.
 void check_input(const char* op, const char* name, const at::Tensor& x);
 
-void check_activation(std::string_view act, const OptionalTensor& residual);
+// Throws a ValueError that lists the known ones.
+Activation activation_named(std::string_view act);
+const char* activation_name(Activation act);
+
+// What follows the normalisation: y = act(z), z = normalised x + residual.
+struct Epilogue {
+  Activation act = Activation::Identity;
+  double slope = 0;     // of leaky_relu
+  at::Tensor residual;  // in the layout of x, or undefined
+  at::Tensor mask;      // given to backward, or undefined
+
+  bool is_none() const { return act == Activation::Identity && !residual.defined(); }
+  // Whether forward has to write a mask for backward.
+  bool leaves_mask() const { return residual.defined() && is_piecewise(act); }
+  // What backward reads to know z, beside x.
+  bool reads_mask() const { return mask.defined(); }
+};
+
+// Refuses an unknown `act` (ValueError) and a residual that is not like x.
+Epilogue forward_epilogue(const char* op, const Input& in, const at::Tensor& x,
+                          std::string_view act, double negative_slope,
+                          const OptionalTensor& residual);
+
+// mask_bytes: how long the device's mask for x is. A mask that is empty counts as none.
+Epilogue backward_epilogue(const char* op, const Input& in, const at::Tensor& x,
+                           std::string_view act, double negative_slope,
+                           const OptionalTensor& residual, const OptionalTensor& mask,
+                           int64_t mask_bytes);
+
+// Uninitialised; `bytes` is 0 where nobody needs one.
+at::Tensor new_mask(const at::Tensor& x, int64_t bytes);
 
 }  // namespace bnorm_ext

@@ -2,68 +2,152 @@
 
 #include <vector>
 
+#include "operators.h"
+
 namespace bnorm_ext {
+namespace {
 
 using at::Tensor;
 
-// With xhat = (x - mean) * rstd and P(v) = v - mean(v) - xhat * mean(v * xhat), means over all but
-// the channels, batch_norm_backward computes
-//   dx = weight * rstd * P(dy),   dweight = sum(dy * xhat),   dbias = sum(dy)
-// and, because P is symmetric and d xhat = rstd * P(d x), the gradients of
-//   <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>
-// are those below. In inference the statistics are constants: P(v) = v and d xhat = rstd * d x.
-// mean and rstd are made functions of x again, with the values they have, so that derivatives of
-// any order are right.
-std::tuple<Tensor, Tensor, Tensor> double_backward(
-    const OptionalTensor& ddx, const OptionalTensor& ddweight, const OptionalTensor& ddbias,
-    const Tensor& dy_in, const Tensor& x_in, const OptionalTensor& weight, const Tensor& mean_in,
-    const Tensor& rstd_in, bool training, std::array<bool, 3> output_mask) {
-  if (!given(ddx) && !given(ddweight) && !given(ddbias)) return {};
-  const at::ScalarType type = accumulation_type(x_in.scalar_type());
-  std::vector<int64_t> dims = {0};
-  for (int64_t d = 2; d < x_in.dim(); ++d) dims.push_back(d);
-  std::vector<c10::SymInt> per_channel(static_cast<size_t>(x_in.dim()), 1);
-  per_channel[1] = x_in.sym_size(1);
-  const auto broadcast = [&](const Tensor& t) { return t.to(type).reshape_symint(per_channel); };
-  const auto average = [&](const Tensor& t) { return t.mean(dims, /*keepdim=*/true); };
+void add(Tensor& sum, const Tensor& term) {
+  sum = sum.defined() ? sum + term : term;
+}
 
-  const Tensor x = x_in.to(type), dy = dy_in.to(type);
-  Tensor mean = broadcast(mean_in), rstd = broadcast(rstd_in);
-  if (training) {
-    const Tensor mean_of_x = average(x);
-    mean = mean.detach() + (mean_of_x - mean_of_x.detach());
-    const Tensor var_of_x = average((x - mean).square());
-    rstd = (rstd.detach().pow(-2) + (var_of_x - var_of_x.detach())).rsqrt();
-  }
-  const Tensor xhat = (x - mean) * rstd;
-  const auto project = [&](const Tensor& v) {
-    return training ? v - average(v) - xhat * average(v * xhat) : v;
-  };
-  const Tensor scale = given(weight) ? broadcast(*weight) * rstd : rstd;
-  const Tensor p_dy = project(dy);
-
-  Tensor g_dy, g_x, g_weight;
-  const auto add = [](Tensor& sum, const Tensor& term) { sum = sum.defined() ? sum + term : term; };
-  if (given(ddx)) {
-    const Tensor a = ddx->to(type);
-    if (output_mask[0]) add(g_dy, scale * project(a));
-    if (output_mask[1] && training) {
-      const Tensor terms =
-          xhat * average(a * p_dy) + project(a) * average(dy * xhat) + p_dy * average(a * xhat);
-      add(g_x, -(scale * rstd) * terms);
+// x normalised, as a differentiable function of x: mean and rstd are made functions of x again,
+// with the values they have, so that derivatives of any order are right.
+struct Normalised {
+  Normalised(const BackwardInputs& in, at::ScalarType type)
+      : type(type), rank(in.x.dim()), C(in.x.sym_size(1)), training(in.training) {
+    dims.push_back(0);
+    for (int64_t d = 2; d < rank; ++d) dims.push_back(d);
+    const Tensor x = in.x.to(type);
+    Tensor mean = broadcast(in.mean);
+    rstd = broadcast(in.rstd);
+    if (training) {
+      const Tensor mean_of_x = average(x);
+      mean = mean.detach() + (mean_of_x - mean_of_x.detach());
+      const Tensor var_of_x = average((x - mean).square());
+      rstd = (rstd.detach().pow(-2) + (var_of_x - var_of_x.detach())).rsqrt();
     }
-    if (output_mask[2]) g_weight = (a * rstd * p_dy).sum(dims);
+    xhat = (x - mean) * rstd;
+    scale = given(in.weight) ? broadcast(*in.weight) * rstd : rstd;
   }
-  if (given(ddweight)) {
-    const Tensor b = broadcast(*ddweight);
-    if (output_mask[0]) add(g_dy, b * xhat);
-    if (output_mask[1]) add(g_x, b * rstd * p_dy);
+
+  Tensor broadcast(const Tensor& t) const {
+    std::vector<c10::SymInt> per_channel(static_cast<size_t>(rank), 1);
+    per_channel[1] = C;
+    return t.to(type).reshape_symint(per_channel);
   }
-  if (given(ddbias) && output_mask[0]) add(g_dy, broadcast(*ddbias).expand_as(dy));
-  if (g_dy.defined()) g_dy = g_dy.to(dy_in.scalar_type());
-  if (g_x.defined()) g_x = g_x.to(x_in.scalar_type());
-  if (g_weight.defined() && given(weight)) g_weight = g_weight.to(weight->scalar_type());
-  return {g_dy, g_x, g_weight};
+  Tensor average(const Tensor& t) const { return t.mean(dims, /*keepdim=*/true); }
+  Tensor sum(const Tensor& t) const { return t.sum(dims); }
+  // P(v) = v - mean(v) - xhat * mean(v * xhat), means over all but the channels; P(v) = v where the
+  // statistics are constants. It is symmetric, and d xhat = rstd * P(d x).
+  Tensor project(const Tensor& v) const {
+    return training ? v - average(v) - xhat * average(v * xhat) : v;
+  }
+
+  at::ScalarType type;
+  int64_t rank;
+  c10::SymInt C;
+  bool training;
+  std::vector<int64_t> dims;
+  Tensor xhat, rstd, scale;
+};
+
+// Gradients of (g, x, weight), where backward computed from g, the gradient of z,
+//   dx = scale * P(g),   dweight = sum(g * xhat),   dbias = sum(g).
+std::array<Tensor, 3> through_batch_norm(const BackwardCotangents& dd, const Tensor& g,
+                                         const Normalised& n) {
+  Tensor g_g, g_x, g_weight;
+  const Tensor p_g = n.project(g);
+  if (given(dd.dx)) {
+    const Tensor a = dd.dx->to(n.type);
+    add(g_g, n.scale * n.project(a));
+    if (n.training) {
+      const Tensor terms = n.xhat * n.average(a * p_g) + n.project(a) * n.average(g * n.xhat) +
+                           p_g * n.average(a * n.xhat);
+      add(g_x, -(n.scale * n.rstd) * terms);
+    }
+    g_weight = n.sum(a * n.rstd * p_g);
+  }
+  if (given(dd.dweight)) {
+    const Tensor b = n.broadcast(*dd.dweight);
+    add(g_g, b * n.xhat);
+    add(g_x, b * n.rstd * p_g);
+  }
+  if (given(dd.dbias)) add(g_g, n.broadcast(*dd.dbias).expand_as(g));
+  return {g_g, g_x, g_weight};
+}
+
+// act'(z) of a piecewise linear activation: constant almost everywhere, from the kernel itself so
+// that it agrees at the kinks and reads the mask.
+Tensor piecewise_slope(const BackwardInputs& in, at::ScalarType type) {
+  at::NoGradGuard no_grad;
+  const auto detached = [](const OptionalTensor& t) {
+    return given(t) ? OptionalTensor(t->detach()) : std::nullopt;
+  };
+  // 1 on the open side and 0 beyond, which any dtype holds exactly.
+  const char* act = in.act == Activation::Relu6 ? "relu6" : "relu";
+  const Tensor open = std::get<1>(backward_op().call(
+      at::ones_like(in.x), in.x.detach(), detached(in.residual), detached(in.weight),
+      detached(in.bias), in.mean, in.rstd, in.mask, act, 0.0, {false, true, false, false}));
+  return in.act == Activation::LeakyRelu ? at::where(open > 0, 1.0, in.slope).to(type)
+                                         : open.to(type);
+}
+
+// act'(z) and act''(z).
+std::array<Tensor, 2> smooth_slopes(Activation act, const Tensor& z) {
+  if (act == Activation::Silu) {
+    const Tensor s = z.sigmoid();
+    return {s * (1 + z * (1 - s)), s * (1 - s) * (2 + z * (1 - 2 * s))};
+  }
+  const Tensor zero = at::zeros_like(z), one = at::ones_like(z);
+  const Tensor above = z >= 3, between = at::logical_and(z > -3, z < 3);
+  return {at::where(between, z / 3 + 0.5, at::where(above, one, zero)),
+          at::where(between, one / 3, zero)};
+}
+
+}  // namespace
+
+// Backward first makes g = dy * act'(z) with z = weight * xhat + bias + residual; then dresidual is
+// g, and dx, dweight and dbias follow from g. Its derivative goes the same way back.
+std::array<Tensor, 5> double_backward(const BackwardCotangents& dd, const BackwardInputs& in) {
+  if (!given(dd.dx) && !given(dd.dresidual) && !given(dd.dweight) && !given(dd.dbias)) return {};
+  const at::ScalarType type = accumulation_type(in.x.scalar_type());
+  const Normalised n(in, type);
+  const Tensor dy = in.dy.to(type);
+
+  Tensor slope, curvature;  // of act; undefined: 1 and 0
+  if (is_piecewise(in.act)) {
+    slope = piecewise_slope(in, type);
+  } else if (in.act != Activation::Identity) {
+    Tensor z = given(in.weight) ? n.broadcast(*in.weight) * n.xhat : n.xhat;
+    if (given(in.bias)) z = z + n.broadcast(*in.bias);
+    if (given(in.residual)) z = z + in.residual->to(type);
+    const auto slopes = smooth_slopes(in.act, z);
+    slope = slopes[0];
+    curvature = slopes[1];
+  }
+
+  const Tensor g = slope.defined() ? dy * slope : dy;
+  auto [g_g, g_x, g_weight] = through_batch_norm(dd, g, n);
+  if (given(dd.dresidual)) add(g_g, dd.dresidual->to(type));
+  Tensor g_dy, g_residual, g_bias;
+  if (g_g.defined()) {
+    g_dy = slope.defined() ? g_g * slope : g_g;
+    if (curvature.defined()) {
+      const Tensor g_z = g_g * dy * curvature;
+      add(g_x, n.scale * n.project(g_z));
+      add(g_weight, n.sum(g_z * n.xhat));
+      g_bias = n.sum(g_z);
+      g_residual = g_z;
+    }
+  }
+  const auto as = [](const Tensor& g, const OptionalTensor& like) {
+    return g.defined() && given(like) ? g.to(like->scalar_type()) : Tensor();
+  };
+  return {as(g_dy, in.dy), as(g_x, in.x), as(g_residual, in.residual), as(g_weight, in.weight),
+          as(g_bias, in.bias)};
 }
 
 }  // namespace bnorm_ext

@@ -11,11 +11,23 @@
 
 namespace bnorm_ext {
 
-// Gradients of (dy, x, weight), where output_mask wants them, given those of dx, dweight and dbias;
-// undefined where nothing flows. mean, rstd: of the batch in training, else the running ones.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> double_backward(
-    const OptionalTensor& ddx, const OptionalTensor& ddweight, const OptionalTensor& ddbias,
-    const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight, const at::Tensor& mean,
-    const at::Tensor& rstd, bool training, std::array<bool, 3> output_mask);
+// What a backward pass was given.
+struct BackwardInputs {
+  at::Tensor dy, x;
+  OptionalTensor residual, weight, bias;
+  at::Tensor mean, rstd;  // of the batch in training, else the running ones
+  OptionalTensor mask;
+  Activation act;
+  double slope;
+  bool training;
+};
+
+// Gradients of what the backward pass returned; absent where nothing flows.
+struct BackwardCotangents {
+  OptionalTensor dx, dresidual, dweight, dbias;
+};
+
+// Gradients of (dy, x, residual, weight, bias); undefined where nothing flows.
+std::array<at::Tensor, 5> double_backward(const BackwardCotangents& dd, const BackwardInputs& in);
 
 }  // namespace bnorm_ext

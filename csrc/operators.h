@@ -20,10 +20,10 @@ using TrainingSignature = ForwardOutputs(const at::Tensor&, const OptionalTensor
                                          const OptionalTensor&, const OptionalTensor&,
                                          const OptionalTensor&, const OptionalTensor&,
                                          const OptionalTensor&, std::optional<double>, double,
-                                         std::string_view, double);
+                                         std::string_view, double, bool);
 using InferenceSignature = std::tuple<at::Tensor, at::Tensor>(
     const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-    const at::Tensor&, const at::Tensor&, double, std::string_view, double);
+    const at::Tensor&, const at::Tensor&, double, std::string_view, double, bool);
 using BackwardSignature = Gradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                     const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
                                     const at::Tensor&, const OptionalTensor&, std::string_view,

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "activation.h"
+
 namespace bnorm_ext {
 
 enum class DType : int8_t { Float, Double, Half, BFloat16 };
@@ -34,8 +36,8 @@ struct Shape {
   int64_t S = 0;
   Layout layout = Layout::ChannelsFirst;
 
-  int64_t count() const { return N * S; }  // values per channel
-  int64_t numel() const { return N * C * S; }
+  constexpr int64_t count() const { return N * S; }  // values per channel
+  constexpr int64_t numel() const { return N * C * S; }
 };
 
 // One value per channel in a tensor of the caller's, read and written in place whatever its dtype
@@ -57,12 +59,17 @@ struct RunningUpdate {
 
 struct ForwardParams {
   Shape shape;
-  DType dtype = DType::Float;   // of x and y
+  DType dtype = DType::Float;   // of x, y and residual
   const void* x = nullptr;      // [N, C, S]
   void* y = nullptr;            // [N, C, S]
   const void* mean = nullptr;   // [C] acc
   const void* scale = nullptr;  // [C] acc, weight * rstd
   const void* shift = nullptr;  // [C] acc, bias
+  // y = act(fma(x - mean, scale, shift) + residual)
+  const void* residual = nullptr;  // [N, C, S] or null
+  Activation act = Activation::Identity;
+  double slope = 0;         // of leaky_relu
+  uint8_t* mask = nullptr;  // MaskRows of bits, written; or null
   // CPU: whether y is written past the caches, and how many elements ahead x is fetched then.
   bool stream = false;
   int64_t ahead = 0;
@@ -70,10 +77,10 @@ struct ForwardParams {
 
 struct BackwardParams {
   Shape shape;
-  DType dtype = DType::Float;  // of dy, x and dx
+  DType dtype = DType::Float;  // of dy, x, dx, residual and dresidual
   const void* dy = nullptr;    // [N, C, S]
   const void* x = nullptr;     // [N, C, S]
-  void* dx = nullptr;          // [N, C, S]
+  void* dx = nullptr;          // [N, C, S] or null
   const void* mean = nullptr;  // [C] acc
   const void* rstd = nullptr;  // [C] acc
   // With xhat = (x - mean) * rstd: dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * scale;
@@ -81,6 +88,13 @@ struct BackwardParams {
   const void* mean_dy = nullptr;       // [C] acc or null
   const void* mean_dy_xhat = nullptr;  // [C] acc or null
   const void* scale = nullptr;         // [C] acc, weight * rstd
+  // dy is first made the gradient of z = fma(x - mean, scale, shift) + residual, of which y is act.
+  const void* shift = nullptr;     // [C] acc, bias; null where act is identity
+  const void* residual = nullptr;  // [N, C, S] or null
+  Activation act = Activation::Identity;
+  double slope = 0;               // of leaky_relu
+  const uint8_t* mask = nullptr;  // what forward wrote, in place of z; or null
+  void* dresidual = nullptr;      // [N, C, S] the gradient of z, or null
   // CPU: whether dx is written past the caches, and how far ahead dy and x are fetched then.
   bool stream = false;
   int64_t ahead = 0;

@@ -27,12 +27,12 @@ ForwardOutputs training_in_place(const Tensor& x, const OptionalTensor& residual
                                  const OptionalTensor& running_var,
                                  const OptionalTensor& num_batches_tracked,
                                  std::optional<double> momentum, double eps, std::string_view act,
-                                 double negative_slope) {
+                                 double negative_slope, bool save_mask) {
   ForwardOutputs out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     out = training_op().call(x, residual, weight, bias, running_mean, running_var,
-                             num_batches_tracked, momentum, eps, act, negative_slope);
+                             num_batches_tracked, momentum, eps, act, negative_slope, save_mask);
   }
   bump_versions({running_mean, running_var, num_batches_tracked});
   return out;

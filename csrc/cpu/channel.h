@@ -65,7 +65,7 @@ class Coefficients {
   A* operator[](int64_t i) { return data_ + i * C_; }
 
  private:
-  static constexpr int64_t kOnStack = 3 * 512;
+  static constexpr int64_t kOnStack = 4 * 512;
   int64_t C_;
   A stack_[kOnStack];
   std::vector<A> heap_;

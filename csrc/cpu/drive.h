@@ -73,7 +73,7 @@ constexpr int64_t kRun = 2048;  // values in a row of memory that are worth whil
 // Channels per slab, or 0 where chunks are the better way: linear passes through the last-level
 // cache are, up to the size from which the output is streamed (bench/NOTES.md, 16). bytes: per
 // position, of all that is read.
-inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream) {
+inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream, bool masked = false) {
   if (shape.numel() <= kGrain) return std::min(shape.C, kSlabChannels);
   if (is_folded(shape) || !stream) return 0;
   const int64_t threads = at::get_num_threads(), slab = shape.count() * bytes;
@@ -81,6 +81,8 @@ inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream) {
   int64_t group = std::min(
       {kSlabBytes / slab, shape.C / (4 * threads), ceil_div(kRun, shape.S), kSlabChannels});
   if (group > unit) group -= group % unit;
+  // Threads must not share a byte of the mask.
+  if (masked && is_short(shape) && group * shape.S % 8 != 0) return 0;
   if (group * shape.S >= kShortRow) return group;
   // Streaming leaves the cache to what is read; most of a slab that is too large still hits it.
   return !is_short(shape) && shape.C >= 4 * threads ? 1 : 0;
@@ -192,11 +194,12 @@ void two_passes(const Shape& shape, int64_t slab, First first, Finish finish, Se
 // second(span, c0, c1) over everything, for passes that need no totals: in the order of memory.
 template <typename Second>
 void one_pass(const Shape& shape, Second second) {
-  const int64_t shares = 4 * at::get_num_threads();
-  if (shape.N >= shares) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / (shape.C * shape.S));
-    at::parallel_for(0, shape.N, grain, [&](int64_t begin, int64_t end) {
-      second(Span{begin, end, 0, shape.S}, 0, shape.C);
+  constexpr int64_t kUnit = 8;  // samples: of a mask, whole bytes
+  const int64_t units = ceil_div(shape.N, kUnit), shares = 4 * at::get_num_threads();
+  if (units >= shares) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / (shape.C * shape.S * kUnit));
+    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+      second(Span{begin * kUnit, std::min(end * kUnit, shape.N), 0, shape.S}, 0, shape.C);
       kernels().fence();
     });
     return;

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cstring>
 #include <tuple>
 
 #include "channel.h"
@@ -13,9 +14,23 @@ namespace bnorm_ext {
 namespace cpu {
 namespace {
 
+// One where backward needs it.
+Tensor mask_for(const Input& in, const Tensor& x, const Epilogue& e, bool save_mask) {
+  if (!save_mask || !e.leaves_mask() || x.numel() == 0) return new_mask(x, 0);
+  Tensor mask = new_mask(x, MaskRows(as_channels_first(in.shape)).bytes());
+  // What the kernels only read.
+  std::memset(mask.data_ptr<uint8_t>() + mask.numel() - kMaskSlack, 0, kMaskSlack);
+  return mask;
+}
+
 // Everything but the coefficients.
-ForwardParams forward_params(const Input& in, const Tensor& y) {
+ForwardParams forward_params(const Input& in, const Tensor& y, const Epilogue& e,
+                             const Tensor& mask) {
   ForwardParams p;
+  p.act = e.act;
+  p.slope = e.slope;
+  p.residual = e.residual.defined() ? e.residual.const_data_ptr() : nullptr;
+  p.mask = mask.numel() > 0 ? mask.data_ptr<uint8_t>() : nullptr;
   p.shape = as_channels_first(in.shape);
   p.dtype = in.dtype;
   p.x = in.tensor.const_data_ptr();
@@ -28,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-    std::optional<double> momentum, double eps, std::string_view act, double) {
-  check_activation(act, residual);
+    std::optional<double> momentum, double eps, std::string_view act, double negative_slope,
+    bool save_mask) {
   const ForwardArguments arguments{x,
                                    weight,
                                    bias,
@@ -41,13 +56,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
                                    eps};
   check_forward(arguments);
   const Input in = resolve(x);
-  Tensor y = in_huge_pages(output_like(x, in));
+  const Epilogue e = forward_epilogue("batch_norm", in, x, act, negative_slope, residual);
+  Tensor y = in_huge_pages(output_like(x, in)), mask = mask_for(in, x, e, save_mask);
   Tensor mean = statistic_like(x), rstd = statistic_like(x);
   if (x.numel() == 0) {
     mean.zero_();
     rstd.zero_();
     if (given(num_batches_tracked)) num_batches_tracked->add_(1);
-    return {y, mean, rstd, no_mask(x)};
+    return {y, mean, rstd, mask};
   }
   const RunningStatistics running(arguments, in.shape.count());
   const ChannelVector w = channel_vector(weight), b = channel_vector(bias);
@@ -56,11 +72,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     Coefficients<A> coefficients(2, in.shape.C);
     A *scale = coefficients[0], *shift = coefficients[1];
     A *mean_of = mean.data_ptr<A>(), *rstd_of_c = rstd.data_ptr<A>();
-    ForwardParams p = forward_params(in, y);
+    ForwardParams p = forward_params(in, y, e, mask);
     p.mean = mean_of;
     p.scale = scale;
     p.shift = shift;
-    const int64_t slab = slab_channels(p.shape, x.element_size(), p.stream);
+    const int64_t slab = slab_channels(p.shape, x.element_size(), p.stream, p.mask != nullptr);
     p.ahead = slab * p.shape.S;
     const auto moments = kernels().moments[static_cast<int>(in.dtype)];
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
@@ -80,16 +96,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
         [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); }, true);
   });
   running.count_batch();
-  return {y, mean, rstd, no_mask(x)};
+  return {y, mean, rstd, mask};
 }
 
-// y from statistics that are known, given per channel by mean_of(c) and rstd_of(c).
+// y and the mask from statistics that are known, given per channel by mean_of(c) and rstd_of(c).
 template <typename MeanOf, typename RstdOf>
-Tensor normalise_with(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                      MeanOf mean_of, RstdOf rstd_of) {
-  const Input in = resolve(x);
-  Tensor y = in_huge_pages(output_like(x, in));
-  if (x.numel() == 0) return y;
+std::tuple<Tensor, Tensor> normalise_with(const Tensor& x, const Input& in,
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          const Epilogue& e, bool save_mask, MeanOf mean_of,
+                                          RstdOf rstd_of) {
+  Tensor y = in_huge_pages(output_like(x, in)), mask = mask_for(in, x, e, save_mask);
+  if (x.numel() == 0) return {y, mask};
   const ChannelVector w = channel_vector(weight), b = channel_vector(bias);
   with_accumulator(in.dtype, [&](auto zero) {
     using A = decltype(zero);
@@ -101,43 +118,46 @@ Tensor normalise_with(const Tensor& x, const OptionalTensor& weight, const Optio
       scale[c] = static_cast<A>(get_or(w, c, 1)) * static_cast<A>(rstd_of(c));
       shift[c] = static_cast<A>(get_or(b, c, 0));
     }
-    ForwardParams p = forward_params(in, y);
+    ForwardParams p = forward_params(in, y, e, mask);
     p.mean = mean;
     p.scale = scale;
     p.shift = shift;
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
     one_pass(p.shape, [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
   });
-  return y;
+  return {y, mask};
 }
 
 std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& residual,
                                      const OptionalTensor& weight, const OptionalTensor& bias,
                                      const Tensor& running_mean, const Tensor& running_var,
-                                     double eps, std::string_view act, double) {
-  check_activation(act, residual);
+                                     double eps, std::string_view act, double negative_slope,
+                                     bool save_mask) {
   check_forward(
       {x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0, eps});
+  const Input in = resolve(x);
+  const Epilogue e = forward_epilogue("batch_norm", in, x, act, negative_slope, residual);
   const ChannelVector mean = channel_vector(running_mean), var = channel_vector(running_var);
   const bool is_double = x.scalar_type() == at::kDouble;
-  Tensor y = normalise_with(
-      x, weight, bias, [&](int64_t c) { return get(mean, c); },
+  return normalise_with(
+      x, in, weight, bias, e, save_mask, [&](int64_t c) { return get(mean, c); },
       [&](int64_t c) {
         return is_double ? rstd_of<double>(get(var, c), eps) : rstd_of<float>(get(var, c), eps);
       });
-  return {y, no_mask(x)};
 }
 
 std::tuple<Tensor, Tensor> apply(const Tensor& x, const OptionalTensor& residual,
                                  const OptionalTensor& weight, const OptionalTensor& bias,
                                  const Tensor& mean, const Tensor& rstd, std::string_view act,
-                                 double) {
-  check_activation(act, residual);
-  check_backward({"batch_norm_apply", x, x, weight, bias}, mean, rstd);
+                                 double negative_slope, bool save_mask) {
+  const char* op = "batch_norm_apply";
+  check_backward({op, x, x, weight, bias}, mean, rstd);
+  const Input in = resolve(x);
+  const Epilogue e = forward_epilogue(op, in, x, act, negative_slope, residual);
   const ChannelVector m = channel_vector(mean), r = channel_vector(rstd);
-  Tensor y = normalise_with(
-      x, weight, bias, [&](int64_t c) { return get(m, c); }, [&](int64_t c) { return get(r, c); });
-  return {y, no_mask(x)};
+  return normalise_with(
+      x, in, weight, bias, e, save_mask, [&](int64_t c) { return get(m, c); },
+      [&](int64_t c) { return get(r, c); });
 }
 
 std::tuple<Tensor, Tensor> stats(const Tensor& x) {

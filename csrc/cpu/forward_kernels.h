@@ -1,8 +1,10 @@
 // The forward kernels.
 //
-// Formula   mean and m2 = sum((x - mean)^2) of a chunk; y = fma(x - mean, scale, shift) with
-//           scale = weight * rstd, shift = bias (Ioffe and Szegedy 2015, arXiv:1502.03167)
-// Bytes     moments: reads x; apply: reads x, writes y
+// Formula   mean and m2 = sum((x - mean)^2) of a chunk; y = act(z) with
+//           z = fma(x - mean, scale, shift) + residual, scale = weight * rstd, shift = bias
+//           (Ioffe and Szegedy 2015, arXiv:1502.03167)
+// Bytes     moments: reads x; apply: reads x and, where given, residual; writes y and, where asked
+//           for, one bit an element
 // Numerics  Sums of d = x - about and d * d, where `about` is the mean of a sample of the chunk:
 //           m2 = sum(d * d) - sum(d)^2 / n loses no digits to speak of as long as that is near the
 //           mean, and the chunk is taken again about its mean where it is not. Sums are trees of
@@ -11,7 +13,9 @@
 //           float's range was exceeded although the result fits.
 #pragma once
 
-#include "walk.h"
+#include "bits.h"
+#include "elementwise.h"
+#include "sums.h"
 
 namespace bnorm_ext {
 namespace cpu {
@@ -21,10 +25,10 @@ namespace {
 template <typename T>
 void moments_in_double(const T* x, const Shape& shape, const Span& span, int64_t c, Moments* out) {
   double total = 0, m2 = 0;
-  each_element(shape, span, c, [&](int64_t i) { total += value(x + i); });
+  each_element(shape, span, c, [&](Place i) { total += value(x + i.at); });
   const double mean = total / static_cast<double>(span.count());
-  each_element(shape, span, c, [&](int64_t i) {
-    const double d = value(x + i) - mean;
+  each_element(shape, span, c, [&](Place i) {
+    const double d = value(x + i.at) - mean;
     m2 += d * d;
   });
   *out = {mean, 0, m2};
@@ -41,18 +45,19 @@ BNORM_INLINE void sample_means(const T* x, const Shape& shape, const Span& span,
   using A = Acc<T>;
   using V = VectorOf<T>;
   if (is_short(shape)) {
-    Columns<A> zeros;
+    Columns<A> zeros[1];
     Columns<double> columns;
     each_tile(shape, span, c0, c1, [&](Tile tile) {
-      for (int64_t j = 0; j < tile.width + V::W; ++j) zeros.a[j] = 0;
+      for (int64_t j = 0; j < tile.width + V::W; ++j) zeros[0].a[j] = 0;
       const int64_t per_row = tile.copies(shape.S) * shape.S;
       const int64_t wanted = per_row >= 16 ? 4 : per_row >= 8 ? 8 : 16;
       if (tile.rows > 0) tile.rest = 0;
       if (tile.rows > wanted) tile.stride *= tile.rows / wanted, tile.rows = wanted;
       const int64_t values = tile.rows > 0 ? tile.rows * per_row : tile.rest / shape.C;
-      sum_columns<V>(
-          tile, sizeof(T), zeros.a, columns.a, nullptr,
-          [=](int64_t at, auto part, V zero) { return Pair<V>{load(x + at, part, zero), zero}; });
+      sum_columns<V>(tile, sizeof(T), zeros, columns.a, nullptr,
+                     [=](Place place, auto part, const V(&zero)[1]) BNORM_INLINE_LAMBDA {
+                       return Pair<V>{load(x + place.at, part, zero[0]), zero[0]};
+                     });
       double sums[kColumns];
       gather<V>(tile, shape.S, columns.a, sums);
       for (int64_t c = tile.c0; c < tile.c1; ++c) {
@@ -91,11 +96,13 @@ void moments(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1, M
   double d[kChannelBlock], d2[kChannelBlock];
   sample_means(x, p.shape, span, c0, c1, about);
 
+  const A* const coefficients[] = {about};
   const auto gather = [&] {
-    sums_of_pairs<T>(p.shape, span, c0, c1, about, d, d2, [=](int64_t at, auto part, V m) {
-      const V deviation = load(x + at, part, m) - m;
-      return Pair<V>{deviation, deviation};
-    });
+    sums_of_pairs<T>(p.shape, span, c0, c1, coefficients, d, d2,
+                     [=](Place place, auto part, const V(&k)[1]) BNORM_INLINE_LAMBDA {
+                       const V deviation = load(x + place.at, part, k[0]) - k[0];
+                       return Pair<V>{deviation, deviation};
+                     });
   };
   gather();
   // Not yet whether they are any good: so this is a loop without a branch.
@@ -121,12 +128,6 @@ void moments(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1, M
   }
 }
 
-// The one expression of the normalisation.
-template <typename V>
-BNORM_INLINE V normalise(V x, V mean, V scale, V shift) {
-  return fma(x - mean, scale, shift);
-}
-
 template <typename T>
 void apply(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   using A = Acc<T>;
@@ -136,12 +137,45 @@ void apply(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   const A* const coefficients[] = {static_cast<const A*>(p.mean), static_cast<const A*>(p.scale),
                                    static_cast<const A*>(p.shift)};
   const int64_t ahead = p.ahead;  // read once: the compiler must think that a store may change it
-  each_vector_of_span(p.shape, span, c0, c1, coefficients, y, p.stream,
-                      [=](int64_t at, auto part, auto how, const V(&k)[3]) {
-                        fetch_ahead(x + at + ahead, how);
-                        const V v = load(x + at, part, V::all(0));
-                        store(y + at, part, normalise(v, k[0], k[1], k[2]), how);
-                      });
+  const V zero = V::all(0);
+  if (p.act == Activation::Identity && p.residual == nullptr) {
+    each_vector_of_span<NoBits>(p.shape, span, c0, c1, coefficients, y, p.stream, nullptr,
+                                [=](Place place, auto part, auto how, const V(&k)[3], NoBits&)
+                                    BNORM_INLINE_LAMBDA {
+                                      const int64_t at = place.at;
+                                      fetch_ahead(x + at + ahead, how);
+                                      const V d = load(x + at, part, zero) - k[0];
+                                      store(y + at, part, normalise(d, k[1], k[2]), how);
+                                    });
+    return;
+  }
+  const T* residual = static_cast<const T*>(p.residual);
+  const Activation act = p.act;
+  const V slope = V::all(static_cast<A>(p.slope));
+  if (p.mask != nullptr) {  // after an addition, and piecewise linear
+    each_vector_of_span<BitWriter>(
+        p.shape, span, c0, c1, coefficients, y, p.stream, p.mask,
+        [=](Place place, auto part, auto how, const V(&k)[3], BitWriter& bits) BNORM_INLINE_LAMBDA {
+          const int64_t at = place.at;
+          fetch_ahead(x + at + ahead, how);
+          const V z = normalise(load(x + at, part, zero) - k[0], k[1], k[2]) +
+                      load(residual + at, part, zero);
+          const auto open = is_open(act, z);
+          bits.put(bits_of(open), part, V::W);
+          store(y + at, part, activate_open(act, z, open, slope), how);
+        });
+    return;
+  }
+  each_vector_of_span<NoBits>(p.shape, span, c0, c1, coefficients, y, p.stream, nullptr,
+                              [=](Place place, auto part, auto how, const V(&k)[3], NoBits&)
+                                  BNORM_INLINE_LAMBDA {
+                                    const int64_t at = place.at;
+                                    fetch_ahead(x + at + ahead, how);
+                                    V z = normalise(load(x + at, part, zero) - k[0], k[1], k[2]);
+                                    if (residual != nullptr)
+                                      z = z + load(residual + at, part, zero);
+                                    store(y + at, part, activate(act, z, slope), how);
+                                  });
 }
 
 }  // namespace

@@ -62,17 +62,53 @@ constexpr int64_t kColumns = 2048;
 static_assert(16 * (kShortSample - 1) <= kColumns, "a folded row is one tile");
 
 // Channels per tile: as many as fit, their elements a multiple of 16, so that all tiles are aligned
-// where the first one is.
+// where the first one is; of 8, where only that fits, so that the bits of a mask are whole bytes.
 constexpr int64_t tile_channels(int64_t S) {
   const int64_t whole = whole_vectors(S), fit = kColumns / S;
-  return fit < whole ? fit : fit / whole * whole;
+  return fit < whole ? fit / 8 * 8 : fit / whole * whole;
 }
-static_assert(kColumns / (kShortRow - 1) >= 1, "a tile has a channel at least");
+static_assert(kColumns / (kShortRow - 1) >= 8, "a tile has eight channels at least");
+
+constexpr int64_t kMaskSlack = 8;  // bytes
+
+// A mask has one bit for each element, in the order of memory, in rows that start at whole bytes:
+// as long as what one thread is sure to write alone, a row of a channel where these are long, a
+// sample where they are short, everything where samples are joined (chunks are of whole eights of
+// samples). Behind the last one are the bytes that reading eight at a time may touch.
+class MaskRows {
+ public:
+  explicit constexpr MaskRows(const Shape& shape)
+      : N_(shape.N),
+        C_(shape.C),
+        S_(shape.S),
+        per_sample_(is_short(shape)),
+        padding_(is_folded(shape) ? 0 : (8 - (per_sample_ ? C_ * S_ : S_) % 8) % 8) {}
+  // The bit of the element at `at`, which is in sample n and channel c.
+  constexpr int64_t bit(int64_t at, int64_t n, int64_t c) const {
+    return at + padding_ * (per_sample_ ? n : n * C_ + c);
+  }
+  // Bits behind each sample that is short.
+  constexpr int64_t padding() const { return padding_; }
+  constexpr int64_t bytes() const {
+    return ceil_div(bit(N_ * C_ * S_, per_sample_ ? N_ : N_ - 1, C_), 8) + kMaskSlack;
+  }
+
+ private:
+  int64_t N_, C_, S_;
+  bool per_sample_;
+  int64_t padding_;
+};
 
 // Channels that `moments` and `sums` are asked for at a time, at most.
 constexpr int64_t kChannelBlock = 2048;
 
 }  // namespace
+
+// An element, and its bit in a mask.
+struct Place {
+  int64_t at, bit;
+  constexpr Place operator+(int64_t elements) const { return {at + elements, bit + elements}; }
+};
 
 // The positions that one chunk covers: samples [n0, n1), positions [s0, s1) of each.
 struct Span {

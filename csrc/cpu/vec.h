@@ -30,6 +30,8 @@
 #endif
 
 #define BNORM_INLINE inline __attribute__((always_inline))
+// Behind the parameters of a lambda that a loop calls: a call would spill every vector.
+#define BNORM_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace bnorm_ext {
 namespace cpu {

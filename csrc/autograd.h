@@ -1,0 +1,53 @@
+// What the autograd Functions of both directions share.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <initializer_list>
+
+#include "checks.h"
+
+namespace bnorm_ext {
+
+inline bool requires_grad(const OptionalTensor& t) {
+  return given(t) && t->requires_grad();
+}
+
+inline OptionalTensor optional(const at::Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
+inline at::Tensor or_undefined(const OptionalTensor& t) {
+  return given(t) ? *t : at::Tensor();
+}
+
+// Weight and bias of other than one dimension, as native takes them.
+inline OptionalTensor flat(const OptionalTensor& t) {
+  return given(t) && t->dim() != 1 ? t->reshape({-1}) : t;
+}
+
+inline int64_t bits(std::initializer_list<bool> values) {
+  int64_t bits = 0, place = 0;
+  for (const bool value : values) bits |= static_cast<int64_t>(value) << place++;
+  return bits;
+}
+
+// Autograd numbers the edges of a node by the tensors that were really given. Steps through the
+// inputs of one Function in their order and tells which gradients are wanted.
+class WantedGradients {
+ public:
+  WantedGradients(const torch::autograd::AutogradContext* ctx, int64_t given)
+      : ctx_(ctx), given_(given) {}
+  bool next() {
+    const bool present = (given_ >> position_++) & 1;
+    return present && ctx_->needs_input_grad(edge_++);
+  }
+
+ private:
+  const torch::autograd::AutogradContext* ctx_;
+  int64_t given_;
+  int position_ = 0;
+  size_t edge_ = 0;
+};
+
+}  // namespace bnorm_ext
