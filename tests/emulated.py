@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -158,44 +160,78 @@ def session(
         raise failed
 
 
-def run(c: Case, *, launches: Callable[[str], None] = lambda line: None, **where: Any) -> Results:
+@dataclasses.dataclass
+class Epilogue:
+    """What follows the normalisation: act(normalised + residual)."""
+
+    act: str = "identity"
+    slope: float = 0.01  # of leaky_relu
+    residual: Tensor | None = None
+    # Whether backward reads the mask that forward has left, where it leaves one, or the residual.
+    masked: bool = True
+
+    def leaves_mask(self) -> bool:
+        return self.residual is not None and self.act in ("relu", "relu6", "leaky_relu")
+
+
+def mask_shape(x: Tensor) -> tuple[int, int]:
+    """Of the mask for x: rows, and bytes in each (csrc/cuda/mask.h)."""
+    positions = x.numel() // x.shape[1]
+    channels_first = x.shape[1] == 1 or (x.is_contiguous() and positions > x.shape[0])
+    rows, bits = (x.shape[1], positions) if channels_first else (positions, x.shape[1])
+    return rows, -(-bits // 8)
+
+
+def run(
+    c: Case,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008  never changed
+    *,
+    launches: Callable[[str], None] = lambda line: None,
+    **where: Any,
+) -> Results:
     """Forward and backward of one case in the emulator; everything that came out, by name.
 
     launches: called with a line for each launch.
     """
+    e = epilogue
+    is_plain = e.act == "identity" and e.residual is None
     with session(**where) as s:
         x, dy, weight, bias = (s.copy(t) for t in (c.x, c.dy, c.weight, c.bias))
+        residual = s.copy(e.residual)
         running = [s.copy(t, inout=True) for t in (c.running_mean, c.running_var)]
         channels = c.x.shape[1]
         sizes = [c.x, channels * torch.empty((), dtype=accumulation_type(c.x.dtype)).nbytes]
         sizes += [t for t in (c.weight, c.bias) if t is not None]
-        mask = [True, False, weight is not None, bias is not None]
-        act = ("identity", 0.01)
+        save_mask = e.masked and e.leaves_mask()
+        if save_mask:
+            sizes.append(math.prod(mask_shape(c.x)))
+        output_mask = [True, not is_plain, weight is not None, bias is not None]
+        act = (e.act, e.slope)
         if c.training:
-            y, mean, rstd, _ = s.call(
-                *("batch_norm_training", x, None, weight, bias, *running, None, c.momentum),
-                *(c.eps, *act),
+            y, mean, rstd, mask = s.call(
+                *("batch_norm_training", x, residual, weight, bias, *running, None, c.momentum),
+                *(c.eps, *act, e.masked),
                 outputs=sizes,
             )
-            gradients = s.call(
-                *("batch_norm_backward", dy, x, None, weight, bias, mean, rstd, None, *act, mask),
-                outputs=sizes,
-            )
+            backward, statistics = "batch_norm_backward", (mean, rstd)
         else:
-            y, _ = s.call(
-                *("batch_norm_inference", x, None, weight, bias, *running, c.eps, *act),
+            y, mask = s.call(
+                *("batch_norm_inference", x, residual, weight, bias, *running, c.eps, *act),
+                e.masked,
                 outputs=sizes,
             )
-            gradients = s.call(
-                *("batch_norm_inference_backward", dy, x, None, weight, bias, *running, c.eps),
-                *(None, *act, mask),
-                outputs=sizes,
-            )
+            backward, statistics = "batch_norm_inference_backward", (*running, c.eps)
+        assert (mask.numel() > 0) == save_mask
+        dx, dresidual, dweight, dbias = s.call(
+            *(backward, dy, x, None if save_mask else residual, weight, bias, *statistics),
+            *(mask if save_mask else None, *act, output_mask),
+            outputs=sizes,
+        )
+        found = {"y": y, "dx": dx, "dresidual": dresidual, "dweight": dweight, "dbias": dbias}
+        found |= dict(zip(("running_mean", "running_var"), running, strict=True))
+        found["mask"] = mask if save_mask else None
     for line in s.launches:
         launches(line)
-    names = ["y", "dx", "dweight", "dbias", "running_mean", "running_var"]
-    dx, _, dweight, dbias = gradients
-    found = dict(zip(names, [y, dx, dweight, dbias, *running], strict=True))
     return {name: t.clone() for name, t in found.items() if t is not None}
 
 

@@ -10,7 +10,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import Epilogue
 from helpers import DTYPES, Case, assert_promise, case, normal, run
+from test_emulated_fused import FUSED, PIECEWISE, assert_right, fused, native, without_kinks
 from test_emulated_kernels import LAYOUTS, SHAPES_AND_LAYOUTS, made, same_bits
 from torch import nn
 
@@ -64,6 +66,62 @@ def check(c: Case, device: str = "cuda", **kwargs: bool) -> None:
 def test_results(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     for training in (True, False):
         check(made(shape, dtype, layout, training=training))
+
+
+def run_fused(c: Case, e: Epilogue) -> dict[str, torch.Tensor]:
+    leaves = {"x": c.x, "residual": e.residual, "weight": c.weight, "bias": c.bias}
+    given = {n: t.detach().requires_grad_() for n, t in leaves.items() if t is not None}
+    running = [t.clone() for t in (c.running_mean, c.running_var)]
+    y = bnorm_ext.batch_norm(
+        *(given["x"], *running, given["weight"], given["bias"], c.training, c.momentum, c.eps),
+        residual=given.get("residual"),
+        act=e.act,
+        negative_slope=e.slope,
+    )
+    gradients = torch.autograd.grad(y, list(given.values()), c.dy)
+    found = {f"d{name}": t for name, t in zip(given, gradients, strict=True)}
+    return found | {"y": y.detach(), "running_mean": running[0], "running_var": running[1]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("act", "add"), FUSED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(32, 64, 28, 28), (16, 3, 65, 37), (4, 300, 6, 6)], ids=str)
+def test_fused(
+    shape: tuple[int, ...], layout: str, act: str, add: bool, dtype: torch.dtype
+) -> None:
+    """Activation and residual, beside native's operators one after the other."""
+    for training in (True, False):
+        c, e = fused(shape, dtype, layout, act, add, training=training)
+        c = without_kinks(c, e)
+        there = on("cuda", c)
+        residual = None if e.residual is None else e.residual.cuda()
+        epilogue = Epilogue(e.act, e.slope, residual)
+        ours = run_fused(there, epilogue)
+        again = run_fused(there, epilogue)
+        assert same_bits(ours, again)
+        assert_right(c, e, cpu(ours), cpu(native(there, epilogue)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", PIECEWISE)
+@pytest.mark.parametrize(("shape", "layout"), SHAPES_AND_LAYOUTS)
+def test_mask(shape: tuple[int, ...], layout: str, act: str, dtype: torch.dtype) -> None:
+    """Gradients through the mask have the bits of those through the residual."""
+    c, e = fused(shape, dtype, layout, act, True)
+    c, residual = on("cuda", c), e.residual.cuda()
+    how = (e.act, e.slope)
+    _, mean, rstd, mask = torch.ops.bnorm_ext.batch_norm_training(
+        *(c.x, residual, c.weight, c.bias, None, None, None, 0.1, c.eps, *how, True)
+    )
+    through_mask, through_residual = (
+        torch.ops.bnorm_ext.batch_norm_backward(
+            *(c.dy, c.x, given, c.weight, c.bias, mean, rstd, bits, *how, [True] * 4)
+        )
+        for given, bits in ((None, mask), (residual, None))
+    )
+    assert mask.numel() > 0
+    assert all(map(torch.equal, through_mask, through_residual))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -198,5 +256,5 @@ def test_training_step_under_autocast(layout: str) -> None:
         loss.backward()
         gradients.append([p.grad.clone() for p in net.parameters()])
         net = bnorm_ext.convert_batchnorm(net)
-    for native, ours in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, native, rtol=2e-2, atol=2e-3)
+    for right, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, right, rtol=2e-2, atol=2e-3)

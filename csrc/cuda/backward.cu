@@ -1,7 +1,10 @@
-// Backward: the sums of dy and dy * xhat, and the gradient of the input.
+// Backward: the sums of g and g * xhat, and the gradients of input and residual; g, the gradient of
+// the activation's argument, is made from dy on the way.
 #include "channel.cuh"
+#include "epilogue.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "mask.cuh"
 #include "reduce.cuh"
 #include "walk.cuh"
 
@@ -9,78 +12,105 @@ namespace bnorm_ext {
 namespace cuda {
 namespace {
 
-// Formula    sum(dy) and sum(dy * (x - mean)) * rstd: dbias and dweight
+// Where the reducing kernel keeps the constants of z: with many channels per thread its sums and
+// the vectors under way take the registers.
+template <typename V>
+using AffinesOf =
+    std::conditional_t<V::kLast && V::kWidth != 1, AffineInShared<V>, AffineInRegisters<V>>;
+
+// Formula    sum(g) and sum(g * (x - mean)) * rstd: dbias and dweight, with g = dy * act'(z),
+//            z = fma(x - mean, weight * rstd, bias) + residual
 //            (Ioffe and Szegedy 2015, arXiv:1502.03167)
-// Shapes     dy, x [N, C, S] in one layout; statistics and results [C]
+// Shapes     dy, x, residual [N, C, S] in one layout; statistics, parameters and results [C];
+//            mask: mask.h
 // Mapping    plan.h; the last block of a tile to arrive merges the chunks
-// Bytes      reads dy and x once
-// Numerics   products and sums of four in the accumulation type, also for 16-bit data; the rest in
-//            double. A thread whose sums are not finite gathers them again in double.
-// Requires   tickets that are 0, and of nobody else until the launch is over
+// Bytes      reads dy and x once, and the residual or, in its place, the mask
+// Numerics   g, products and sums of four in the accumulation type, also for 16-bit data; the rest
+//            in double. A thread whose sums are not finite gathers them again in double.
+// Requires   tickets that are 0, and of nobody else until the launch is over; a mask only with a
+//            piecewise linear act
 template <typename V>
 __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardReduceParams p) {
   using T = typename V::T;
   using A = Acc<T>;
+  using W = Walk<V::kWidth, V::kLast>;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
-  Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, blockIdx.x);
-  constexpr int kChannels = Walk<V::kWidth, V::kLast>::kChannels;
+  const T* residual = static_cast<const T*>(p.epilogue.residual);
+  const bool masked = p.mask.bytes != nullptr;
+  W walk(p.shape, p.plan, blockIdx.x);
+  constexpr int kChannels = W::kChannels;
   constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
-  constexpr int kValues = kBatch * kPerVector;       // and in a batch
-  A mean[kChannels];
-  Pair sum[kChannels];  // of dy and dy * (x - mean)
+  static_assert(kBatch * kPerVector % 4 == 0, "a full batch leaves nothing to add");
+  const AffinesOf<V> affines(p, walk, reduce_shared_bytes(p.plan.columns * kChannels));
+  Pair sum[kChannels];  // of g and g * (x - mean)
+  // Adds up every vector of the walk: add(u, g, x) for number u of a batch, done(valid) after it.
+  const auto gather = [&](auto add, auto done) {
 #pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    sum[k] = {0, 0};
-    mean[k] =
-        walk.channel < p.shape.C ? static_cast<A>(get(p.statistics.mean, walk.channel + k)) : A{0};
-  }
-  walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-    Values<T, V::kWidth> g[kBatch], value[kBatch];
+    for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
+    W walk(p.shape, p.plan, blockIdx.x);
+    MaskCursor<const uint8_t, V::kWidth, V::kLast> mask(p.mask, p.plan, walk);
+    walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
+      const unsigned open = masked ? mask.read(valid) : 0;
+      Values<T, V::kWidth> sent[kBatch], value[kBatch];
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      if (u >= valid) continue;
-      g[u].load(dy + at[u]);
-      value[u].load(x + at[u]);
-    }
-    const int count = valid * kPerVector;
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-#pragma unroll
-      for (int begin = 0; begin < kValues; begin += 4) {
-        A g_of_4 = 0, dot_of_4 = 0;
-#pragma unroll
-        for (int i = begin; i < begin + 4; ++i) {
-          if (i >= count) continue;
-          const int u = i / kPerVector, v = k * kPerVector + i % kPerVector;
-          g_of_4 += g[u][v];
-          dot_of_4 = fma(g[u][v], value[u][v] - mean[k], dot_of_4);
-        }
-        sum[k].a += g_of_4;
-        sum[k].b += dot_of_4;
+      for (int u = 0; u < kBatch; ++u) {
+        if (u >= valid) continue;
+        sent[u].load(dy + at[u]);
+        value[u].load(x + at[u]);
       }
-    }
-  });
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (u >= valid) break;
+        Values<T, V::kWidth> added;
+        if (residual != nullptr) added.load(residual + at[u]);
+        A g[V::kWidth];
+        forget_loads();
+        through_epilogue(p.epilogue, masked, open >> u * kByteBits, affines, sent[u], value[u],
+                         added, g);
+        forget_loads();
+        add(u, g, value[u]);
+      }
+      done(valid);
+    });
+  };
+  A g_of_4[kChannels] = {}, dot_of_4[kChannels] = {};
+  const auto flush = [&](int k) {
+    sum[k].a += g_of_4[k];
+    sum[k].b += dot_of_4[k];
+    g_of_4[k] = dot_of_4[k] = 0;
+  };
+  gather(
+      [&](int u, const A(&g)[V::kWidth], const Values<T, V::kWidth>& value) {
+#pragma unroll
+        for (int v = 0; v < V::kWidth; ++v) {
+          const int k = v % kChannels;
+          g_of_4[k] += g[v];
+          dot_of_4[k] = fma(g[v], value[v] - affines[k].mean, dot_of_4[k]);
+          if ((u * kPerVector + v / kChannels) % 4 == 3) flush(k);
+        }
+      },
+      [&](int valid) {
+        if (valid == kBatch) return;
+#pragma unroll
+        for (int k = 0; k < kChannels; ++k) flush(k);
+      });
   bool finite = true;
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) finite = finite && is_finite(sum[k].a) && is_finite(sum[k].b);
   if (!finite) {
     // Data that is not finite, or that exceeds float's range in between although the result fits.
+    gather(
+        [&](int, const A(&g)[V::kWidth], const Values<T, V::kWidth>& value) {
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
-    for (Walk<V::kWidth, V::kLast> again(p.shape, p.plan, blockIdx.x); again.remaining > 0;
-         again.advance(p.plan)) {
-      Values<T, V::kWidth> g, value;
-      g.load(dy + again.offset);
-      value.load(x + again.offset);
-#pragma unroll
-      for (int v = 0; v < V::kWidth; ++v) {
-        const int k = v % kChannels;
-        const double wide_g = g[v];
-        sum[k].a += wide_g;
-        sum[k].b += wide_g * (static_cast<double>(value[v]) - mean[k]);
-      }
-    }
+          for (int v = 0; v < V::kWidth; ++v) {
+            const int k = v % kChannels;
+            const double wide_g = g[v];
+            sum[k].a += wide_g;
+            sum[k].b += wide_g * (static_cast<double>(value[v]) - affines[k].mean);
+          }
+        },
+        [](int) {});
   }
 
   Pair total;
@@ -102,57 +132,77 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
   }
 }
 
-// Formula    dx = ((dy - mean_dy) - (x - mean) * (rstd * mean_dy_xhat)) * (weight * rstd);
-//            where the statistics are constants (inference) dx = dy * (weight * rstd)
-// Shapes     dy, x, dx [N, C, S] in one layout; statistics, weight and means [C]
+// Formula    dresidual = g = dy * act'(z), z = fma(x - mean, weight * rstd, bias) + residual;
+//            dx = ((g - mean_dy) - (x - mean) * (rstd * mean_dy_xhat)) * (weight * rstd);
+//            where the statistics are constants (inference) dx = g * (weight * rstd)
+// Shapes     dy, x, residual, dx, dresidual [N, C, S] in one layout; statistics, parameters and
+//            means [C]; mask: mask.h
 // Mapping    plan.h, blocks in reverse order: what the reduce kernel read last is still in L2
-// Bytes      reads dy and x (constant statistics: dy), writes dx
-// Numerics   in the accumulation type, rounded once
+// Bytes      reads dy, x and the residual or, in its place, the mask; writes dx and dresidual, what
+//            is asked for. Where the statistics are constants x is read for z alone, which neither
+//            a mask nor the identity needs.
+// Numerics   in the accumulation type, each result rounded once
+// Requires   a mask only with a piecewise linear act
 template <typename V>
 __global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApplyParams p) {
   using T = typename V::T;
   using A = Acc<T>;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
+  const T* residual = static_cast<const T*>(p.epilogue.residual);
   T* dx = static_cast<T*>(p.dx);
+  T* dresidual = static_cast<T*>(p.dresidual);
   Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
   constexpr int kChannels = Walk<V::kWidth, V::kLast>::kChannels;
-  const bool constant_statistics = p.mean_dy == nullptr;
+  const bool constant_statistics = p.mean_dy == nullptr, masked = p.mask.bytes != nullptr;
+  const bool needs_x = !constant_statistics || (p.epilogue.act != Activation::Identity && !masked);
   if (walk.remaining == 0) return;
-  A mean[kChannels], mean_dy[kChannels], slope[kChannels], scale[kChannels];
+  MaskCursor<const uint8_t, V::kWidth, V::kLast> mask(p.mask, p.plan, walk);
+  const AffineInRegisters<V> affines(p, walk);
+  A mean_dy[kChannels], slope[kChannels];
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) {
     const int64_t c = walk.channel + k;
-    const MeanRstd<A> statistics(p.statistics, c);
-    mean[k] = statistics.mean;
-    scale[k] = get_or(p.weight, c, A{1}) * statistics.rstd;
     mean_dy[k] = slope[k] = 0;
     if (!constant_statistics) {
       mean_dy[k] = load_one(static_cast<const A*>(p.mean_dy) + c);
-      slope[k] = statistics.rstd * load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
+      slope[k] =
+          MeanRstd<A>(p.statistics, c).rstd * load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
     }
   }
   walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-    Values<T, V::kWidth> g[kBatch], value[kBatch];
+    const unsigned open = masked ? mask.read(valid) : 0;
+    Values<T, V::kWidth> sent[kBatch], value[kBatch], added[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) continue;
-      g[u].load(dy + at[u]);
-      if (!constant_statistics) value[u].load(x + at[u]);
+      sent[u].load(dy + at[u]);
+      if (needs_x) value[u].load(x + at[u]);
+      if (residual != nullptr) added[u].load(residual + at[u]);
     }
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) break;
+      A g[V::kWidth];
+      through_epilogue(p.epilogue, masked, open >> u * kByteBits, affines, sent[u], value[u],
+                       added[u], g);
+      Values<T, V::kWidth> rounded;
+      if (dresidual != nullptr) {
+#pragma unroll
+        for (int v = 0; v < V::kWidth; ++v) rounded.set(v, g[v]);
+        rounded.store(dresidual + at[u]);
+      }
+      if (dx == nullptr) continue;
 #pragma unroll
       for (int v = 0; v < V::kWidth; ++v) {
         const int k = v % kChannels;
-        if (constant_statistics) {
-          g[u].set(v, g[u][v] * scale[k]);
-        } else {
-          g[u].set(v, ((g[u][v] - mean_dy[k]) - (value[u][v] - mean[k]) * slope[k]) * scale[k]);
+        A d = g[v];
+        if (!constant_statistics) {
+          d = (d - mean_dy[k]) - (value[u][v] - affines[k].mean) * slope[k];
         }
+        rounded.set(v, d * affines[k].scale);
       }
-      g[u].store(dx + at[u]);
+      rounded.store(dx + at[u]);
     }
   });
 }
@@ -161,8 +211,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApp
 
 cudaError_t launch_backward_reduce(const BackwardReduceParams& p, cudaStream_t stream) {
   return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
-    return launch(backward_reduce_kernel<decltype(variant)>, p, p.plan.blocks(),
-                  reduce_shared_bytes(p.plan, p.shape.layout), stream);
+    using V = decltype(variant);
+    const int shared = reduce_shared_bytes(channels_per_tile(p.plan, p.shape.layout));
+    return launch(backward_reduce_kernel<V>, p, p.plan.blocks(), shared + AffinesOf<V>::kBytes,
+                  stream);
   });
 }
 

@@ -23,29 +23,36 @@ RunningUpdate running_update(const ForwardArguments& a) {
   return running;
 }
 
-// y of x; the counter, where one is given, has been read by whoever needed it.
-Tensor normalise(const Tensor& x, const Input& in, const OptionalTensor& weight,
-                 const OptionalTensor& bias, const Statistics& statistics,
-                 int64_t* num_batches_tracked = nullptr) {
+// y of x, and the mask where one is wanted; the counter, where one is given, has been read by
+// whoever needed it.
+std::tuple<Tensor, Tensor> normalise(const Tensor& x, const Input& in, const Epilogue& epilogue,
+                                     bool save_mask, const OptionalTensor& weight,
+                                     const OptionalTensor& bias, const Statistics& statistics,
+                                     int64_t* num_batches_tracked = nullptr) {
   Tensor y = output_like(x, in);
-  if (x.numel() == 0) return y;
-  const bool is_aligned = aligned(in.tensor.const_data_ptr(), y.const_data_ptr());
+  const bool has_mask = save_mask && epilogue.leaves_mask() && x.numel() != 0;
+  Tensor mask = new_mask(x, has_mask ? mask_bytes(in.shape) : 0);
+  if (x.numel() == 0) return {y, mask};
+  const bool is_aligned =
+      aligned(in.tensor.const_data_ptr(), y.const_data_ptr(), data_of(epilogue.residual));
   auto p = params_for<NormaliseParams>(in, plan_for(in, is_aligned));
   p.y = y.data_ptr();
   p.statistics = statistics;
   p.weight = channel_vector(weight);
   p.bias = channel_vector(bias);
+  p.epilogue = epilogue_params(epilogue);
+  if (has_mask) p.mask = mask_of(in.shape, mask.data_ptr<uint8_t>());
   p.num_batches_tracked = num_batches_tracked;
   C10_CUDA_CHECK(launch_normalise(p, stream()));
-  return y;
+  return {y, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-    std::optional<double> momentum, double eps, std::string_view act, double) {
-  check_activation(act, residual);
+    std::optional<double> momentum, double eps, std::string_view act, double negative_slope,
+    bool save_mask) {
   const ForwardArguments arguments{x,
                                    weight,
                                    bias,
@@ -58,12 +65,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
   check_forward(arguments);
   const c10::cuda::CUDAGuard guard(x.device());
   const Input in = resolve(x);
+  const Epilogue epilogue =
+      forward_epilogue("batch_norm_training", in, x, act, negative_slope, residual);
   Tensor mean = statistic_like(x), rstd = statistic_like(x);
   if (x.numel() == 0) {
     mean.zero_();
     rstd.zero_();
     if (given(num_batches_tracked)) num_batches_tracked->add_(1);
-    return {output_like(x, in), mean, rstd, no_mask(x)};
+    return {output_like(x, in), mean, rstd, new_mask(x, 0)};
   }
   auto p = params_for<StatisticsParams>(in, plan_for(in, aligned(in.tensor.const_data_ptr())));
   const ExchangeMemory exchange(p.plan, in);
@@ -73,31 +82,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
   p.rstd = rstd.data_ptr();
   p.running = running_update(arguments);
   C10_CUDA_CHECK(launch_statistics(p, stream()));
-  Tensor y = normalise(x, in, weight, bias, known(mean, rstd), p.running.num_batches_tracked);
-  return {y, mean, rstd, no_mask(x)};
+  const auto [y, mask] = normalise(x, in, epilogue, save_mask, weight, bias, known(mean, rstd),
+                                   p.running.num_batches_tracked);
+  return {y, mean, rstd, mask};
 }
 
 std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& residual,
                                      const OptionalTensor& weight, const OptionalTensor& bias,
                                      const Tensor& running_mean, const Tensor& running_var,
-                                     double eps, std::string_view act, double) {
-  check_activation(act, residual);
+                                     double eps, std::string_view act, double negative_slope,
+                                     bool save_mask) {
   check_forward(
       {x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0, eps});
   const c10::cuda::CUDAGuard guard(x.device());
   const Input in = resolve(x);
+  const Epilogue epilogue =
+      forward_epilogue("batch_norm_inference", in, x, act, negative_slope, residual);
   Statistics statistics{channel_vector(running_mean), channel_vector(running_var), false, eps};
-  return {normalise(x, in, weight, bias, statistics), no_mask(x)};
+  return normalise(x, in, epilogue, save_mask, weight, bias, statistics);
 }
 
 std::tuple<Tensor, Tensor> apply(const Tensor& x, const OptionalTensor& residual,
                                  const OptionalTensor& weight, const OptionalTensor& bias,
                                  const Tensor& mean, const Tensor& rstd, std::string_view act,
-                                 double) {
-  check_activation(act, residual);
-  check_backward({"batch_norm_apply", x, x, weight, bias}, mean, rstd);
+                                 double negative_slope, bool save_mask) {
+  const char* op = "batch_norm_apply";
+  check_backward({op, x, x, weight, bias}, mean, rstd);
   const c10::cuda::CUDAGuard guard(x.device());
-  return {normalise(x, resolve(x), weight, bias, known(mean, rstd)), no_mask(x)};
+  const Input in = resolve(x);
+  const Epilogue epilogue = forward_epilogue(op, in, x, act, negative_slope, residual);
+  return normalise(x, in, epilogue, save_mask, weight, bias, known(mean, rstd));
 }
 
 std::tuple<Tensor, Tensor> stats(const Tensor& x) {

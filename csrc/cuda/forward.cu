@@ -1,7 +1,9 @@
 // Forward: the statistics of a batch, and the normalisation by statistics that are known.
 #include "channel.cuh"
+#include "epilogue.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "mask.cuh"
 #include "reduce.cuh"
 #include "walk.cuh"
 
@@ -25,7 +27,7 @@ struct MomentSums {
   static constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
   static constexpr int kValues = kBatch * kPerVector;       // and in a batch
 
-  double anchor[kChannels];
+  A anchor[kChannels];
   Pair sum[kChannels];
 
   __device__ __forceinline__ void clear() {
@@ -118,7 +120,8 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   MomentSums<V> moments;
 #pragma unroll
   for (int k = 0; k < walk.kChannels; ++k) {
-    moments.anchor[k] = walk.channel < p.shape.C ? anchor_of<T>(p, walk.channel + k) : 0;
+    moments.anchor[k] =
+        walk.channel < p.shape.C ? static_cast<A>(anchor_of<T>(p, walk.channel + k)) : A{0};
   }
   moments.clear();
   walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
@@ -155,11 +158,13 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   update_running(p.running, c, mean, var, n);
 }
 
-// Formula    y = fma(x - mean, weight * rstd, bias)
-// Shapes     x, y [N, C, S] in one layout; statistics, weight and bias [C]
+// Formula    y = act(z), z = fma(x - mean, weight * rstd, bias) + residual; where a mask is wanted,
+//            its bits say where z is on the open side of act's kinks
+// Shapes     x, y, residual [N, C, S] in one layout; statistics, weight and bias [C]; mask: mask.h
 // Mapping    plan.h, blocks in reverse order: what the statistics kernel read last is still in L2
-// Bytes      reads x, writes y
+// Bytes      reads x and residual, writes y and the mask, an eighth of a byte per element
 // Numerics   in the accumulation type, rounded once
+// Requires   a mask only with a piecewise linear act
 template <typename V>
 __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams p) {
   using T = typename V::T;
@@ -170,33 +175,41 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams 
   if (p.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     ++*p.num_batches_tracked;
   }
-  if (walk.remaining == 0) return;
-  A mean[walk.kChannels], scale[walk.kChannels], shift[walk.kChannels];
-#pragma unroll
-  for (int k = 0; k < walk.kChannels; ++k) {
-    const int64_t c = walk.channel + k;
-    const MeanRstd<A> statistics(p.statistics, c);
-    mean[k] = statistics.mean;
-    scale[k] = get_or(p.weight, c, A{1}) * statistics.rstd;
-    shift[k] = get_or(p.bias, c, A{0});
-  }
-  walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-    Values<T, V::kWidth> value[kBatch];
+  // Lanes write a byte of the mask together.
+  const bool together = p.mask.bytes != nullptr;
+  if (!walk.more(together)) return;
+  MaskCursor<uint8_t, V::kWidth, V::kLast> mask(p.mask, p.plan, walk);
+  const AffineInRegisters<V> affines(p, walk);
+  const T* residual = static_cast<const T*>(p.epilogue.residual);
+  const A slope = static_cast<A>(p.epilogue.slope);
+  const auto normalise = [&](const int64_t (&at)[kBatch], int valid) {
+    Values<T, V::kWidth> value[kBatch], added[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      if (u < valid) value[u].load(x + at[u]);
+      if (u >= valid) continue;
+      value[u].load(x + at[u]);
+      if (residual != nullptr) added[u].load(residual + at[u]);
     }
+    unsigned open = 0;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) break;
+      A z[V::kWidth];
+      z_of(affines, value[u], residual != nullptr, added[u], z);
+      with_activation(p.epilogue.act, [&](auto act) {
 #pragma unroll
-      for (int v = 0; v < V::kWidth; ++v) {
-        const int k = v % walk.kChannels;
-        value[u].set(v, fma(value[u][v] - mean[k], scale[k], shift[k]));
-      }
+        for (int v = 0; v < V::kWidth; ++v) {
+          if (is_piecewise(act.value) && together) {
+            open |= static_cast<unsigned>(is_open(act.value, z[v])) << (u * kByteBits + v);
+          }
+          value[u].set(v, activate(act.value, z[v], slope));
+        }
+      });
       value[u].store(y + at[u]);
     }
-  });
+    if (together) mask.write(open, valid);
+  };
+  walk.batches(p.plan, normalise, together);
 }
 
 }  // namespace
@@ -204,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams 
 cudaError_t launch_statistics(const StatisticsParams& p, cudaStream_t stream) {
   return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
     return launch(statistics_kernel<decltype(variant)>, p, p.plan.blocks(),
-                  reduce_shared_bytes(p.plan, p.shape.layout), stream);
+                  reduce_shared_bytes(channels_per_tile(p.plan, p.shape.layout)), stream);
   });
 }
 

@@ -69,6 +69,16 @@ Params params_for(const Input& in, const TwoPassPlan& plan) {
   return p;
 }
 
+// Of an undefined tensor null, which is aligned.
+inline const void* data_of(const Tensor& t) {
+  return t.defined() ? t.const_data_ptr() : nullptr;
+}
+
+// A mask is read in the residual's place.
+inline EpilogueParams epilogue_params(const Epilogue& e) {
+  return {e.act, e.slope, e.reads_mask() ? nullptr : data_of(e.residual)};
+}
+
 inline TwoPassPlan plan_for(const Input& in, bool is_aligned) {
   return plan_two_pass(in.shape, static_cast<int>(in.tensor.element_size()), is_aligned, limits());
 }

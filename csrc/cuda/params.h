@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "mask.h"
 #include "plan.h"
 
 namespace bnorm_ext {
@@ -30,6 +31,13 @@ struct Statistics {
   double eps = 0;
 };
 
+// What follows the normalisation: y = act(z), z = fma(x - mean, weight * rstd, bias) + residual.
+struct EpilogueParams {
+  Activation act = Activation::Identity;
+  double slope = 0;                // of leaky_relu
+  const void* residual = nullptr;  // [N, C, S] like x, or null
+};
+
 struct StatisticsParams {
   Shape shape;
   TwoPassPlan plan;
@@ -51,7 +59,9 @@ struct NormaliseParams {
   const void* x = nullptr;     // [N, C, S]
   void* y = nullptr;           // [N, C, S]
   Statistics statistics;
-  ChannelVector weight, bias;              // [C]
+  ChannelVector weight, bias;  // [C]
+  EpilogueParams epilogue;
+  Mask<uint8_t> mask;                      // written, or none
   int64_t* num_batches_tracked = nullptr;  // incremented by one, or null
 };
 
@@ -63,7 +73,11 @@ struct BackwardReduceParams {
   const void* x = nullptr;     // [N, C, S]
   Statistics statistics;
   Exchange exchange;
-  // Where not null, [C] each: the sums of dy and dy * xhat, and these divided by N * S.
+  // What makes g, the gradient of z, from dy.
+  ChannelVector weight, bias;  // [C]
+  EpilogueParams epilogue;
+  Mask<const uint8_t> mask;  // what forward wrote, in place of z; or none
+  // Where not null, [C] each: the sums of g and g * xhat, and these divided by N * S.
   ChannelVector sum_dy, sum_dy_xhat;
   void* mean_dy = nullptr;       // acc
   void* mean_dy_xhat = nullptr;  // acc
@@ -72,14 +86,18 @@ struct BackwardReduceParams {
 struct BackwardApplyParams {
   Shape shape;
   TwoPassPlan plan;
-  DType dtype = DType::Float;  // of dy, x and dx
+  DType dtype = DType::Float;  // of dy, x, dx and dresidual
   const void* dy = nullptr;    // [N, C, S]
-  const void* x = nullptr;     // [N, C, S], or null where the statistics are constants
-  void* dx = nullptr;          // [N, C, S]
+  const void* x = nullptr;     // [N, C, S]
+  void* dx = nullptr;          // [N, C, S] or null
+  void* dresidual = nullptr;   // [N, C, S] g, or null
   Statistics statistics;
-  ChannelVector weight;  // [C]
-  // With xhat = (x - mean) * rstd: dx = ((dy - mean_dy) - xhat * mean_dy_xhat) * weight * rstd;
-  // where mean_dy is null (the statistics are constants) dx = dy * weight * rstd.
+  // What makes g, the gradient of z, from dy.
+  ChannelVector weight, bias;  // [C]
+  EpilogueParams epilogue;
+  Mask<const uint8_t> mask;  // what forward wrote, in place of z; or none
+  // With xhat = (x - mean) * rstd: dx = ((g - mean_dy) - xhat * mean_dy_xhat) * weight * rstd;
+  // where mean_dy is null (the statistics are constants) dx = g * weight * rstd.
   const void* mean_dy = nullptr;       // [C] acc, or null
   const void* mean_dy_xhat = nullptr;  // [C] acc, or null
 };

@@ -21,6 +21,10 @@ constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 // Vectors that a thread loads before it uses the first: 64 bytes in flight.
 constexpr int kBatch = 4;
+// Columns of a block, at most: where accesses are narrow one warp, else 256 bytes of a row, whole
+// cache lines.
+constexpr int kNarrowColumns = 32;
+constexpr int kWideColumns = 16;
 
 struct DeviceLimits {
   int multiprocessors = 1;
@@ -28,7 +32,7 @@ struct DeviceLimits {
 
 struct TwoPassPlan {
   int width = 1;             // elements per access: 16 bytes' worth, or 1
-  int columns = 1;           // a power of two, at most 32
+  int columns = 1;           // a power of two
   int rows = kThreads;       // kThreads / columns
   int64_t tiles = 0;         // of `channels_per_tile` channels, the last one perhaps fewer
   int64_t chunks = 1;        // per tile
@@ -65,8 +69,7 @@ inline TwoPassPlan plan_two_pass(const Shape& shape, int element_bytes, bool ali
   if (aligned && (last ? shape.C : shape.S) % full == 0) plan.width = full;
   if (last) {
     const int64_t vectors = shape.C / plan.width;
-    // 256 bytes of a row, whole cache lines; where accesses are narrow, one warp.
-    const int widest = plan.width == 1 ? 32 : 16;
+    const int widest = plan.width == 1 ? kNarrowColumns : kWideColumns;
     while (plan.columns < widest && plan.columns < vectors) plan.columns *= 2;
     plan.rows = kThreads / plan.columns;
     plan.tiles = ceil_div(vectors, plan.columns);

@@ -36,43 +36,50 @@ __device__ __forceinline__ Shared<T> dynamic_shared(int byte_offset) {
   return reinterpret_cast<T*>(bytes + byte_offset);
 }
 
+// What was read from shared memory before is read again after, rather than kept in registers.
+__device__ __forceinline__ void forget_loads() {
+  asm volatile("" ::: "memory");
+}
+
 // ---- Vector accesses to tensors ---------------------------------------------------------------
 
+// As whole words, so that narrower values stay packed in registers until each is asked for.
 template <int kBytes>
-struct alignas(kBytes) Bytes {
-  unsigned char byte[kBytes];
+struct Bytes {
+  unsigned word[kBytes / 4];
+};
+template <>
+struct Bytes<2> {
+  unsigned short word[1];
+};
+template <>
+struct Bytes<1> {
+  unsigned char word[1];
 };
 
-// kBytes of 2, 4, 8 or 16, in one access; the address must be a multiple of kBytes.
+// kBytes of 1, 2, 4, 8 or 16, in one access; the address must be a multiple of kBytes.
 template <int kBytes>
-__device__ __forceinline__ Bytes<kBytes> load_bytes(const void* p);
-template <int kBytes>
-__device__ __forceinline__ void store_bytes(void* p, Bytes<kBytes> value);
-
-#define BNORM_EXT_ACCESS(kBytes, Word)                                                \
-  template <>                                                                         \
-  __device__ __forceinline__ Bytes<kBytes> load_bytes<kBytes>(const void* p) {        \
-    union {                                                                           \
-      Word word;                                                                      \
-      Bytes<kBytes> bytes;                                                            \
-    } u;                                                                              \
-    u.word = *static_cast<const Word*>(p);                                            \
-    return u.bytes;                                                                   \
-  }                                                                                   \
-  template <>                                                                         \
-  __device__ __forceinline__ void store_bytes<kBytes>(void* p, Bytes<kBytes> value) { \
-    union {                                                                           \
-      Word word;                                                                      \
-      Bytes<kBytes> bytes;                                                            \
-    } u;                                                                              \
-    u.bytes = value;                                                                  \
-    *static_cast<Word*>(p) = u.word;                                                  \
+__device__ __forceinline__ Bytes<kBytes> load_bytes(const void* p) {
+  if constexpr (kBytes == 16) {
+    const uint4 all = *static_cast<const uint4*>(p);
+    return {{all.x, all.y, all.z, all.w}};
+  } else if constexpr (kBytes == 8) {
+    const uint2 all = *static_cast<const uint2*>(p);
+    return {{all.x, all.y}};
+  } else {
+    return *static_cast<const Bytes<kBytes>*>(p);
   }
-BNORM_EXT_ACCESS(2, unsigned short)
-BNORM_EXT_ACCESS(4, unsigned int)
-BNORM_EXT_ACCESS(8, uint2)
-BNORM_EXT_ACCESS(16, uint4)
-#undef BNORM_EXT_ACCESS
+}
+template <int kBytes>
+__device__ __forceinline__ void store_bytes(void* p, Bytes<kBytes> value) {
+  if constexpr (kBytes == 16) {
+    *static_cast<uint4*>(p) = {value.word[0], value.word[1], value.word[2], value.word[3]};
+  } else if constexpr (kBytes == 8) {
+    *static_cast<uint2*>(p) = {value.word[0], value.word[1]};
+  } else {
+    *static_cast<Bytes<kBytes>*>(p) = value;
+  }
+}
 
 // ---- Asynchronous copies (sm_80 and newer) -----------------------------------------------------
 

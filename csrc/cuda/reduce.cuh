@@ -16,8 +16,9 @@ constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 static_assert(kThreads % kWarp == 0, "whole warps");
 
-inline int reduce_shared_bytes(const TwoPassPlan& plan, Layout layout) {
-  return kWarps * channels_per_tile(plan, layout) * static_cast<int>(sizeof(Pair));
+// `channels`: of a tile.
+__host__ __device__ inline int reduce_shared_bytes(int channels) {
+  return kWarps * channels * static_cast<int>(sizeof(Pair));
 }
 
 // Sums value[k] over the rows of the block. Thread i < columns * kChannels receives the total of

@@ -22,16 +22,31 @@ class Values {
   __device__ __forceinline__ void store(T* p) const { store_bytes<kWidth * sizeof(T)>(p, bytes_); }
 
   __device__ __forceinline__ Acc<T> operator[](int v) const {
-    return static_cast<Acc<T>>(value_[v]);
+    if constexpr (kPacked) {
+      const auto half = static_cast<uint16_t>(bytes_.word[v / 2] >> v % 2 * 16);
+      return static_cast<Acc<T>>(T(half, T::from_bits()));
+    } else {
+      T value;
+      memcpy(&value, bytes_.word + v * kWords, sizeof(T));
+      return static_cast<Acc<T>>(value);
+    }
   }
   // Rounds to T, once.
-  __device__ __forceinline__ void set(int v, Acc<T> value) { value_[v] = static_cast<T>(value); }
+  __device__ __forceinline__ void set(int v, Acc<T> value) {
+    const T rounded = static_cast<T>(value);
+    if constexpr (kPacked) {
+      unsigned& word = bytes_.word[v / 2];
+      const unsigned half = rounded.x;
+      word = v % 2 == 0 ? (word & 0xffff0000u) | half : (word & 0x0000ffffu) | half << 16;
+    } else {
+      memcpy(bytes_.word + v * kWords, &rounded, sizeof(T));
+    }
+  }
 
  private:
-  union {
-    Bytes<kWidth * sizeof(T)> bytes_;
-    T value_[kWidth];
-  };
+  static constexpr bool kPacked = kWidth > 1 && sizeof(T) == 2;  // two values in a word
+  static constexpr int kWords = sizeof(T) > 4 ? static_cast<int>(sizeof(T)) / 4 : 1;  // of a value
+  Bytes<kWidth * sizeof(T)> bytes_;
 };
 
 template <typename T>

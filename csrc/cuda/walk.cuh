@@ -54,16 +54,27 @@ struct Walk {
     --remaining;
   }
 
+  // Whether there is a vector left; `together`: for any thread of the warp, all of which must call.
+  __device__ __forceinline__ bool more(bool together = false) const {
+    return together ? __any_sync(0xffffffffu, remaining > 0) != 0 : remaining > 0;
+  }
+
   // Calls f(offsets, valid) for kBatch vectors at a time, the first `valid` of which are there.
+  // `together`: in all threads of the warp as often, for f to exchange values between them.
   template <typename F>
-  __device__ __forceinline__ void batches(const TwoPassPlan& plan, F f) {
-    while (remaining > 0) {
+  __device__ __forceinline__ void batches(const TwoPassPlan& plan, F f, bool together = false) {
+    while (more(together)) {
       const int valid = remaining < kBatch ? static_cast<int>(remaining) : kBatch;
       int64_t at[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        at[u] = offset;
-        if (u < valid) advance(plan);
+        // Without end in ChannelsLast, so that none but the first needs registers.
+        at[u] = kLast ? offset + u * plan.step : offset;
+        if (!kLast && u < valid) advance(plan);
+      }
+      if (kLast) {
+        offset += valid * plan.step;
+        remaining -= valid;
       }
       f(at, valid);
     }

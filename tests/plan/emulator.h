@@ -12,6 +12,10 @@ struct Index {
 };
 inline Index threadIdx, blockIdx;
 
+inline int __any_sync(unsigned, int predicate) {
+  return predicate;
+}
+
 namespace bnorm_ext {
 namespace cuda {
 
@@ -20,7 +24,7 @@ using Workspace = T*;
 
 template <int kBytes>
 struct Bytes {
-  unsigned char byte[kBytes];
+  unsigned word[(kBytes + 3) / 4];
 };
 template <int kBytes>
 Bytes<kBytes> load_bytes(const void*);

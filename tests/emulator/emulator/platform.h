@@ -15,14 +15,24 @@ inline Shared<T> dynamic_shared(int byte_offset) {
   return {emulator::detail::current_block(), byte_offset};
 }
 
+inline void forget_loads() {}
+
 template <int kBytes>
-struct alignas(kBytes) Bytes {
-  unsigned char byte[kBytes];
+struct Bytes {
+  unsigned word[kBytes / 4];
+};
+template <>
+struct Bytes<2> {
+  unsigned short word[1];
+};
+template <>
+struct Bytes<1> {
+  unsigned char word[1];
 };
 
 template <int kBytes>
 inline Bytes<kBytes> load_bytes(const void* p) {
-  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16, "");
+  static_assert(kBytes >= 1 && kBytes <= 16 && (kBytes & (kBytes - 1)) == 0, "");
   Bytes<kBytes> value;
   emulator::detail::tensor_read(p, &value, kBytes);
   return value;
@@ -30,7 +40,7 @@ inline Bytes<kBytes> load_bytes(const void* p) {
 
 template <int kBytes>
 inline void store_bytes(void* p, Bytes<kBytes> value) {
-  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16, "");
+  static_assert(kBytes >= 1 && kBytes <= 16 && (kBytes & (kBytes - 1)) == 0, "");
   emulator::detail::tensor_write(p, &value, kBytes);
 }
 

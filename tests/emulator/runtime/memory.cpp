@@ -248,15 +248,15 @@ void tensor_write(void* to, const void* from, std::size_t bytes) {
   moved_on();
   Region* region = find_region(at);
   if (region != nullptr && region->role == Role::kOutput) {
-    const std::size_t first = (at - region->begin) / 2;
-    for (std::size_t i = first; i < first + (bytes + 1) / 2; ++i) {
+    const std::size_t first = at - region->begin;
+    for (std::size_t i = first; i < first + bytes; ++i) {
       if (region->writers[i] != 0) {
         report("twice", "writes " + bytes_text(bytes) + " at " + place_text(nullptr, at) +
                             ", which " + describe(Epoch{region->writers[i], 0}) + " wrote already");
         break;
       }
     }
-    for (std::size_t i = first; i < first + (bytes + 1) / 2; ++i) region->writers[i] = current->key;
+    for (std::size_t i = first; i < first + bytes; ++i) region->writers[i] = current->key;
   } else if (region != nullptr) {
     record(nullptr, at, bytes, Access::kWrite, now());
   }

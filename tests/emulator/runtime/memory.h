@@ -16,7 +16,7 @@ struct Region {
   std::size_t bytes = 0;
   Role role = Role::kWorkspace;
   void* allocation = nullptr;          // null: the caller's memory, without guard zones
-  std::vector<std::uint64_t> writers;  // of kOutput: the key of the thread, per 2 bytes; 0: nobody
+  std::vector<std::uint64_t> writers;  // of kOutput: the key of each byte's thread; 0: nobody
 };
 // The one that contains the first byte, or null.
 Region* find_region(std::uintptr_t at);

@@ -47,7 +47,7 @@ Region& add_region(const std::string& name, void* pointer, std::size_t bytes, Ro
   region->begin = reinterpret_cast<std::uintptr_t>(pointer);
   region->bytes = bytes;
   region->role = role;
-  if (role == Role::kOutput) region->writers.assign(bytes / 2 + 1, 0);
+  if (role == Role::kOutput) region->writers.assign(bytes, 0);
   Region& added = *region;
   auto& all = regions();
   all.insert(std::upper_bound(all.begin(), all.end(), region,
@@ -171,15 +171,14 @@ void check_outputs(std::size_t element_bytes) {
     const auto* data = reinterpret_cast<const unsigned char*>(region->begin);
     std::size_t first = region->bytes;
     std::size_t missing = 0;
-    std::size_t step = 2;
     if (region->role == Role::kOutput) {
-      for (std::size_t i = 0; i < region->bytes; i += 2) {
-        if (region->writers[i / 2] != 0) continue;
+      for (std::size_t i = 0; i < region->bytes; ++i) {
+        if (region->writers[i] != 0) continue;
         if (missing == 0) first = i;
-        missing += std::min<std::size_t>(2, region->bytes - i);
+        ++missing;
       }
     } else if (region->role == Role::kPlainOutput && region->allocation != nullptr) {
-      step = element_bytes;
+      const std::size_t step = element_bytes;
       std::vector<unsigned char> untouched(step);
       detail::poison(untouched.data(), step);
       for (std::size_t i = 0; i + step <= region->bytes; i += step) {

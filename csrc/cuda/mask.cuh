@@ -1,0 +1,80 @@
+// The bits of a thread's vectors in a mask (mask.h says how it lies in memory).
+#pragma once
+
+#include "mask.h"
+#include "platform.cuh"
+#include "walk.cuh"
+
+namespace bnorm_ext {
+namespace cuda {
+
+// Follows a walk, a batch at a time. The bits of a batch travel in one word, those of its vector u
+// from bit u * 8 on. A vector of fewer than 8 values shares its byte with those of adjacent lanes.
+//
+// ChannelsFirst  a block's vectors are consecutive in the channel and its first one is a multiple
+//                of kThreads, so 8 / kWidth lanes from a multiple of that on have one byte
+// ChannelsLast   the same for adjacent columns, as far as there are any: a tile is all channels, or
+//                a multiple of 8
+// From one vector to the thread's next one the byte moves by a constant and the bit not at all.
+template <typename Byte, int kWidth, bool kLast>
+class MaskCursor {
+ public:
+  static_assert(kByteBits % kWidth == 0, "no vector lies in two bytes");
+  static_assert(kBatch * kByteBits == 32, "the bits of a batch are one word");
+  static_assert(kThreads % kByteBits == 0, "a thread's vectors have their bits at the same place");
+  static_assert(kWideColumns * 2 % kByteBits == 0 && kNarrowColumns % kByteBits == 0,
+                "tiles beside each other share no byte");
+  static_assert(32 % (kByteBits / kWidth) == 0, "the lanes of one byte are in one warp");
+
+  __device__ __forceinline__ MaskCursor(const Mask<Byte>& mask, const TwoPassPlan& plan,
+                                        const Walk<kWidth, kLast>& walk)
+      : mask_(mask.bytes) {
+    const int64_t first = walk.chunk * plan.chunk_length + walk.row;  // vector or row
+    const int64_t bit = kLast ? walk.channel : first * kWidth;
+    byte_ = (kLast ? first : walk.channel) * mask.row_bytes + bit / kByteBits;
+    step_ = kLast ? plan.rows * mask.row_bytes : kThreads * kWidth / kByteBits;
+    shift_ = kWidth == kByteBits ? 0 : static_cast<int>(bit % kByteBits);
+    lanes_ = kByteBits / kWidth;
+    if (kLast && plan.columns < lanes_) lanes_ = plan.columns;
+  }
+
+  // Every lane of the warp must call; `open` has bits of the first `valid` vectors only. The first
+  // lane of a byte writes it: if any of them has a vector there, that one does.
+  __device__ __forceinline__ void write(unsigned open, int valid) {
+    open <<= shift_;
+    for (int apart = 1; apart < lanes_; apart *= 2) {
+      open |= __shfl_xor_sync(0xffffffffu, open, apart);
+    }
+    const bool is_first = (threadIdx.x & (lanes_ - 1)) == 0;
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (!is_first || u >= valid) break;
+      const auto bits = static_cast<unsigned char>(open >> u * kByteBits);
+      store_bytes<1>(mask_ + byte_ + u * step_, Bytes<1>{{bits}});
+    }
+    byte_ += kBatch * step_;
+  }
+
+  // Bit u * 8 + v is that of value v of vector u; others mean nothing.
+  __device__ __forceinline__ unsigned read(int valid) {
+    unsigned open = 0;
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u >= valid) break;
+      const unsigned bits = load_bytes<1>(mask_ + byte_ + u * step_).word[0];
+      open |= bits << u * kByteBits;
+    }
+    byte_ += kBatch * step_;
+    return open >> shift_;
+  }
+
+ private:
+  Byte* mask_;    // perhaps null: then nothing may be asked for
+  int64_t byte_;  // of the thread's next vector
+  int64_t step_;  // in bytes, from one vector of the thread to its next
+  int shift_;     // of a vector's first bit in its byte
+  int lanes_;     // adjacent ones whose bits lie in one byte
+};
+
+}  // namespace cuda
+}  // namespace bnorm_ext
