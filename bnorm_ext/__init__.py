@@ -11,6 +11,7 @@ from ._load import build_info
 from ._version import __version__
 from .convert import convert_batchnorm, revert_batchnorm
 from .functional import batch_norm
+from .fuse import FusionReport, fuse_batchnorm_act
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -19,11 +20,16 @@ from .modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from .modules_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "FusionReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -31,5 +37,6 @@ __all__ = [
     "batch_norm",
     "build_info",
     "convert_batchnorm",
+    "fuse_batchnorm_act",
     "revert_batchnorm",
 ]

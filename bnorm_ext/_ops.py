@@ -6,6 +6,7 @@ strides of the outputs; whether the arguments fit is checked by the real ones, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -53,8 +54,31 @@ def _statistic(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty((x.shape[1],), dtype=dtype or _accumulation_type(x.dtype))
 
 
-def _mask(x: Tensor) -> Tensor:
-    return x.new_empty((0,), dtype=torch.uint8)
+_PIECEWISE = ("relu", "relu6", "leaky_relu")
+
+
+def _mask(x: Tensor, residual: Tensor | None, act: str, save_mask: bool) -> Tensor:
+    if not save_mask or residual is None or act not in _PIECEWISE or x.numel() == 0:
+        return x.new_empty((0,), dtype=torch.uint8)
+    return x.new_empty((_mask_bytes(x),), dtype=torch.uint8)
+
+
+def _mask_bytes(x: Tensor) -> int:
+    """As ``MaskRows`` in ``csrc/cpu/kernels.h``, and ``mask_bytes`` in ``csrc/cuda/mask.h``."""
+    N, C = x.shape[:2]
+    S = math.prod(x.shape[2:])
+    channels_last = S == 1 or not x.is_contiguous()
+    if not x.is_contiguous() and suggest_memory_format(x) == torch.contiguous_format:
+        channels_last = S == 1
+    if C == 1:
+        N, S, channels_last = 1, N * S, False
+    if x.device.type == "cuda":
+        return N * S * ((C + 7) // 8) if channels_last else C * ((N * S + 7) // 8)
+    if channels_last:
+        N, S = N * S, 1
+    # Rows of this many bits start at whole bytes.
+    row = S if S >= 256 else C * S if C * S >= 128 else N * C * S
+    return (N * C * S) // row * ((row + 7) // 8) + 8
 
 
 def _same_device(x: Tensor, *others: Tensor | None) -> None:
@@ -78,9 +102,10 @@ def _training(
     eps: float,
     act: str = "identity",
     negative_slope: float = 0.01,
+    save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _same_device(x, residual, weight, bias, running_mean, running_var, num_batches_tracked)
-    return _output(x), _statistic(x), _statistic(x), _mask(x)
+    return _output(x), _statistic(x), _statistic(x), _mask(x, residual, act, save_mask)
 
 
 def _inference(
@@ -93,14 +118,14 @@ def _inference(
     eps: float,
     act: str = "identity",
     negative_slope: float = 0.01,
+    save_mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _same_device(x, residual, weight, bias, running_mean, running_var)
-    return _output(x), _mask(x)
+    return _output(x), _mask(x, residual, act, save_mask)
 
 
 def _gradients(
     x: Tensor,
-    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     output_mask: Sequence[bool],
@@ -112,7 +137,7 @@ def _gradients(
 
     return (
         _gradient(x) if output_mask[0] else None,
-        None,
+        _gradient(x) if output_mask[1] else None,
         of(weight) if output_mask[2] else None,
         of(bias) if output_mask[3] else None,
     )
@@ -132,7 +157,7 @@ def _backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     _same_device(x, dy, residual, weight, bias, mean, rstd, mask)
-    return _gradients(x, residual, weight, bias, output_mask)
+    return _gradients(x, weight, bias, output_mask)
 
 
 def _inference_backward(
@@ -150,7 +175,7 @@ def _inference_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     _same_device(x, dy, residual, weight, bias, running_mean, running_var, mask)
-    return _gradients(x, residual, weight, bias, output_mask)
+    return _gradients(x, weight, bias, output_mask)
 
 
 def _stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,9 +207,10 @@ def _apply(
     rstd: Tensor,
     act: str = "identity",
     negative_slope: float = 0.01,
+    save_mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _same_device(x, residual, weight, bias, mean, rstd)
-    return _output(x), _mask(x)
+    return _output(x), _mask(x, residual, act, save_mask)
 
 
 def _backward_reduce(
@@ -218,7 +244,7 @@ def _backward_apply(
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor | None]:
     _same_device(x, dy, residual, weight, bias, mean, rstd, mask, mean_dy, mean_dy_xhat)
-    return _gradient(x), None
+    return _gradient(x), None if residual is None else _gradient(x)
 
 
 if _compiled is not None:

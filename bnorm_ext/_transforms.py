@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._plain import Normalised, accumulation_type, fold, fold_vector, per_channel, unfold
+from .activations import check_residual, compose
 
 
 def batch_norm(
@@ -31,8 +32,39 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    negative_slope: float,
 ) -> Tensor:
     """As ``functional.batch_norm``."""
+    buffers = (running_mean, running_var, num_batches_tracked)
+    if residual is None and act == "identity":
+        return _normalise(input, weight, bias, *buffers, training, momentum, eps)
+    # What follows the normalisation is torch's own: it has every derivative. In the accumulation
+    # type, so that 16-bit results are rounded once here too; but for running statistics in 16 bit,
+    # which the operator updates for 16-bit input only.
+    type = accumulation_type(input.dtype)
+    if any(t is not None and t.dtype != type for t in buffers[:2]):
+        type = input.dtype
+    wide = [t if t is None else t.to(type) for t in (input, weight, bias)]
+    z = _normalise(*wide, *buffers, training, momentum, eps)
+    if residual is not None:
+        check_residual(input, residual)
+        residual = residual.to(type)
+    return compose(z, residual, act, negative_slope).to(input.dtype)
+
+
+def _normalise(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
     y, mean, rstd = _Forward.apply(
         input,
         weight,

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from . import _transforms
 from ._ops import KERNEL_DEVICES
+from .activations import Activation, check_residual, compose, resolve
 
 # Looked up once: this function is host-bound for small tensors.
 _ops = torch.ops.bnorm_ext
@@ -44,8 +45,12 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     num_batches_tracked: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: Activation = None,
+    negative_slope: float = 0.01,
 ) -> Tensor:
-    r"""Normalises each channel of a batch: ``(input - mean) / sqrt(var + eps) * weight + bias``.
+    r"""Normalises each channel of a batch: ``(input - mean) / sqrt(var + eps) * weight + bias``;
+    then adds ``residual`` and applies ``act``, where they are given, in the same pass.
 
     Called like :func:`torch.nn.functional.batch_norm`, with the counter of batches besides. In
     training the statistics are those of the batch (with the biased variance), and the running
@@ -64,12 +69,22 @@ def batch_norm(
             same weight (cumulative average) and needs ``num_batches_tracked``.
         eps: added to the variance; positive in training, not negative in inference.
         num_batches_tracked: one int64 value, incremented in training. It is read on its device.
+        residual: added to the normalised input, before ``act``: of the shape, dtype and device of
+            ``input``, best in its memory format (another one costs a copy).
+        act: None (or ``"identity"``), ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"`` or
+            ``"hardswish"``, or the ``torch.nn`` module of that name, as a class or an instance.
+        negative_slope: of ``leaky_relu``; that of an ``nn.LeakyReLU`` instance goes before it.
 
     Returns:
-        The shape, dtype and memory format of ``input``.
+        The shape, dtype and memory format of ``input``. With ``residual`` or ``act``, 16-bit
+        results are rounded once, where separate operations round two or three times. For backward
+        is kept: ``input``; after an addition also a mask of one bit an element (relu, relu6,
+        leaky_relu) or ``residual`` itself (silu, hardswish). Gradients at kinks are torch's, for
+        the unrounded sum.
 
     Raises:
-        ValueError: one value per channel in training; running statistics half given; bad ``eps``.
+        ValueError: one value per channel in training; running statistics half given; bad ``eps``;
+            an unknown ``act``.
         RuntimeError: sizes, dtypes or devices do not fit.
         NotImplementedError: integer or complex input.
         TypeError: ``momentum=None`` without ``num_batches_tracked``.
@@ -78,9 +93,13 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
+    if act is not None:
+        act, negative_slope = resolve(act, negative_slope)
+    else:
+        act = "identity"
     arguments = (
         input, running_mean, running_var, weight, bias, training, momentum, eps,
-        num_batches_tracked,
+        num_batches_tracked, residual, act, negative_slope,
     )  # fmt: skip
     if _is_dynamo_compiling():
         # Compiled transforms take neither kind of autograd Function.
@@ -92,9 +111,9 @@ def batch_norm(
         return _native(*arguments) if native else _call_op(*arguments)
     try:
         if type(input) is not Tensor and isinstance(input, Proxy):
-            return input.tracer.create_proxy(
-                "call_function", batch_norm, arguments[:-1], {"num_batches_tracked": arguments[-1]}
-            )
+            names = ("num_batches_tracked", "residual", "act", "negative_slope")
+            named = dict(zip(names, arguments[8:], strict=True))
+            return input.tracer.create_proxy("call_function", batch_norm, arguments[:8], named)
         if (
             _takes_native_path(input)
             # Which eps is too small differs between versions of torch: native knows.
@@ -122,13 +141,18 @@ def _call_op(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    negative_slope: float,
 ) -> Tensor:
     if training:
         return _training_op(
-            input, None, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
-            eps,
+            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+            eps, act, negative_slope,
         )[0]  # fmt: skip
-    return _inference_op(input, None, weight, bias, running_mean, running_var, eps)[0]
+    return _inference_op(
+        input, residual, weight, bias, running_mean, running_var, eps, act, negative_slope
+    )[0]
 
 
 def _takes_native_path(input: Tensor) -> bool:
@@ -161,8 +185,13 @@ def _native(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    negative_slope: float,
 ) -> Tensor:
-    """Torch's own batch norm with this function's arguments; the counter moves last."""
+    """Torch's own operations with this function's arguments; the counter moves last."""
+    if residual is not None:
+        check_residual(input, residual)
     if training and momentum is None and num_batches_tracked is not None:
         momentum = 1.0 / (float(num_batches_tracked) + 1.0)
     output = F.batch_norm(
@@ -177,12 +206,13 @@ def _native(
     )
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    return output
+    return compose(output, residual, act, negative_slope)
 
 
 def _raise_as_native(*arguments: Any) -> None:
     """Raises what native raises for a call that was refused here; returns where it takes it."""
-    input, running_mean, running_var, weight, bias, training, momentum, eps, counter = arguments
+    input, running_mean, running_var, weight, bias, training, momentum, eps, counter = arguments[:9]
+    residual = arguments[9]
     if not (counter is None or isinstance(counter, Tensor)):
         raise TypeError(
             f"num_batches_tracked must be a Tensor or None, not {type(counter).__name__}"
@@ -194,7 +224,10 @@ def _raise_as_native(*arguments: Any) -> None:
     with torch.no_grad():
         try:
             _native(
-                input, running_mean, running_var, weight, bias, training, momentum, eps, counter
-            )
+                input, running_mean, running_var, weight, bias, training, momentum, eps, counter,
+                None, "identity", 0.0,
+            )  # fmt: skip
+            if isinstance(residual, Tensor):
+                check_residual(input, residual)
         except Exception as error:
             raise error from None

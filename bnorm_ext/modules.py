@@ -33,47 +33,20 @@ __all__ = [
 _is_scripting = torch.jit.is_scripting
 _module_call_impl = nn.Module._call_impl
 _ABSENT: Any = object()
+_PACKAGE = f"{__package__}."
 
 
 class _OneCallForward(nn.modules.batchnorm._BatchNorm):
     """The forward pass that all modules of this package share."""
 
     def forward(self, input: Tensor) -> Tensor:
-        # A small layer is bound by host time, hence the unusual form: parameters and buffers are
-        # taken from their dictionaries, since going through ``nn.Module.__getattr__`` costs about
-        # as much as the rest of this function (and so would the eager default of ``dict.get``).
-        # A name that is missing there has been replaced by pruning, parametrisation, weight norm
-        # or the like, and is found by plain access.
         # TorchScript parses both branches but compiles the first only.
         if _is_scripting():
             return self._scripted_forward(input)
         else:
-            self._check_input_dim(input)
-            parameters = self._parameters
-            weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
-            bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-            training = self.training
-            momentum = self.momentum
-            counter = None
-            if training and not self.track_running_stats:
-                # Tracking was turned off: buffers that are still there must stay as they are.
-                running_mean = running_var = None
-            else:
-                buffers = self._buffers
-                running_mean = (
-                    buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
-                )
-                running_var = (
-                    buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
-                )
-                if not training:
-                    training = running_mean is None and running_var is None
-                elif "num_batches_tracked" in buffers:
-                    counter = buffers["num_batches_tracked"]
-                else:
-                    counter = self.num_batches_tracked
-            if momentum is None and counter is None:
-                momentum = 0.0  # native's: without a counter there is no average to extend
+            running_mean, running_var, weight, bias, training, momentum, counter = self._state(
+                input
+            )
             return functional.batch_norm(
                 input,
                 running_mean,
@@ -85,6 +58,42 @@ class _OneCallForward(nn.modules.batchnorm._BatchNorm):
                 self.eps,
                 num_batches_tracked=counter,
             )
+
+    def _state(self, input: Tensor) -> tuple[Any, ...]:
+        """What this call normalises with: running_mean, running_var, weight, bias, training,
+        momentum, num_batches_tracked."""
+        # A small layer is bound by host time, hence the unusual form: parameters and buffers are
+        # taken from their dictionaries, since going through ``nn.Module.__getattr__`` costs about
+        # as much as the rest of this function (and so would the eager default of ``dict.get``).
+        # A name that is missing there has been replaced by pruning, parametrisation, weight norm
+        # or the like, and is found by plain access.
+        self._check_input_dim(input)
+        parameters = self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        training = self.training
+        momentum = self.momentum
+        counter = None
+        if training and not self.track_running_stats:
+            # Tracking was turned off: buffers that are still there must stay as they are.
+            running_mean = running_var = None
+        else:
+            buffers = self._buffers
+            running_mean = (
+                buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
+            )
+            running_var = (
+                buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
+            )
+            if not training:
+                training = running_mean is None and running_var is None
+            elif "num_batches_tracked" in buffers:
+                counter = buffers["num_batches_tracked"]
+            else:
+                counter = self.num_batches_tracked
+        if momentum is None and counter is None:
+            momentum = 0.0  # native's: without a counter there is no average to extend
+        return running_mean, running_var, weight, bias, training, momentum, counter
 
     def _scripted_forward(self, input: Tensor) -> Tensor:
         """What ``torch.jit.script`` compiles: native's operators, so that a scripted model runs
@@ -127,7 +136,7 @@ class _OneCallForward(nn.modules.batchnorm._BatchNorm):
             proxy = input
             args = (input, *args)
         # A subclass from elsewhere is no leaf with native either; its own forward is traced.
-        if isinstance(proxy, Proxy) and type(self).__module__ == __name__:
+        if isinstance(proxy, Proxy) and type(self).__module__.startswith(_PACKAGE):
             tracer: Any = proxy.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return _module_call_impl(self, *args, **kwargs)

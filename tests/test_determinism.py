@@ -136,6 +136,7 @@ import sys
 import torch
 import bnorm_ext
 from helpers import DTYPES, FORMATS, assert_promise, case, normal
+import fused
 assert bnorm_ext.build_info()["cpu_capability"] == sys.argv[1]
 torch.set_num_threads(1)
 # Every tail after whole vectors (of 16 elements at most), in rows and in channels; a few chunks.
@@ -149,7 +150,18 @@ for dtype in DTYPES:
                 # Native happens to be exact for a handful of values: the bound alone.
                 assert_promise(c, beside_native=False)
 
+# The same tails through activation, residual and mask.
+for dtype in DTYPES:
+    for seed, shape in enumerate(SHAPES[::3]):
+        for layout in ["contiguous"] + ["channels_last"] * (len(shape) == 4):
+            for act in fused.ACTS[1:]:
+                for residual in (False, True):
+                    f = fused.make(shape, dtype, layout, act, residual, seed % 2 == 0, seed)
+                    fused.assert_close(f, beside_native=False)
+
 # Every 16-bit pattern through load and store: with identity statistics y = fma(x - 0, 1, 0) = x.
+# Var and eps add up to 1 exactly; an eps of 0 would take native's path.
+EPS = 2.0**-10
 patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
 for dtype in (torch.float16, torch.bfloat16):
     x = patterns.view(dtype)
@@ -157,7 +169,8 @@ for dtype in (torch.float16, torch.bfloat16):
     for view in (x.view(-1, 1), x.view(1, 1, -1), x.view(256, 256), x.view(2, 8, 4096),
                  x[1:].view(1, -1), x[:65535].view(-1, 5), pixels):
         C = view.shape[1]
-        y = bnorm_ext.batch_norm(view, torch.zeros(C), torch.ones(C), torch.ones(C), None, eps=0.0)
+        var = torch.full((C,), 1 - EPS)
+        y = bnorm_ext.batch_norm(view, torch.zeros(C), var, torch.ones(C), None, eps=EPS)
         assert torch.equal(y.isnan(), view.isnan())
         keep = ~view.isnan()
         # Signed zeros apart (-0 + 0 is 0) the very bits come back.
@@ -169,8 +182,8 @@ for dtype in (torch.float16, torch.bfloat16):
     # torch's own conversion does. y = x + bias with x and bias exact in float32.
     for bias in (0.0, 2.0**-9, 2.0**-12, 3 * 2.0**-13, 1 / 3, 2.0**-24, -2.0**-25, 65519.0):
         wide = x.view(-1, 1).float()
-        y = bnorm_ext.batch_norm(x.view(-1, 1), torch.zeros(1), torch.ones(1), torch.ones(1),
-                                 torch.tensor([bias]), eps=0.0)
+        y = bnorm_ext.batch_norm(x.view(-1, 1), torch.zeros(1), torch.full((1,), 1 - EPS),
+                                 torch.ones(1), torch.tensor([bias]), eps=EPS)
         right = (wide + torch.tensor([bias])).to(dtype)
         assert torch.equal(y.isnan(), right.isnan())
         assert torch.equal(y.nan_to_num(1.5, 7, -7), right.nan_to_num(1.5, 7, -7)), (dtype, bias)

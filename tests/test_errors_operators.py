@@ -33,19 +33,19 @@ ALL = (True, False, True, True)
 RUNNING = ("running_mean", "running_var")
 GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "batch_norm_training": lambda: dict(
-        x=x_like(), residual=None, **vectors("weight", "bias", *RUNNING),
+        x=x_like(), residual=x_like(2), **vectors("weight", "bias", *RUNNING),
         num_batches_tracked=torch.tensor(3), momentum=0.1, eps=1e-5,
     ),
     "batch_norm_inference": lambda: dict(
-        x=x_like(), residual=None, **vectors("weight", "bias", *RUNNING), eps=1e-5
+        x=x_like(), residual=x_like(2), **vectors("weight", "bias", *RUNNING), eps=1e-5
     ),
     "batch_norm_backward": lambda: dict(
-        dy=x_like(1), x=x_like(), residual=None, **vectors("weight", "bias", "mean", "rstd"),
+        dy=x_like(1), x=x_like(), residual=x_like(2), **vectors("weight", "bias", "mean", "rstd"),
         mask=None, act="identity", negative_slope=0.0, output_mask=ALL,
     ),
     "batch_norm_inference_backward": lambda: dict(
-        dy=x_like(1), x=x_like(), residual=None, **vectors("weight", "bias", *RUNNING), eps=1e-5,
-        mask=None, act="identity", negative_slope=0.0, output_mask=ALL,
+        dy=x_like(1), x=x_like(), residual=x_like(2), **vectors("weight", "bias", *RUNNING),
+        eps=1e-5, mask=None, act="identity", negative_slope=0.0, output_mask=ALL,
     ),
     "batch_norm_stats": lambda: {"x": x_like()},
     "batch_norm_merge_stats": lambda: dict(
@@ -55,14 +55,14 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         dtype=torch.float32,
     ),
     "batch_norm_apply": lambda: dict(
-        x=x_like(), residual=None, **vectors("weight", "bias", "mean", "rstd")
+        x=x_like(), residual=x_like(2), **vectors("weight", "bias", "mean", "rstd")
     ),
     "batch_norm_backward_reduce": lambda: dict(
-        dy=x_like(1), x=x_like(), residual=None, **vectors("weight", "bias", "mean", "rstd"),
+        dy=x_like(1), x=x_like(), residual=x_like(2), **vectors("weight", "bias", "mean", "rstd"),
         mask=None,
     ),
     "batch_norm_backward_apply": lambda: dict(
-        dy=x_like(1), x=x_like(), residual=None, **vectors("weight", "bias", "mean", "rstd"),
+        dy=x_like(1), x=x_like(), residual=x_like(2), **vectors("weight", "bias", "mean", "rstd"),
         mask=None, **vectors("mean_dy", "mean_dy_xhat"),
     ),
 }  # fmt: skip
@@ -72,7 +72,7 @@ MADE = ("mean", "rstd", "mean_dy", "mean_dy_xhat")
 
 def misfits(name: str, good: Tensor) -> dict[str, Any]:
     """What must be refused in the place of ``good``."""
-    if name in ("dy", "x"):
+    if name in ("dy", "x", "residual"):
         bad = {
             "one channel less": good[:, :-1],
             "one channel more": torch.cat([good, good[:, :1]], 1),
@@ -83,7 +83,7 @@ def misfits(name: str, good: Tensor) -> dict[str, Any]:
             "meta": good.to("meta"),
             "sparse": good.to_sparse(),
         }
-        if name == "dy":
+        if name != "x":
             bad |= {
                 "fewer rows": good[:-1],
                 "fewer positions": good[..., :1],
@@ -182,11 +182,26 @@ def test_statistics_of_another_dtype_than_the_accumulation_type(op, dtype):
 
 
 @pytest.mark.parametrize("op", [op for op in GOOD if "residual" in GOOD[op]()])
-def test_activation_and_residual_are_refused(op):
-    good = GOOD[op]()
-    for change in ({"act": "relu"}, {"act": ""}, {"act": "Identity"}, {"residual": x_like(2)}):
-        with pytest.raises(NotImplementedError, match="activation and residual"):
-            call(op, {**good, **change})
+def test_unknown_activation(op):
+    for act in ("", "Identity", "gelu", "relu "):
+        with pytest.raises(ValueError, match="unknown activation"):
+            call(op, {**GOOD[op](), "act": act})
+
+
+@pytest.mark.parametrize("op", [op for op in GOOD if "mask" in GOOD[op]()])
+def test_mask_that_is_not_of_this_input(op):
+    right = ops.batch_norm_apply(
+        x_like(), x_like(2), None, None, *[torch.ones(C)] * 2, "relu", 0.0, True
+    )[1]
+    good = {**GOOD[op](), "act": "relu", "mask": right}
+    call(op, good)
+    for mask in (right[:-1], right.repeat(2), right.char(), right.float(), right[None],
+                 right.repeat(2)[::2], right.to("meta")):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"mask must be|is not on the expected"):
+            call(op, {**good, "mask": mask})
+    for act in ("identity", "silu"):
+        with pytest.raises(RuntimeError, match="a mask is of no use"):
+            call(op, {**good, "act": act})
 
 
 @pytest.mark.parametrize("op", ["batch_norm_training", "batch_norm_merge_stats"])

@@ -143,12 +143,3 @@ def test_in_place_update_counts_as_one(device):
     before = [t._version for t in buffers]
     ops.batch_norm_training(a.x, None, None, None, *buffers, 0.1, 1e-5)
     assert [t._version for t in buffers] == [v + 1 for v in before]
-
-
-def test_activation_and_residual_are_refused(device):
-    a = Arguments((4, 3, 5, 5), device)
-    buffers = (a.running_mean, a.running_var)
-    with pytest.raises(NotImplementedError, match="act='relu'"):
-        ops.batch_norm_training(a.x, None, None, None, *buffers, None, 0.1, 1e-5, "relu")
-    with pytest.raises(NotImplementedError, match="residual"):
-        ops.batch_norm_inference(a.x, a.dy, None, None, *buffers, 1e-5)

@@ -1,0 +1,92 @@
+"""The activations that are fused with batch normalisation: names, and other ways to say them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Named as in ``torch.nn.functional``; None is identity.
+Activation = str | nn.Module | type[nn.Module] | None
+
+NAMES = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
+_KNOWN = frozenset(NAMES)
+
+# Exact types: a subclass may do something else.
+_NAME_OF: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+
+
+def resolve(act: Activation, negative_slope: float) -> tuple[str, float]:
+    """Name and slope of an activation given by name, module class or module.
+
+    The slope of an ``nn.LeakyReLU`` instance goes before ``negative_slope``.
+
+    Raises:
+        ValueError: it is not one of those that can be fused.
+    """
+    if act is None:
+        return "identity", negative_slope
+    if isinstance(act, str):
+        if act in _KNOWN:
+            return act, negative_slope
+    elif isinstance(act, nn.Module):
+        if type(act) is nn.LeakyReLU:
+            return "leaky_relu", act.negative_slope
+        if type(act) in _NAME_OF:
+            return _NAME_OF[type(act)], negative_slope
+        act = type(act)
+    elif act in _NAME_OF:
+        return _NAME_OF[act], negative_slope
+    given = act.__name__ if isinstance(act, type) else repr(act)
+    raise ValueError(
+        f"unknown activation {given}: expected None or one of {', '.join(NAMES)}, "
+        f"or one of the modules {', '.join(cls.__name__ for cls in _NAME_OF)}"
+    )
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
+def compose(y: Tensor, residual: Tensor | None, name: str, negative_slope: float) -> Tensor:
+    """``act(y + residual)`` in torch's own operations."""
+    if residual is not None:
+        y = torch.add(y, residual)
+    if name == "leaky_relu":
+        return F.leaky_relu(y, negative_slope)
+    return _FUNCTIONS[name](y)
+
+
+def alike(input: Tensor, residual: Any) -> bool:
+    """Whether they can be added with neither broadcasting nor promotion."""
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    )
+
+
+def check_residual(input: Tensor, residual: Tensor) -> None:
+    """Where torch's own addition would broadcast or promote instead of raising."""
+    if not alike(input, residual):
+        raise RuntimeError(
+            f"residual must be like the input (shape {list(input.shape)}, dtype {input.dtype} on "
+            f"{input.device}), but got shape {list(residual.shape)}, dtype {residual.dtype} on "
+            f"{residual.device}"
+        )
