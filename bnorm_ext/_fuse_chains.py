@@ -1,0 +1,234 @@
+"""Putting one call in the place of batch norm, addition and activation, where that is right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from . import modules, modules_act
+from ._fuse_memory import Aliases, fresh
+from ._fuse_module import dissolve
+from ._fuse_patterns import Act, Addition, as_act, as_addition, remove_identities
+from ._fuse_shapes import propagate
+from ._fuse_trace import has_forward, hooks_of
+
+_WITH_ACT: dict[type[nn.Module], type[nn.Module]] = {
+    modules.BatchNorm1d: modules_act.BatchNormAct1d,
+    modules.BatchNorm2d: modules_act.BatchNormAct2d,
+    modules.BatchNorm3d: modules_act.BatchNormAct3d,
+}
+_FUSABLE = {*_WITH_ACT, *_WITH_ACT.values()}
+_KEEPS_RESIDUAL = ("silu", "hardswish")  # for backward
+
+Fused = tuple[str, str, bool]
+Refused = tuple[str, str]
+
+
+class _Refusal(Exception):
+    """Why a chain is not fused."""
+
+
+@dataclass
+class Unit:
+    """A module that was traced, and its graph."""
+
+    path: str
+    root: nn.Module
+    graph: fx.Graph
+    example_inputs: tuple[Any, ...] | None
+    fused: list[Fused] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+
+    def norms(self) -> list[tuple[fx.Node, nn.Module]]:
+        """The calls of batch norms, and their modules."""
+        calls = (node for node in self.graph.nodes if node.op == "call_module")
+        pairs = ((node, self.root.get_submodule(str(node.target))) for node in calls)
+        return [(node, module) for node, module in pairs if isinstance(module, _BatchNorm)]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Who holds and who calls the modules of a model, by id."""
+
+    calls: Counter[int]  #: calls in graphs
+    names: Mapping[int, list[str]]  #: names that a module is registered under
+    kept: Mapping[int, str]  #: modules that run their own forward, and why
+
+
+def fuse_unit(unit: Unit, usage: Usage) -> None:
+    """Rewrites the graph of ``unit`` and the classes of the modules it calls."""
+    remove_identities(unit.graph, unit.root)
+    known = propagate(unit.graph, unit.root, unit.example_inputs)
+    # Backwards: where two batch norms are added, the later one takes the addition.
+    for node, module in reversed(unit.norms()):
+        name = f"{unit.path}.{node.target}".strip(".")
+        try:
+            fused = _fuse_one(unit, usage, known, node, module, name)
+        except _Refusal as refusal:
+            unit.refused.append((name, str(refusal)))
+        else:
+            if fused is not None:
+                unit.fused.append(fused)
+    unit.fused.reverse()
+    unit.refused.reverse()
+    unit.graph.lint()
+
+
+def _fuse_one(
+    unit: Unit,
+    usage: Usage,
+    known: Mapping[fx.Node, Any],
+    node: fx.Node,
+    module: nn.Module,
+    name: str,
+) -> Fused | None:
+    root = unit.root
+    users = list(node.users)
+    act: Act | None = next((a for user in users if (a := as_act(user, root, node))), None)
+    addition: Addition | None = next((a for user in users if (a := as_addition(user, node))), None)
+    has_residual = len(node.args) > 1 or "residual" in node.kwargs
+    if getattr(module, "act", "identity") != "identity" or (has_residual and act is None):
+        return None
+    if act is None and addition is None:
+        return None
+    _check_module(unit, usage, node, module)
+    if len(users) > 1:
+        raise _Refusal("its output has several users")
+    if addition is None:
+        assert act is not None
+        if act.refusal:
+            raise _Refusal(act.refusal)
+        replaced, args, kwargs = [node, act.node], node.args, node.kwargs
+        place = node
+    else:
+        input = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(input, fx.Node):
+            raise _Refusal("its input is a constant")
+        aliases = Aliases(unit.graph, root)
+        _check_addition(addition, aliases, known, root, node, input)
+        act, left = _act_of_sum(addition, aliases, root)
+        if left is not None:
+            unit.refused.append((name, left))
+        replaced, args, kwargs = [node, addition.node], (input, addition.residual), {}
+        if act is not None:
+            replaced.append(act.node)
+        place = addition.node
+        module._unlike = addition.unlike  # type: ignore[assignment]
+    with unit.graph.inserting_before(place):
+        call = unit.graph.call_module(str(node.target), args, dict(kwargs))
+    call.meta = dict(replaced[-1].meta)
+    replaced[-1].replace_all_uses_with(call)
+    for old in reversed(replaced):
+        unit.graph.erase_node(old)
+    _set_act(module, act)
+    _dissolve_containers(root, str(node.target))
+    return name, module.act, addition is not None or has_residual  # type: ignore[return-value]
+
+
+def _check_module(unit: Unit, usage: Usage, node: fx.Node, module: nn.Module) -> None:
+    """Refuses modules whose calls are not all seen here, or seen by others."""
+    cls = type(module)
+    if isinstance(module, _LazyNormBase):
+        raise _Refusal("it is not initialised: call the model once before")
+    if cls not in _FUSABLE:
+        raise _Refusal(f"{cls.__module__}.{cls.__qualname__} may do more than batch normalisation")
+    if usage.calls[id(module)] > 1:
+        raise _Refusal("it is called more than once")
+    if len(usage.names[id(module)]) > 1:
+        raise _Refusal(f"it has several names: {', '.join(usage.names[id(module)])}")
+    if hooks_of(module):
+        raise _Refusal(f"it has {hooks_of(module)}")
+    if "forward" in vars(module):
+        raise _Refusal("its forward was replaced on the instance")
+    for other in unit.graph.nodes:
+        if other.op == "get_attr" and str(other.target).startswith(f"{node.target}."):
+            raise _Refusal(f"its tensor {other.target} is used elsewhere")
+    for container in _containers(str(node.target)):
+        if id(unit.root.get_submodule(container)) in usage.kept:
+            raise _Refusal(f"{container} runs its own forward, which may call it too")
+
+
+def _check_addition(
+    addition: Addition,
+    aliases: Aliases,
+    known: Mapping[fx.Node, Any],
+    root: nn.Module,
+    node: fx.Node,
+    input: fx.Node,
+) -> None:
+    """Refuses additions that are not of two like tensors, or that cannot wait or be left out."""
+    if addition.refusal:
+        raise _Refusal(addition.refusal)
+    residual = addition.residual
+    # Where the addition itself cannot be (it is not in ``known``), the guessed input was wrong.
+    if input in known and residual in known and addition.node in known:
+        x, r = known[input], known[residual]
+        if not isinstance(r, Tensor):
+            raise _Refusal(f"what is added is no tensor but {r!r}")
+        if x.shape != r.shape:
+            raise _Refusal(f"the addition broadcasts: {list(x.shape)} and {list(r.shape)}")
+        if x.dtype != r.dtype or x.device != r.device:
+            raise _Refusal(
+                f"the addition is of {x.dtype} on {x.device} and {r.dtype} on {r.device}"
+            )
+    if addition.unlike == "radd_":
+        if not fresh(residual, root):
+            raise _Refusal(
+                f"the addition changes {residual.name} in place, which may be an input of the "
+                "model or share memory with another tensor"
+            )
+        if len(residual.users) > 1:
+            raise _Refusal(
+                f"the addition changes {residual.name} in place, which is used elsewhere"
+            )
+    culprit = aliases.changed_between(input, node, addition.node)
+    if culprit is not None:
+        raise _Refusal(f"{culprit.name} may change its input in place before the addition")
+
+
+def _act_of_sum(
+    addition: Addition, aliases: Aliases, root: nn.Module
+) -> tuple[Act | None, str | None]:
+    """The activation that can be fused with an addition, or why the one there is cannot."""
+    users = list(addition.node.users)
+    act = next((a for user in users if (a := as_act(user, root, addition.node))), None)
+    if act is None:
+        return None, None
+    what = f"fused with its addition but without {act.name}: "
+    if len(users) > 1:
+        return None, what + "the sum has several users"
+    if act.refusal:
+        return None, what + act.refusal
+    if act.name in _KEEPS_RESIDUAL:
+        # The activation may be in place on the sum, which is the residual after residual += y.
+        culprit = aliases.changed_between(addition.residual, addition.node, but=act.node)
+        if culprit is not None:
+            return None, f"{what}{culprit.name} may change the residual in place afterwards"
+    return act, None
+
+
+def _set_act(module: nn.Module, act: Act | None) -> None:
+    """As ``convert_batchnorm`` does: the class changes, the object stays."""
+    module.__class__ = _WITH_ACT.get(type(module), type(module))
+    module.act = "identity" if act is None else act.name  # type: ignore[assignment]
+    module.negative_slope = 0.01 if act is None else act.negative_slope  # type: ignore[assignment]
+    # It is no longer what `revert_batchnorm` would make of it.
+    vars(module).pop("_unfused", None)
+
+
+def _containers(path: str) -> list[str]:
+    """The modules that the one at ``path`` lies in, innermost first, without the root."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def _dissolve_containers(root: nn.Module, path: str) -> None:
+    for container in _containers(path):
+        module = root.get_submodule(container)
+        if has_forward(module):
+            dissolve(module)

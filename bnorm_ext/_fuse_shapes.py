@@ -1,0 +1,125 @@
+"""Shapes and dtypes in a graph, as far as they can be had without running anything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from ._fuse_memory import is_torchs_function
+from ._fuse_trace import hooks_of
+from .modules import _OneCallForward
+
+# Images of the usual size: large enough that no layer of a net for them runs out of pixels.
+_GUESSED_SIZES = {1: (256,), 2: (224, 224), 3: (32, 112, 112)}
+_NORM_DIMS = {nn.BatchNorm1d: 0, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+
+
+class _Unknown(Exception):
+    pass
+
+
+def propagate(
+    graph: fx.Graph, root: nn.Module, example_inputs: tuple[Any, ...] | None
+) -> dict[fx.Node, Any]:
+    """The value of each node for which it is known, with fake tensors for tensors.
+
+    No memory is allocated and no tensor of the model is touched. Unknown is what comes out of
+    code that is not torch's own, and what depends on it.
+    """
+    known: dict[fx.Node, Any] = {}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        if example_inputs is None:
+            example_inputs = _guess(placeholders, root)
+        for node, value in zip(placeholders, example_inputs, strict=False):
+            known[node] = _fake(mode, value)
+        for node in graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                try:
+                    known[node] = _run(node, root, mode, known)
+                except Exception:  # whatever it is: nothing is known then
+                    continue
+    return known
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """An operation that fails here is no error: torch would log it as one."""
+    logger = logging.getLogger(fake_tensor.__name__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value, static_shapes=True)
+    if isinstance(value, tuple | list):
+        return type(value)(_fake(mode, v) for v in value)
+    if isinstance(value, dict):
+        return {key: _fake(mode, v) for key, v in value.items()}
+    return value
+
+
+def _guess(placeholders: list[fx.Node], root: nn.Module) -> tuple[Any, ...]:
+    """An input for a graph that has one, if the first layer that takes it says how many channels
+    there are."""
+    if len(placeholders) != 1:
+        return ()
+    for user in placeholders[0].users:
+        if user.op == "call_module":
+            layer = root.get_submodule(str(user.target))
+            shape: tuple[int, ...] | None = None
+            if isinstance(layer, _ConvNd) and not layer.transposed:
+                shape = (2, layer.in_channels, *_GUESSED_SIZES[len(layer.kernel_size)])
+            elif isinstance(layer, nn.Linear):
+                shape = (2, layer.in_features)
+            elif isinstance(layer, _BatchNorm):
+                dims = next((d for cls, d in _NORM_DIMS.items() if isinstance(layer, cls)), 0)
+                shape = (2, layer.num_features, *_GUESSED_SIZES.get(dims, ()))
+            if shape is not None:
+                weight = layer.weight
+                like = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
+                return (torch.empty(shape, **like),)
+    return ()
+
+
+def _run(node: fx.Node, root: nn.Module, mode: FakeTensorMode, known: dict[fx.Node, Any]) -> Any:
+    def look_up(argument: fx.Node) -> Any:
+        if argument not in known:
+            raise _Unknown
+        return known[argument]
+
+    args, kwargs = map_arg(node.args, look_up), map_arg(node.kwargs, look_up)
+    target: Any = node.target
+    if node.op == "get_attr":
+        path, _, name = target.rpartition(".")
+        return _fake(mode, getattr(root.get_submodule(path), name))
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    if node.op == "call_function":
+        if not is_torchs_function(target):
+            raise _Unknown
+        return target(*args, **kwargs)
+    module = root.get_submodule(target)
+    if hooks_of(module):
+        raise _Unknown
+    if isinstance(module, _OneCallForward):
+        return torch.empty_like(args[0] if args else kwargs["input"])
+    if not type(module).__module__.startswith("torch.nn") or any(module.children()):
+        raise _Unknown
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    fakes = {name: _fake(mode, tensor) for name, tensor in tensors.items()}
+    return torch.func.functional_call(module, fakes, args, kwargs)

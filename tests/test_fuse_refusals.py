@@ -1,0 +1,471 @@
+"""What fuse_batchnorm_act refuses, that it says why, and that the result is right all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fuse_nets import TOLERANCE, assert_trains_alike, fuse_separately
+from torch import nn
+
+import bnorm_ext
+from bnorm_ext import fuse_batchnorm_act
+
+
+class Net(nn.Module):
+    """A convolution, then what ``body`` says."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.conv, self.bn, self.bn2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
+        self.bias = nn.Parameter(torch.ones(3, 1, 1))
+        self.register_buffer("offset", torch.ones(1))
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self, self.conv(x), x)
+
+
+def inputs(shape=(4, 3, 5, 6)):
+    return [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+
+
+def check(body, fused, refused, prepare=lambda net: None, example=False):
+    """That exactly ``fused`` is fused, exactly ``refused`` refused, for reasons with those words
+    in them, and that the net trains as before."""
+    plain = Net(body).double()
+    prepare(plain)
+    given = [torch.empty(2, 3, 5, 6, dtype=torch.float64)] if example else []
+    net, report = fuse_separately(plain, *given)
+    assert [name for name, *_ in report.fused] == fused
+    assert [name for name, _ in report.refused] == [name for name, _ in refused]
+    for (_, reason), (_, words) in zip(report.refused, refused, strict=True):
+        assert words in reason
+    assert_trains_alike(net, plain, inputs())
+    return net
+
+
+def test_several_users_of_the_batch_norm():
+    def body(net, z, x):
+        y = net.bn(z)
+        return torch.relu(y) + torch.sigmoid(y)
+
+    check(body, [], [("bn", "several users")])
+
+
+def test_added_to_itself():
+    def body(net, z, x):
+        y = net.bn(z)
+        return y + y
+
+    check(body, [], [("bn", "several users")])
+
+
+def test_several_users_of_the_sum():
+    """The addition is fused nevertheless; the activation is not."""
+
+    def body(net, z, x):
+        s = net.bn(z) + x
+        return torch.relu(s) * s
+
+    net = check(body, ["bn"], [("bn", "the sum has several users")])
+    assert net.bn.act == "identity"
+
+
+HOOKS = {
+    "forward hooks": lambda m: m.register_forward_hook(lambda m, a, y: 2 * y),
+    "forward pre hooks": lambda m: m.register_forward_pre_hook(lambda m, a: (2 * a[0],)),
+    "backward hooks": lambda m: m.register_full_backward_hook(lambda m, i, o: (2 * i[0],)),
+    "backward pre hooks": lambda m: m.register_full_backward_pre_hook(lambda m, o: (2 * o[0],)),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_on_the_batch_norm(kind):
+    check(
+        lambda net, z, x: torch.relu(net.bn(z)), [], [("bn", kind)], lambda net: HOOKS[kind](net.bn)
+    )
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_on_the_activation(kind):
+    check(
+        lambda net, z, x: net.relu(net.bn(z)),
+        [],
+        [("bn", f"relu has {kind}")],
+        lambda net: HOOKS[kind](net.relu),
+    )
+
+
+def test_hooks_on_the_activation_after_an_addition():
+    net = check(
+        lambda net, z, x: net.relu(net.bn(z) + x),
+        ["bn"],
+        [("bn", "fused with its addition but without relu: the activation relu has forward hooks")],
+        lambda net: HOOKS["forward hooks"](net.relu),
+    )
+    assert net.bn.act == "identity"
+
+
+@pytest.mark.parametrize("name", ["bn", "relu"])
+def test_forward_replaced_on_the_instance(name):
+    def prepare(net):
+        getattr(net, name).forward = lambda x: x * 2
+
+    check(lambda net, z, x: net.relu(net.bn(z)), [], [("bn", "was replaced")], prepare)
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.Tanh(), nn.PReLU()])
+def test_other_activations_are_none_of_ours(act):
+    def prepare(net):
+        net.act = act.double()
+
+    check(lambda net, z, x: net.act(net.bn(z)), [], [], prepare)
+
+
+def test_a_subclass_of_an_activation_is_none_of_ours():
+    class Doubled(nn.ReLU):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def prepare(net):
+        net.act = Doubled()
+
+    # Traced into: its relu is a function call in the graph.
+    net = check(lambda net, z, x: net.act(net.bn(z)), ["bn"], [], prepare)
+    assert "mul" in [node.name for node in net.graph.nodes]
+
+
+def test_a_computed_slope():
+    def body(net, z, x):
+        return F.leaky_relu(net.bn(z), x.size(0) / 10)
+
+    check(body, [], [("bn", "slope of the activation is computed")])
+
+
+def add_alpha(net, y, x):
+    return torch.add(y, x, alpha=2)
+
+
+NO_TENSOR_OF_THAT_SHAPE = {
+    "number": (lambda net, y, x: y + 1, "no tensor but 1"),
+    "size": (lambda net, y, x: y + x.size(0), "no tensor but"),
+    "alpha": (add_alpha, "alpha=2"),
+    "parameter": (lambda net, y, x: y + net.bias, "bias of the module"),
+    "buffer": (lambda net, y, x: net.offset + y, "offset of the module"),
+    "channel means": (lambda net, y, x: y + x.mean((2, 3), keepdim=True), "broadcasts: "),
+    "dtype": (lambda net, y, x: y + x.to(torch.float32), "torch.float64"),
+}
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("case", NO_TENSOR_OF_THAT_SHAPE)
+def test_additions_that_broadcast_or_promote(case, example):
+    add, words = NO_TENSOR_OF_THAT_SHAPE[case]
+    check(lambda net, z, x: F.relu(add(net, net.bn(z), x)), [], [("bn", words)], example=example)
+
+
+class Untold(nn.Module):
+    """Two inputs, so that no shape can be guessed."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.conv, self.bn, self.add = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), add
+
+    def forward(self, x, r):
+        return F.leaky_relu(self.add(self.bn(self.conv(x)), r), 0.2)
+
+
+def iadd(y, r):
+    y += r
+    return y
+
+
+def into_the_residual(y, r):
+    r = r * 1
+    r += y
+    return r
+
+
+FORMS = {
+    "y + r": lambda y, r: y + r,
+    "r + y": lambda y, r: r + y,
+    "y += r": iadd,
+    "r += y": into_the_residual,
+}
+RESIDUALS = {
+    "alike": torch.randn(4, 3, 5, 6, dtype=torch.float64),
+    "smaller": torch.randn(3, 1, 1, dtype=torch.float64),
+    "larger": torch.randn(2, 4, 3, 5, 6, dtype=torch.float64),
+    "float32": torch.randn(4, 3, 5, 6),
+    "number": 0.5,
+}
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("form", FORMS)
+def test_unknown_shapes_are_compared_at_run_time(form, residual):
+    """Where the plain net raises, the fused one raises the same."""
+    plain = Untold(FORMS[form]).double()
+    net, report = fuse_separately(plain)
+    assert report.fused == [("bn", "leaky_relu", True)]
+    r = RESIDUALS[residual]
+    for training in (True, False):
+        results = []
+        for module in (plain.train(training), net.train(training)):
+            torch.manual_seed(0)
+            x = torch.randn(4, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+            try:
+                y = module(x, r)
+                y.square().mean().backward()
+                results.append((y.dtype, y.detach(), x.grad))
+            except (RuntimeError, AttributeError) as error:
+                results.append((type(error), str(error).splitlines()[0]))
+        expected, seen = results
+        assert expected[0] == seen[0]
+        if isinstance(expected[1], str):
+            assert expected[1] == seen[1]
+        else:
+            torch.testing.assert_close(seen[1:], expected[1:], **TOLERANCE)
+    assert net.bn.num_batches_tracked == plain.bn.num_batches_tracked == 1
+
+
+def test_autocast_changes_dtypes_after_fusing():
+    """The convolution gives bfloat16, the shortcut stays float32: promoted, as in the plain net."""
+    plain = Net(lambda net, z, x: F.relu(net.bn(z) + x))
+    net, report = fuse_separately(plain)
+    assert len(report.fused) == 1
+    x = torch.randn(4, 3, 5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, y = plain(x), net(x)
+    assert y.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7)  # bfloat16 rounds to 2**-8
+
+
+def test_example_inputs_tell_of_several_inputs():
+    x = torch.empty(4, 3, 5, 6)
+    _, report = fuse_batchnorm_act(Untold(FORMS["y + r"]), (x, torch.empty(3, 1, 1)))
+    assert report.refused == [
+        ("bn", "the addition broadcasts: [4, 3, 5, 6] and [3, 1, 1]"),
+    ]
+    _, report = fuse_batchnorm_act(Untold(FORMS["y + r"]), [x, x.double()])
+    assert report.refused == [
+        ("bn", "the addition is of torch.float32 on cpu and torch.float64 on cpu")
+    ]
+    _, report = fuse_batchnorm_act(Untold(FORMS["y + r"]), (x, x))
+    assert report.fused == [("bn", "leaky_relu", True)]
+
+
+def test_example_inputs_are_not_computed_with():
+    """Shapes alone: nothing is called that could change or count anything."""
+    net = Net(lambda net, z, x: F.relu(net.bn(z) + x))
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    calls = []
+    net.conv.register_forward_hook(lambda m, a, y: calls.append("conv"))
+    x = torch.ones(2, 3, 5, 6)
+    fuse_batchnorm_act(net, x)
+    assert calls == []
+    assert torch.equal(x, torch.ones(2, 3, 5, 6))
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+INTO = {
+    "input": (lambda net, z, x: x, "input of the model"),
+    "view": (lambda net, z, x: (x * 1).view(x.shape), "share memory"),
+    "chunk": (lambda net, z, x: torch.cat([x, x], 1).chunk(2, 1)[0], "share memory"),
+    "slice": (lambda net, z, x: torch.cat([x, x])[:4], "share memory"),
+    "dropout": (lambda net, z, x: net.drop(x), "share memory"),
+}
+
+
+@pytest.mark.parametrize("target", INTO)
+def test_addition_into_what_may_be_seen_elsewhere(target):
+    make, words = INTO[target]
+
+    def body(net, z, x):
+        shortcut = make(net, z, x)
+        y = net.bn(z)
+        shortcut += y
+        return torch.relu(shortcut)
+
+    plain = Net(body).double()
+    plain.drop = nn.Dropout(0.0)
+    net, report = fuse_separately(plain)
+    assert report.fused == []
+    assert len(report.refused) == 1
+    assert words in report.refused[0][1]
+    ours = inputs()[0]
+    native = ours.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(net(ours), plain(native), **TOLERANCE)
+    torch.testing.assert_close(ours, native, **TOLERANCE)  # changed alike
+
+
+def test_addition_into_a_tensor_that_is_used_elsewhere():
+    def body(net, z, x):
+        shortcut = x * 2
+        before = shortcut.view(-1)
+        shortcut += net.bn(z)
+        # Means: gradients of the order of 1, which the tolerance is for.
+        return torch.relu(shortcut).mean() + before.mean()
+
+    check(body, [], [("bn", "used elsewhere")])
+
+
+def test_addition_into_a_tensor_of_its_own_is_fused():
+    def body(net, z, x):
+        shortcut = x * 2
+        shortcut += net.bn(z)
+        return torch.relu(shortcut)
+
+    check(body, ["bn"], [])
+
+
+def test_input_changed_in_place_before_the_addition():
+    """Moving the batch norm to where the addition is would normalise the changed input. Without
+    gradients: autograd refuses such a net."""
+
+    def body(net, z, x):
+        y = net.bn(z)
+        z.mul_(2)
+        return torch.relu(y + z)
+
+    plain = Net(body).double()
+    net, report = fuse_separately(plain)
+    assert report.fused == []
+    assert [name for name, _ in report.refused] == ["bn"]
+    assert "mul_ may change its input in place" in report.refused[0][1]
+    with torch.no_grad():
+        for x in inputs():
+            torch.testing.assert_close(net(x), plain(x), **TOLERANCE)
+
+
+CHANGES = {
+    "method": lambda net, v: v.mul_(2),
+    "function": lambda net, v: F.relu(v, True),
+    "module": lambda net, v: net.inplace(v),
+    "operator": lambda net, v: torch.ops.aten.mul_(v, 2),
+    "item": lambda net, v: v.__setitem__((0, 0), 1.0),
+    "out": lambda net, v: torch.neg(net.offset, out=v[0, 0, 0, :1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_view_of_the_input_changed_in_place(change):
+    def body(net, z, x):
+        view = z[1:]
+        y = net.bn(z)
+        CHANGES[change](net, view)
+        return torch.relu(y + x)
+
+    plain = Net(body).double()
+    plain.inplace = nn.ReLU(inplace=True)
+    net, report = fuse_separately(plain)
+    assert report.fused == []
+    assert "may change its input in place" in report.refused[0][1]
+    with torch.no_grad():
+        for x in inputs():
+            torch.testing.assert_close(net(x), plain(x), **TOLERANCE)
+
+
+@pytest.mark.parametrize("act", [torch.relu, F.silu])
+def test_residual_changed_in_place_before_the_addition(act):
+    """The fused call is where the addition was, so it sees the change."""
+
+    def body(net, z, x):
+        y = net.bn(z)
+        shortcut = x * 2
+        shortcut.mul_(3)
+        return act(y + shortcut)
+
+    check(body, ["bn"], [])
+
+
+def test_residual_changed_in_place_afterwards():
+    """Backward of silu needs the residual: with relu, which does not, all is fused."""
+
+    def body(act):
+        def run(net, z, x):
+            shortcut = x * 2
+            y = act(net.bn(z) + shortcut)
+            shortcut.mul_(3)
+            return y + shortcut
+
+        return run
+
+    check(body(torch.relu), ["bn"], [])
+    words = "without silu: mul_ may change the residual in place afterwards"
+    net = check(body(F.silu), ["bn"], [("bn", words)])
+    assert net.bn.act == "identity"
+
+
+def test_residual_changed_in_place_after_an_activation_in_place():
+    """The activation is in place on the sum, not on the residual; what follows is."""
+
+    def body(net, z, x):
+        shortcut = x * 2
+        y = net.bn(z)
+        y += shortcut
+        y = F.silu(y, inplace=True)
+        shortcut.mul_(3)
+        return y + shortcut
+
+    words = "without silu: mul_ may change the residual in place afterwards"
+    check(body, ["bn"], [("bn", words)])
+
+
+def test_output_changed_in_place_afterwards():
+    def body(net, z, x):
+        shortcut = x * 2
+        y = net.bn(z)
+        y += shortcut
+        y = F.silu(y)
+        y += 1
+        return y * shortcut
+
+    check(body, ["bn"], [])
+
+
+def test_called_more_than_once():
+    check(
+        lambda net, z, x: torch.relu(net.bn(torch.relu(net.bn(z)))),
+        [],
+        [("bn", "called more than once")] * 2,
+    )
+
+
+def test_several_names():
+    def prepare(net):
+        net.other = net.bn
+
+    check(lambda net, z, x: torch.relu(net.bn(z)), [], [("bn", "bn, other")], prepare)
+
+
+def test_parameter_used_elsewhere():
+    check(
+        lambda net, z, x: torch.relu(net.bn(z)) * net.bn.weight.sum(),
+        [],
+        [("bn", "bn.weight is used elsewhere")],
+    )
+
+
+def test_other_classes_of_batch_norm():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    for norm in (Own(3), nn.SyncBatchNorm(3)):
+        net = nn.Sequential(norm, nn.ReLU())
+        fused, report = fuse_batchnorm_act(net)
+        assert report.fused == []
+        assert [name for name, _ in report.refused] == ["0"]
+        assert type(norm).__qualname__ in report.refused[0][1]
+        assert type(fused[0]) is type(norm)
+
+
+def test_lazy_batch_norm():
+    net = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU())
+    fused, report = fuse_batchnorm_act(net)
+    assert report.refused == [("0", "it is not initialised: call the model once before")]
+    assert type(fused[0]) is bnorm_ext.LazyBatchNorm2d
