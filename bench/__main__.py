@@ -128,7 +128,7 @@ def _plan(
     """Cases, providers, states of the cache, seconds. Raises ValueError for what cannot be."""
     planned = _cases(options, device.type)
     names = _names(options.provider, "provider", packages.NAMES)
-    chosen = packages.make(names or packages.available(device.type))
+    chosen = packages.make(names or packages.available(device.type, {c.op for c in planned}))
     caches = _names(options.cache, "cache", (*measure.CACHES, "both"))
     caches = list(measure.CACHES) if "both" in caches else caches or ["cold"]
     for case in planned:

@@ -198,12 +198,31 @@ def _mixed(device: str, batch: int) -> list[Case]:
     ]
 
 
+def _fused(device: str, batch: int) -> list[Case]:
+    """Activation and addition behind a batch norm, from the first to the last stage of a ResNet."""
+    n = batch
+    shapes: list[Shape] = [
+        (n, 64, 56, 56), (n, 256, 56, 56), (n // 4, 64, 112, 112), (n, 128, 28, 28),
+        (n, 256, 14, 14), (n, 512, 7, 7),
+    ]  # fmt: skip
+    half = "float16" if device == "cuda" else "bfloat16"
+    return [
+        Case(shape, dtype, layout, op, p)
+        for dtype in ("float32", half)
+        for layout in LAYOUTS
+        for shape in shapes
+        for op in OPS[1:]
+        for p in ("fwd+bwd", "eval")
+    ]
+
+
 NET_SUITES = ("resnet50", "mobilenet_v2", "densenet121")
 #: name: (device, batch) -> cases
 SUITES: dict[str, Callable[[str, int], list[Case]]] = {
     "quick": _quick,
     **{name: _net(name) for name in NET_SUITES},
     "mixed": _mixed,
+    "fused": _fused,
     "1d": _shapes(_1d),
     "3d": _shapes(_3d),
     "sweep-batch": _shapes(lambda n: [(1 << i, 64, 56, 56) for i in range(n.bit_length() + 1)]),

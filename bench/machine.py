@@ -108,23 +108,6 @@ def memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def resident(name: str) -> int:
-    """VmRSS, or VmHWM for its peak, of this process, in bytes. OSError where there is no such."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) << 10
-    raise OSError(name)
-
-
-def reset_peak() -> int:
-    """Has the peak start anew, with what is free given back; returns where it starts."""
-    libc = _libc()
-    if libc is not None:
-        libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
 def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

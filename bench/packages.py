@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +21,7 @@ from .providers import (
     Torch,
     TorchWithoutCudnn,
     Unavailable,
+    Unfused,
     first_line,
     module_layer,
 )
@@ -108,7 +109,7 @@ class Attorch(Package):
 
 
 ALL: tuple[type[Provider], ...] = (
-    Ours, Torch, TorchWithoutCudnn, Compiled, Apex, InPlaceABN, Timm, Attorch,
+    Ours, Unfused, Torch, TorchWithoutCudnn, Compiled, Apex, InPlaceABN, Timm, Attorch,
 )  # fmt: skip
 NAMES = tuple(cls.name for cls in ALL)
 
@@ -118,11 +119,11 @@ def make(names: list[str]) -> list[Provider]:
     return [by_name[name]() for name in names]
 
 
-def available(device: str) -> list[str]:
-    """The names of those for this device that can be imported."""
+def available(device: str, ops: Collection[str] = ("bn",)) -> list[str]:
+    """The names of those for this device and all these operations that can be imported."""
     found = []
     for cls in ALL:
-        if device in cls.devices:
+        if device in cls.devices and set(ops) <= set(cls.ops):
             try:
                 cls().version()
             except Unavailable:

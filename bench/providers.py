@@ -5,10 +5,9 @@ A provider turns a case into a `Layer`. One that cannot says why by raising `Una
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -132,8 +131,6 @@ class Ours(Provider):
             return functional_layer(
                 lambda x, _, m, v, w, b, t: call(x, m, v, w, b, t, MOMENTUM, EPS), case, i
             )
-        if not {"residual", "act"} <= set(inspect.signature(call).parameters):
-            raise Unavailable("fused operations are not there yet: batch_norm() takes no act=")
         return functional_layer(
             lambda x, r, m, v, w, b, t: call(
                 x, m, v, w, b, t, MOMENTUM, EPS, residual=r, act="relu"
@@ -141,6 +138,19 @@ class Ours(Provider):
             case,
             i,
         )
+
+
+class Unfused(Ours):
+    """The same batch norm with torch's addition and activation behind it: what fusing is worth."""
+
+    name = "bnorm_ext-unfused"
+    ops = ("bn_relu", "bn_add_relu")
+
+    def make(self, case: Case, i: Inputs) -> Layer:
+        layer = super().make(replace(case, op="bn"), i)
+        normalise, op = layer.forward, case.op
+        layer.forward = lambda x, residual: _activated(op, normalise(x, None), residual)
+        return layer
 
 
 class Torch(Provider):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every measurement that the README quotes, on a machine that does nothing else: about twelve minutes.
+# Every measurement that the README quotes, on a machine that does nothing else: about fifteen minutes.
 #
 #   bench/record.sh [PYTHON [DEVICE]]      writes bench/results/DEVICE-*.json, .png and .txt
 set -euo pipefail
@@ -19,6 +19,7 @@ record quick --plot "$results-quick.png"
 record resnet50 --suite resnet50 --provider bnorm_ext torch --time-budget 120 \
     --plot "$results-resnet50.png"
 record mixed --suite mixed --provider bnorm_ext torch --cache warm --time-budget 150
+record fused --suite fused --provider bnorm_ext bnorm_ext-unfused torch --cache warm --time-budget 150
 record sweep-spatial --suite sweep-spatial --provider bnorm_ext torch --cache both --time-budget 90 \
     --plot "$results-sweep-spatial.png"
 record large --shape 32,64,56,56 --provider bnorm_ext torch torch.compile --cache both \

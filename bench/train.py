@@ -3,8 +3,9 @@
 Variants: native (nn.BatchNorm2d), converted (bnorm_ext.convert_batchnorm), fused (activation and
 addition taken into it too). All start from the same weights and take the same step in turn, so
 that whatever else the machine does slows all alike. images/s: batch over the median step. Peak
-memory: of one step, over what was there before it. Share: of batch norm (and what is fused with
-it) in the time of the operators of one profiled step, forward and backward; on CUDA, of kernels.
+memory: what tensors hold in one step, over what was there before it. Share: of batch norm (and what
+is fused with it) in the time of the operators of one profiled step, forward and backward; on CUDA,
+of kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import bnorm_ext
 
@@ -32,6 +33,7 @@ from .measure import Stats, describe, within_noise
 from .providers import Unavailable, first_line
 
 WARM_UP, MIN_STEPS = 2, 5
+_MEASURED = "measured step"
 BATCH_NORM = ("batch_norm", "batchnorm")  # in the names of operators and autograd nodes
 
 
@@ -42,10 +44,10 @@ def convert(variant: str, model: nn.Module) -> nn.Module:
         return model
     if variant == "converted":
         return bnorm_ext.convert_batchnorm(model)
-    fuse: Callable[[nn.Module], nn.Module] | None = getattr(bnorm_ext, "fuse_batchnorm_act", None)
-    if fuse is None:
-        raise Unavailable("fused operations are not there yet: no bnorm_ext.fuse_batchnorm_act")
-    return fuse(model)
+    model, what = bnorm_ext.fuse_batchnorm_act(model)
+    if not what.fused:
+        raise Unavailable("there is nothing to fuse in this model")
+    return model
 
 
 VARIANTS = ("native", "converted", "fused")
@@ -85,19 +87,32 @@ def make_step(
     return step
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int | None:
-    """Of one step, over what was there before; None where the system does not say."""
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """Of tensors, in one step, over what was there before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        before = machine.reset_peak()
-        step()
-        return machine.resident("VmHWM") - before
-    except OSError:
-        return None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()  # what it leaves behind is known to the profiler when the next one frees it
+        with record_function(_MEASURED):
+            step()
+    return peak_of(profiler.profiler.kineto_results.events())
+
+
+def peak_of(events: Sequence[Any]) -> int:
+    """The most bytes that tensors held at once while what is named _MEASURED ran, over what they
+    held before, of a profiler's raw events."""
+    start = next(e.start_ns() for e in events if e.name() == _MEASURED)
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    before = sum(change for when, change in changes if when < start)
+    held = peak = before
+    for when, change in changes:
+        if when >= start:
+            held += change
+            peak = max(peak, held)
+    return peak - before
 
 
 def _is_batch_norm(name: str) -> bool:

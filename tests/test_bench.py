@@ -276,27 +276,25 @@ def test_nothing_is_compared_with_a_wrong_baseline(monkeypatch):
     assert [r["ratio"] for r in rows] == [None] * 3
 
 
-def test_what_is_not_there_is_listed_with_the_reason(monkeypatch):
-    def without_fusion(x, m, v, w=None, b=None, training=False, momentum=0.1, eps=1e-5):
-        raise AssertionError("not to be called")
-
-    monkeypatch.setattr(packages.Ours.make.__globals__["bnorm_ext"], "batch_norm", without_fusion)
-    rows = measured(packages.make(["bnorm_ext", "torch"]), Case(SMALL, op="bn_relu"))
+def test_what_is_not_there_is_listed_with_the_reason():
+    rows = measured(packages.make(["bnorm_ext-unfused", "torch"]), Case(SMALL, op="bn"))
     assert rows[1]["median_us"] is None
-    assert "fused operations are not there yet" in rows[1]["reason"]
-    assert "unavailable: bnorm_ext: fused" in report.table(rows)
+    assert rows[1]["reason"] == "bnorm_ext-unfused has no bn"
+    assert "unavailable: bnorm_ext-unfused: bnorm_ext-unfused has no bn" in report.table(rows)
 
 
-def test_fused_operations_are_measured_once_they_are_there(monkeypatch):
-    def fused(x, m, v, w, b, training, momentum, eps, *, residual=None, act="identity"):
-        assert act == "relu"
-        y = F.batch_norm(x, m, v, w, b, training, momentum, eps)
-        return (y if residual is None else y + residual).relu()
+@pytest.mark.parametrize("op", ["bn_relu", "bn_add_relu"])
+def test_fused_operations_are_measured_beside_unfused_ones(op):
+    names = ["bnorm_ext", "bnorm_ext-unfused", "torch"]
+    for pass_ in ("fwd", "bwd", "fwd+bwd", "eval"):
+        rows = measured(packages.make(names), Case(SMALL, op=op, pass_=pass_))
+        assert [r["provider"] for r in rows[1:]] == names
+        assert all(r["correct"] is True for r in rows[1:])
 
-    monkeypatch.setattr(packages.Ours.make.__globals__["bnorm_ext"], "batch_norm", fused)
-    for op in ("bn_relu", "bn_add_relu"):
-        rows = measured(packages.make(["bnorm_ext"]), Case(SMALL, op=op))
-        assert rows[1]["correct"] is True
+
+def test_what_is_only_for_fused_operations_is_measured_by_default_with_these_alone():
+    assert "bnorm_ext-unfused" not in packages.available("cpu", {"bn", "bn_relu"})
+    assert "bnorm_ext-unfused" in packages.available("cpu", {"bn_relu", "bn_add_relu"})
 
 
 def test_a_provider_that_fails_later_does_not_end_the_run():
