@@ -4,6 +4,7 @@ fused net is compared with the one it was made from."""
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -169,3 +170,91 @@ def assert_trains_alike(
     for net in nets:
         net.eval()
     torch.testing.assert_close(fused(x.clone()), plain(x.clone()), **tolerance)
+
+
+def layer(c_in=3, c_out=3):
+    """Traceable, with one chain to fuse."""
+    return conv_norm_act(nn.BatchNorm2d, c_in, c_out)
+
+
+class Around(nn.Module):
+    """A chain, a module, a chain."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.before, self.inner, self.after = layer(), inner, layer()
+
+    def forward(self, x):
+        return self.after(self.inner(self.before(x)))
+
+
+class Inner(nn.Module):
+    """A chain of its own, two in children, and what a subclass does with the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.stack, self.listed = nn.Sequential(layer()), nn.ModuleList([layer()])
+
+    def forward(self, x):
+        return self.do(self.listed[0](self.stack(torch.relu(self.bn(self.conv(x))))))
+
+    def do(self, x):
+        return x
+
+
+class ByValue(Inner):
+    def do(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def assert_same_results(fused, plain, steps=3, **tolerance):
+    """As `assert_trains_alike`, with the same random numbers for both."""
+    tolerance = tolerance or TOLERANCE
+    for seed in range(steps):
+        for training in (True, False):
+            fused.train(training), plain.train(training)
+            results = []
+            for net in (fused, plain):
+                torch.manual_seed(seed)
+                random.seed(seed)
+                x = images(seed).requires_grad_()
+                y = net(x)
+                y.square().sum().backward()
+                results.append((y, x.grad))
+            torch.testing.assert_close(*results, **tolerance)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+
+
+class Net(nn.Module):
+    """A convolution, then what ``body`` says."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.conv, self.bn, self.bn2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
+        self.bias = nn.Parameter(torch.ones(3, 1, 1))
+        self.register_buffer("offset", torch.ones(1))
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self, self.conv(x), x)
+
+
+def inputs(shape=(4, 3, 5, 6)):
+    return [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+
+
+def check(body, fused, refused, prepare=lambda net: None, example=False):
+    """That exactly ``fused`` is fused, exactly ``refused`` refused, for reasons with those words
+    in them, and that the net trains as before."""
+    plain = Net(body).double()
+    prepare(plain)
+    given = [torch.empty(2, 3, 5, 6, dtype=torch.float64)] if example else []
+    net, report = fuse_separately(plain, *given)
+    assert [name for name, *_ in report.fused] == fused
+    assert [name for name, _ in report.refused] == [name for name, _ in refused]
+    for (_, reason), (_, words) in zip(report.refused, refused, strict=True):
+        assert words in reason
+    assert_trains_alike(net, plain, inputs())
+    return net
