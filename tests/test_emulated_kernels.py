@@ -301,6 +301,17 @@ def test_devices(device: str) -> None:
             assert_promise(c, ours=results)
 
 
+def test_torch_allocates_as_before_after_a_session() -> None:
+    """oneDNN's scratch memory comes and goes without a DataPtr, by the allocator of that moment."""
+    convolution = torch.nn.Conv2d(3, 4, 3, padding=1)
+    x = torch.randn(4, 3, 5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = convolution(x)
+        with emulated.session():
+            pass
+        assert torch.equal(convolution(x), before)
+
+
 @pytest.mark.slow
 def test_sanitizers() -> None:
     """Address and undefined-behaviour sanitizers have nothing to say of kernels and host code."""

@@ -66,13 +66,15 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         mask=None, **vectors("mean_dy", "mean_dy_xhat"),
     ),
 }  # fmt: skip
+#: Of the input's shape and dtype.
+LIKE_INPUT = ("x", "dy", "residual")
 #: Statistics that forward passes made: exactly (C,), contiguous, of the accumulation type.
 MADE = ("mean", "rstd", "mean_dy", "mean_dy_xhat")
 
 
 def misfits(name: str, good: Tensor) -> dict[str, Any]:
     """What must be refused in the place of ``good``."""
-    if name in ("dy", "x", "residual"):
+    if name in LIKE_INPUT:
         bad = {
             "one channel less": good[:, :-1],
             "one channel more": torch.cat([good, good[:, :1]], 1),
@@ -165,7 +167,7 @@ def test_misfit_is_refused(op, name, what):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_statistics_of_another_dtype_than_the_accumulation_type(op, dtype):
     good = GOOD[op]()
-    for name in ("x", "dy"):
+    for name in LIKE_INPUT:
         if name in good:
             good[name] = good[name].to(dtype)
     right = accumulation_type(dtype)
@@ -243,7 +245,7 @@ EMPTY = [(0, C, 3, 2), (4, C, 0, 2), (0, C)]
 @pytest.mark.parametrize("op", [op for op in GOOD if "x" in GOOD[op]()])
 def test_empty_input(op, shape):
     given = GOOD[op]()
-    for name in ("x", "dy"):
+    for name in LIKE_INPUT:
         if name in given:
             given[name] = torch.empty(shape)
     for t in call(op, given):
@@ -262,7 +264,7 @@ def test_empty_input_with_misfitting_vectors(op, name):
     given = GOOD[op]()
     if name not in given:
         pytest.skip("no such argument")
-    for n in ("x", "dy"):
+    for n in LIKE_INPUT:
         if n in given:
             given[n] = torch.empty(0, C)
     for size in (C - 1, C + 1, 0):
