@@ -57,9 +57,7 @@ class Allocator final : public c10::Allocator {
   // This allocator stays installed after a session, where torch's own scratch memory asks for it:
   // what is freed without its context was allocated there. Within a session torch refuses to
   // allocate so, since the context of a guarded block is not its address.
-  c10::DeleterFnPtr raw_deleter() const override {
-    return ordinary_->raw_deleter();
-  }
+  c10::DeleterFnPtr raw_deleter() const override { return ordinary_->raw_deleter(); }
 
  private:
   static void release(void* block) {
