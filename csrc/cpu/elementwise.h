@@ -10,12 +10,47 @@ namespace {
 // Rows are taken across the samples below this many positions only.
 constexpr int64_t kTinyRow = 16;
 
+// Rows of fewer vectors than this run into each other; longer ones gain nothing by it.
+constexpr int64_t kFewVectors = 8;
+
 // For passes that write no mask.
 struct NoBits {
   explicit BNORM_INLINE NoBits(uint8_t*) {}
   BNORM_INLINE void start(int64_t) {}
   BNORM_INLINE void finish() {}
 };
+
+// Short rows one after the other, as they lie in memory: what is left of a row makes one vector
+// with the beginning of the next, whose lanes have coefficients of either. Rows are no shorter than
+// V.
+template <typename V, typename Bits, typename A, int kCount, typename F>
+BNORM_INLINE void each_vector_of_rows(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
+                                      const A* const (&coefficients)[kCount], Bits& bits, F f) {
+  const MaskRows mask(shape);
+  for (int64_t n = span.n0; n < span.n1; ++n) {
+    const int64_t first = (n * shape.C + c0) * shape.S;
+    Place place{first, mask.bit(first, n, c0)};
+    bits.start(place.bit);
+    int64_t left = 0;  // of row c
+    for (int64_t c = c0; c < c1; ++c) {
+      V k[kCount];
+      for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c]);
+      for (left += shape.S; left >= V::W; left -= V::W, place = place + V::W) {
+        f(place, Full{}, Cached{}, k, bits);
+      }
+      if (left == 0 || c + 1 == c1) continue;
+      const auto own = lanes_of(V{}, (uint64_t{1} << left) - 1);
+      for (int i = 0; i < kCount; ++i) k[i] = select(own, k[i], V::all(coefficients[i][c + 1]));
+      f(place, Full{}, Cached{}, k, bits);
+      place = place + V::W;
+      left -= V::W;
+    }
+    if (left == 0) continue;
+    V k[kCount];
+    for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c1 - 1]);
+    f(place, Part{left}, Cached{}, k, bits);
+  }
+}
 
 // Calls f(place, Full | Part, how, k, bits) for every vector of channels [c0, c1) of a span, where
 // k[i] are the coefficients of its lanes, from the arrays coefficients[i][c], `how` is the way to
@@ -26,6 +61,12 @@ BNORM_INLINE void each_vector_of_span(const Shape& shape, const Span& span, int6
                                       bool stream, uint8_t* mask, F f) {
   using V = VectorOf<T>;
   Bits bits(mask);
+  if (shape.S >= kTinyRow && shape.S >= V::W && shape.S < kFewVectors * V::W && !stream) {
+    static_assert(kFewVectors * V::W <= kShortRow, "a mask's bits lie as the elements do");
+    each_vector_of_rows<V>(shape, span, c0, c1, coefficients, bits, f);
+    bits.finish();
+    return;
+  }
   if (shape.S >= kTinyRow) {
     each_row(shape, span, c0, c1, [&](Place place, int64_t length, int64_t c) BNORM_INLINE_LAMBDA {
       V k[kCount];
