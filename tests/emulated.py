@@ -59,6 +59,7 @@ def build(
         "cuda/batch_norm.cpp",
         "cuda/batch_norm_backward.cpp",
         "checks.cpp",
+        "cuda/resident.cpp",
         "cuda/tickets.cpp",
     ]
     return building.build(
@@ -110,7 +111,8 @@ class Session:
     """One device, one seed; see `session`."""
 
     def __init__(self) -> None:
-        self.launches: list[str] = []  # "kernel blocks threads shared_bytes"
+        # Each "kernel blocks threads shared_bytes blocks_of_a_cluster".
+        self.launches: list[str] = []
         self._library = library()
 
     def copy(self, t: Tensor | None, *, inout: bool = False) -> Tensor | None:
@@ -126,6 +128,10 @@ class Session:
         self._library.runner_role(b"inout")
         return copied
 
+    def refuse(self) -> None:
+        """The device refuses the next launch with clusters, and the next cooperative one."""
+        self._library.runner_refuse()
+
     def call(self, name: str, *arguments: Any, outputs: Sequence[Tensor | int] = ()) -> Any:
         """The operator; what it allocates of the sizes of `outputs` has to be written once."""
         sizes = [t.nbytes if isinstance(t, Tensor) else t for t in outputs]
@@ -137,11 +143,37 @@ class Session:
 
 
 @contextlib.contextmanager
+def path_wanted(path: str | None) -> Iterator[None]:
+    """Kernels take this path where they can (csrc/cuda/plan.h); None: the best one."""
+    name = "BNORM_EXT_CUDA_PATH"
+    before = os.environ.pop(name, None)
+    if path is not None:
+        os.environ[name] = path
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
 def session(
-    *, seed: int = 0, device: str = "sm_80", multiprocessors: int = 2, capturing: bool = False
+    *,
+    seed: int = 0,
+    device: str = "sm_80",
+    multiprocessors: int = 2,
+    capturing: bool = False,
+    path: str | None = "two_pass",
 ) -> Iterator[Session]:
     """Everything that torch allocates inside is guarded memory and is gone with the next session:
     clone what is kept. Raises `Reported` at the end, naming the seed."""
+    with path_wanted(path), _session(seed, device, multiprocessors, capturing) as current:
+        yield current
+
+
+@contextlib.contextmanager
+def _session(seed: int, device: str, multiprocessors: int, capturing: bool) -> Iterator[Session]:
     current = Session()
     lib = current._library
     assert lib.runner_begin(device.encode(), multiprocessors, seed, capturing), device
@@ -263,6 +295,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order of threads and blocks")
     parser.add_argument("--device", default="sm_80", help="sm_75, sm_80, sm_86, sm_90 or sm_120")
     parser.add_argument("--multiprocessors", type=int, default=2)
+    parser.add_argument("--path", choices=["two_pass", "block", "cluster", "grid"])
     parser.add_argument("--inference", action="store_true")
     parser.add_argument("--sanitize", action="store_true", help="address, undefined behaviour")
     parser.add_argument("--debug", action="store_true", help="compile without optimisation")
@@ -279,7 +312,7 @@ def main() -> None:
         layout=options.layout,
         training=not options.inference,
     )
-    where = {"seed": options.seed, "device": options.device}
+    where = {"seed": options.seed, "device": options.device, "path": options.path}
     results = run(c, **where, multiprocessors=options.multiprocessors, launches=print)
     for name, (ours, native) in assert_promise(c, ours=results).items():
         print(f"{name:14} error {ours:6.2f} u, native on the CPU {native:6.2f} u")

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "host.h"
+#include "resident.h"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -23,28 +23,73 @@ RunningUpdate running_update(const ForwardArguments& a) {
   return running;
 }
 
-// y of x, and the mask where one is wanted; the counter, where one is given, has been read by
-// whoever needed it.
-std::tuple<Tensor, Tensor> normalise(const Tensor& x, const Input& in, const Epilogue& epilogue,
-                                     bool save_mask, const OptionalTensor& weight,
-                                     const OptionalTensor& bias, const Statistics& statistics,
+// What a forward pass reads and writes.
+struct Call {
+  const Tensor& x;
+  Input in;  // of x
+  Epilogue epilogue;
+  const OptionalTensor& weight;
+  const OptionalTensor& bias;
+  Tensor y, mask;
+  bool is_aligned;  // all of them
+
+  Call(const char* op, const Tensor& x, const OptionalTensor& residual,
+       const OptionalTensor& weight, const OptionalTensor& bias, std::string_view act,
+       double negative_slope, bool save_mask)
+      : x(x),
+        in(resolve(x)),
+        epilogue(forward_epilogue(op, in, x, act, negative_slope, residual)),
+        weight(weight),
+        bias(bias),
+        y(output_like(x, in)) {
+    const bool has_mask = save_mask && epilogue.leaves_mask() && x.numel() != 0;
+    mask = new_mask(x, has_mask ? mask_bytes(in.shape) : 0);
+    is_aligned =
+        aligned(in.tensor.const_data_ptr(), y.const_data_ptr(), data_of(epilogue.residual));
+  }
+
+  // What all kernels that write y take.
+  template <typename Params>
+  Params params() const {
+    Params p;
+    p.shape = in.shape;
+    p.dtype = in.dtype;
+    p.x = in.tensor.const_data_ptr();
+    p.y = y.data_ptr();
+    p.weight = channel_vector(weight);
+    p.bias = channel_vector(bias);
+    p.epilogue = epilogue_params(epilogue);
+    if (mask.numel() != 0) p.mask = mask_of(in.shape, mask.data_ptr<uint8_t>());
+    return p;
+  }
+};
+
+// The counter, where one is given, has been read by whoever needed it.
+std::tuple<Tensor, Tensor> normalise(const Call& c, const Statistics& statistics,
                                      int64_t* num_batches_tracked = nullptr) {
-  Tensor y = output_like(x, in);
-  const bool has_mask = save_mask && epilogue.leaves_mask() && x.numel() != 0;
-  Tensor mask = new_mask(x, has_mask ? mask_bytes(in.shape) : 0);
-  if (x.numel() == 0) return {y, mask};
-  const bool is_aligned =
-      aligned(in.tensor.const_data_ptr(), y.const_data_ptr(), data_of(epilogue.residual));
-  auto p = params_for<NormaliseParams>(in, plan_for(in, is_aligned));
-  p.y = y.data_ptr();
+  if (c.x.numel() == 0) return {c.y, c.mask};
+  auto p = c.params<NormaliseParams>();
+  p.plan = plan_for(c.in, c.is_aligned);
   p.statistics = statistics;
-  p.weight = channel_vector(weight);
-  p.bias = channel_vector(bias);
-  p.epilogue = epilogue_params(epilogue);
-  if (has_mask) p.mask = mask_of(in.shape, mask.data_ptr<uint8_t>());
   p.num_batches_tracked = num_batches_tracked;
   C10_CUDA_CHECK(launch_normalise(p, stream()));
-  return {y, mask};
+  return {c.y, c.mask};
+}
+
+// Everything in one launch. False where it takes two.
+bool train_resident(const Call& c, const RunningUpdate& running, double eps, const Tensor& mean,
+                    const Tensor& rstd) {
+  auto p = c.params<ResidentForwardParams>();
+  p.plan = plan_forward(c.in, c.is_aligned);
+  if (p.plan.path == Path::TwoPass) return false;
+  const TeamMemory memory(p.plan, c.in, running.cumulative && p.plan.walk.tiles > 1);
+  p.exchange = *memory;
+  p.tiles_done = memory.tiles_done();
+  p.eps = eps;
+  p.mean = mean.data_ptr();
+  p.rstd = rstd.data_ptr();
+  p.running = running;
+  return is_launched(launch_resident_forward(p, stream()));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> training(
@@ -64,27 +109,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
                                    eps};
   check_forward(arguments);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Input in = resolve(x);
-  const Epilogue epilogue =
-      forward_epilogue("batch_norm_training", in, x, act, negative_slope, residual);
+  const Call c("batch_norm_training", x, residual, weight, bias, act, negative_slope, save_mask);
   Tensor mean = statistic_like(x), rstd = statistic_like(x);
   if (x.numel() == 0) {
     mean.zero_();
     rstd.zero_();
     if (given(num_batches_tracked)) num_batches_tracked->add_(1);
-    return {output_like(x, in), mean, rstd, new_mask(x, 0)};
+    return {c.y, mean, rstd, c.mask};
   }
-  auto p = params_for<StatisticsParams>(in, plan_for(in, aligned(in.tensor.const_data_ptr())));
-  const ExchangeMemory exchange(p.plan, in);
+  const RunningUpdate running = running_update(arguments);
+  if (train_resident(c, running, eps, mean, rstd)) return {c.y, mean, rstd, c.mask};
+  auto p =
+      params_for<StatisticsParams>(c.in, plan_for(c.in, aligned(c.in.tensor.const_data_ptr())));
+  const ExchangeMemory exchange(p.plan, c.in);
   p.exchange = *exchange;
   p.eps = eps;
   p.mean = mean.data_ptr();
   p.rstd = rstd.data_ptr();
-  p.running = running_update(arguments);
+  p.running = running;
   C10_CUDA_CHECK(launch_statistics(p, stream()));
-  const auto [y, mask] = normalise(x, in, epilogue, save_mask, weight, bias, known(mean, rstd),
-                                   p.running.num_batches_tracked);
-  return {y, mean, rstd, mask};
+  normalise(c, known(mean, rstd), running.num_batches_tracked);
+  return {c.y, mean, rstd, c.mask};
 }
 
 std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& residual,
@@ -95,11 +140,8 @@ std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& resi
   check_forward(
       {x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0, eps});
   const c10::cuda::CUDAGuard guard(x.device());
-  const Input in = resolve(x);
-  const Epilogue epilogue =
-      forward_epilogue("batch_norm_inference", in, x, act, negative_slope, residual);
-  Statistics statistics{channel_vector(running_mean), channel_vector(running_var), false, eps};
-  return normalise(x, in, epilogue, save_mask, weight, bias, statistics);
+  const Call c("batch_norm_inference", x, residual, weight, bias, act, negative_slope, save_mask);
+  return normalise(c, {channel_vector(running_mean), channel_vector(running_var), false, eps});
 }
 
 std::tuple<Tensor, Tensor> apply(const Tensor& x, const OptionalTensor& residual,
@@ -109,9 +151,8 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, const OptionalTensor& residual
   const char* op = "batch_norm_apply";
   check_backward({op, x, x, weight, bias}, mean, rstd);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Input in = resolve(x);
-  const Epilogue epilogue = forward_epilogue(op, in, x, act, negative_slope, residual);
-  return normalise(x, in, epilogue, save_mask, weight, bias, known(mean, rstd));
+  const Call c(op, x, residual, weight, bias, act, negative_slope, save_mask);
+  return normalise(c, known(mean, rstd));
 }
 
 std::tuple<Tensor, Tensor> stats(const Tensor& x) {

@@ -4,7 +4,7 @@
 #include <array>
 #include <tuple>
 
-#include "host.h"
+#include "resident.h"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -22,17 +22,23 @@ struct Call {
   const OptionalTensor& bias;
   Statistics statistics;
 
-  // `is_aligned`: what is written, for the plan.
+  // Whether what is read and what is written can be accessed by vectors.
+  bool is_aligned(const Tensor& dx, const Tensor& dresidual) const {
+    return aligned(dy.const_data_ptr(), in.tensor.const_data_ptr(),
+                   epilogue_params(epilogue).residual, data_of(dx), data_of(dresidual));
+  }
+
   template <typename Params>
-  Params params(bool is_aligned) const {
-    const EpilogueParams e = epilogue_params(epilogue);
-    is_aligned = is_aligned && aligned(dy.const_data_ptr(), in.tensor.const_data_ptr(), e.residual);
-    auto p = params_for<Params>(in, plan_for(in, is_aligned));
+  Params params() const {
+    Params p;
+    p.shape = in.shape;
+    p.dtype = in.dtype;
     p.dy = dy.const_data_ptr();
+    p.x = in.tensor.const_data_ptr();
     p.statistics = statistics;
     p.weight = channel_vector(weight);
     p.bias = channel_vector(bias);
-    p.epilogue = e;
+    p.epilogue = epilogue_params(epilogue);
     if (epilogue.reads_mask()) {
       p.mask = mask_of(in.shape, epilogue.mask.const_data_ptr<uint8_t>());
     }
@@ -52,7 +58,8 @@ Call call(const GradientArguments& a, const OptionalTensor& residual, const Stat
 // The sums of g and g * xhat, and their means, for whatever is not absent. x is not empty.
 void reduce(const Call& c, const OptionalTensor& sum_dy, const OptionalTensor& sum_dy_xhat,
             void* mean_dy, void* mean_dy_xhat) {
-  auto p = c.params<BackwardReduceParams>(true);
+  auto p = c.params<BackwardReduceParams>();
+  p.plan = plan_for(c.in, c.is_aligned({}, {}));
   const ExchangeMemory exchange(p.plan, c.in);
   p.exchange = *exchange;
   p.sum_dy = channel_vector(sum_dy);
@@ -64,36 +71,56 @@ void reduce(const Call& c, const OptionalTensor& sum_dy, const OptionalTensor& s
 
 // dx and dresidual, those that are wanted, with the means of g and g * xhat, or without where the
 // statistics are constants.
-std::tuple<Tensor, Tensor> apply(const Call& c, bool wants_dx, bool wants_dresidual,
-                                 const void* mean_dy, const void* mean_dy_xhat) {
-  Tensor dx, dresidual;
-  if (wants_dx) dx = gradient_like(c.x, c.in);
-  if (wants_dresidual) dresidual = gradient_like(c.x, c.in);
-  if (c.x.numel() == 0 || !(wants_dx || wants_dresidual)) return {dx, dresidual};
-  auto p = c.params<BackwardApplyParams>(aligned(data_of(dx), data_of(dresidual)));
-  if (wants_dx) p.dx = dx.data_ptr();
-  if (wants_dresidual) p.dresidual = dresidual.data_ptr();
+void apply(const Call& c, const Tensor& dx, const Tensor& dresidual, const void* mean_dy,
+           const void* mean_dy_xhat) {
+  if (c.x.numel() == 0 || !(dx.defined() || dresidual.defined())) return;
+  auto p = c.params<BackwardApplyParams>();
+  p.plan = plan_for(c.in, c.is_aligned(dx, dresidual));
+  if (dx.defined()) p.dx = dx.data_ptr();
+  if (dresidual.defined()) p.dresidual = dresidual.data_ptr();
   p.mean_dy = mean_dy;
   p.mean_dy_xhat = mean_dy_xhat;
   C10_CUDA_CHECK(launch_backward_apply(p, stream()));
-  return {dx, dresidual};
+}
+
+// Everything in one launch. False where it takes two.
+bool run_resident(const Call& c, bool training, const Tensor& dx, const Tensor& dresidual,
+                  const OptionalTensor& sum_dy, const OptionalTensor& sum_dy_xhat) {
+  auto p = c.params<ResidentBackwardParams>();
+  p.plan = plan_backward(c.in, c.is_aligned(dx, dresidual));
+  if (p.plan.path == Path::TwoPass) return false;
+  const TeamMemory memory(p.plan, c.in, /*counts_tiles=*/false);
+  p.exchange = *memory;
+  p.dx = dx.data_ptr();
+  if (dresidual.defined()) p.dresidual = dresidual.data_ptr();
+  p.constant_statistics = !training;
+  p.sum_dy = channel_vector(sum_dy);
+  p.sum_dy_xhat = channel_vector(sum_dy_xhat);
+  return is_launched(launch_resident_backward(p, stream()));
 }
 
 // `training` is false where the statistics are constants.
 Gradients gradients(const Call& c, bool training, std::array<bool, 4> output_mask) {
-  Tensor dweight, dbias, means;
+  Tensor dx, dresidual, dweight, dbias, means;
+  if (output_mask[0]) dx = gradient_like(c.x, c.in);
+  if (output_mask[1]) dresidual = gradient_like(c.x, c.in);
   if (output_mask[2]) dweight = parameter_gradient_like(c.weight, c.x);
   if (output_mask[3]) dbias = parameter_gradient_like(c.bias, c.x);
+  const bool reads_twice = dx.defined() && (training || dweight.defined() || dbias.defined());
+  if (c.x.numel() == 0 ||
+      (reads_twice && run_resident(c, training, dx, dresidual, dbias, dweight))) {
+    return {dx, dresidual, dweight, dbias};
+  }
   void *mean_dy = nullptr, *mean_dy_xhat = nullptr;
-  if (training && output_mask[0]) {
+  if (training && dx.defined()) {
     means = at::empty({2, c.x.size(1)}, c.x.options().dtype(accumulation_type(c.x.scalar_type())));
     mean_dy = means[0].data_ptr();
     mean_dy_xhat = means[1].data_ptr();
   }
-  if (c.x.numel() != 0 && (means.defined() || dweight.defined() || dbias.defined())) {
+  if (means.defined() || dweight.defined() || dbias.defined()) {
     reduce(c, dbias, dweight, mean_dy, mean_dy_xhat);
   }
-  const auto [dx, dresidual] = apply(c, output_mask[0], output_mask[1], mean_dy, mean_dy_xhat);
+  apply(c, dx, dresidual, mean_dy, mean_dy_xhat);
   return {dx, dresidual, dweight, dbias};
 }
 
@@ -155,8 +182,10 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x,
   check_statistic(arguments.op, "mean_dy_xhat", mean_dy_xhat, x);
   const c10::cuda::CUDAGuard guard(x.device());
   const Call c = call(arguments, residual, known(mean, rstd), mask, act, negative_slope);
-  return apply(c, /*wants_dx=*/true, /*wants_dresidual=*/given(residual), mean_dy.const_data_ptr(),
-               mean_dy_xhat.const_data_ptr());
+  Tensor dx = gradient_like(x, c.in), dresidual;
+  if (given(residual)) dresidual = gradient_like(x, c.in);
+  apply(c, dx, dresidual, mean_dy.const_data_ptr(), mean_dy_xhat.const_data_ptr());
+  return {dx, dresidual};
 }
 
 }  // namespace

@@ -35,6 +35,12 @@ __device__ __forceinline__ void set(const ChannelVector& v, int64_t c, double va
   }
 }
 
+// The first value of channel c.
+template <typename T>
+__device__ __forceinline__ const T* first_of_channel(const void* x, const Shape& shape, int64_t c) {
+  return static_cast<const T*>(x) + (shape.layout == Layout::ChannelsLast ? c : c * shape.S);
+}
+
 // A parameter that was perhaps not given, in the accumulation type.
 template <typename A>
 __device__ __forceinline__ A get_or(const ChannelVector& v, int64_t c, A otherwise) {

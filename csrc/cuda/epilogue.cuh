@@ -126,6 +126,30 @@ __device__ __forceinline__ void z_of(const Affines& affines, const Values<T, kWi
   for (int v = 0; v < kWidth; ++v) z[v] += residual[v];
 }
 
+// A vector of x becomes that of y. Returns its bits of the mask, where `with_bits`: bit v is 1
+// where z[v] is on the open side of act's kinks.
+template <typename T, int kWidth, typename Affines>
+__device__ __forceinline__ unsigned through_forward(const EpilogueParams& e, bool with_bits,
+                                                    const Affines& affines,
+                                                    Values<T, kWidth>& value,
+                                                    const Values<T, kWidth>& residual) {
+  using A = Acc<T>;
+  const A slope = static_cast<A>(e.slope);
+  unsigned open = 0;
+  A z[kWidth];
+  z_of(affines, value, e.residual != nullptr, residual, z);
+  with_activation(e.act, [&](auto act) {
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) {
+      if (is_piecewise(act.value) && with_bits) {
+        open |= static_cast<unsigned>(is_open(act.value, z[v])) << v;
+      }
+      value.set(v, activate(act.value, z[v], slope));
+    }
+  });
+  return open;
+}
+
 // The gradient g of z from dy, in the accumulation type. `open`: the vector's bits of the mask,
 // which are read in place of x and residual where `masked`.
 template <typename T, int kWidth, typename Affines>

@@ -168,7 +168,6 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
 template <typename V>
 __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams p) {
   using T = typename V::T;
-  using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
   Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
@@ -181,7 +180,6 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams 
   MaskCursor<uint8_t, V::kWidth, V::kLast> mask(p.mask, p.plan, walk);
   const AffineInRegisters<V> affines(p, walk);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
-  const A slope = static_cast<A>(p.epilogue.slope);
   const auto normalise = [&](const int64_t (&at)[kBatch], int valid) {
     Values<T, V::kWidth> value[kBatch], added[kBatch];
 #pragma unroll
@@ -194,17 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams 
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) break;
-      A z[V::kWidth];
-      z_of(affines, value[u], residual != nullptr, added[u], z);
-      with_activation(p.epilogue.act, [&](auto act) {
-#pragma unroll
-        for (int v = 0; v < V::kWidth; ++v) {
-          if (is_piecewise(act.value) && together) {
-            open |= static_cast<unsigned>(is_open(act.value, z[v])) << (u * kByteBits + v);
-          }
-          value[u].set(v, activate(act.value, z[v], slope));
-        }
-      });
+      open |= through_forward(p.epilogue, together, affines, value[u], added[u]) << (u * kByteBits);
       value[u].store(y + at[u]);
     }
     if (together) mask.write(open, valid);

@@ -28,10 +28,18 @@ inline cudaStream_t stream() {
 
 // Of the current device. The driver answers from its cache.
 inline DeviceLimits limits() {
-  DeviceLimits limits;
   const int device = c10::cuda::current_device();
-  C10_CUDA_CHECK(
-      cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+  };
+  DeviceLimits limits;
+  limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  limits.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  limits.max_cluster = attribute(cudaDevAttrClusterLaunch) != 0 ? kLargestCluster : 1;
+  limits.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
   return limits;
 }
 
@@ -43,7 +51,7 @@ bool aligned(const Pointers*... pointers) {
 // Memory that the blocks of one launch of a reducing kernel exchange values through.
 class ExchangeMemory {
  public:
-  ExchangeMemory(const TwoPassPlan& plan, const Input& in) {
+  ExchangeMemory(const WalkPlan& plan, const Input& in) {
     if (plan.chunks == 1) return;
     const int64_t bytes = partials_of(plan, in.shape.layout) * static_cast<int64_t>(sizeof(Pair));
     partials_ = at::empty({bytes}, in.tensor.options().dtype(at::kByte));
@@ -60,7 +68,7 @@ class ExchangeMemory {
 
 // What the reducing and the writing kernel of a direction take alike.
 template <typename Params>
-Params params_for(const Input& in, const TwoPassPlan& plan) {
+Params params_for(const Input& in, const WalkPlan& plan) {
   Params p;
   p.shape = in.shape;
   p.plan = plan;
@@ -79,7 +87,7 @@ inline EpilogueParams epilogue_params(const Epilogue& e) {
   return {e.act, e.slope, e.reads_mask() ? nullptr : data_of(e.residual)};
 }
 
-inline TwoPassPlan plan_for(const Input& in, bool is_aligned) {
+inline WalkPlan plan_for(const Input& in, bool is_aligned) {
   return plan_two_pass(in.shape, static_cast<int>(in.tensor.element_size()), is_aligned, limits());
 }
 

@@ -21,7 +21,7 @@ struct Variant {
 
 // f(Variant<...>{}) for the one that serves this call.
 template <typename F>
-cudaError_t with_variant(DType dtype, const TwoPassPlan& plan, Layout layout, F f) {
+cudaError_t with_variant(DType dtype, const WalkPlan& plan, Layout layout, F f) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
     constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(T));
@@ -53,6 +53,106 @@ cudaError_t launch(void (*kernel)(Params), const Params& params, int64_t blocks,
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// The same for kernels that keep vectors on chip, which are those of 16 bytes, of 16 or 32 bits a
+// value.
+template <typename F>
+cudaError_t with_resident_variant(DType dtype, Layout layout, F f) {
+  const auto of_type = [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(T));
+    return layout == Layout::ChannelsLast ? f(Variant<T, kFull, true>{})
+                                          : f(Variant<T, kFull, false>{});
+  };
+  switch (dtype) {
+    case DType::Float:
+      return of_type(float{});
+    case DType::Half:
+      return of_type(c10::Half{});
+    case DType::BFloat16:
+      return of_type(c10::BFloat16{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+constexpr int kSharedWithoutOptIn = 48 * 1024;
+constexpr int kPortableCluster = 8;  // blocks
+
+// What a launch of teams needs beside its grid. The kernel is told of its sizes each time: whoever
+// keeps that in mind must know every context there is.
+class TeamLaunch {
+ public:
+  template <typename Params>
+  TeamLaunch(void (*kernel)(Params), Path path, int team, int shared_bytes, int64_t blocks) {
+    config_.gridDim = dim3(static_cast<unsigned>(blocks));
+    config_.blockDim = dim3(kThreads);
+    config_.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    if (shared_bytes > kSharedWithoutOptIn) {
+      error_ =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    }
+    if (path == Path::Cluster) {
+      attribute_.id = cudaLaunchAttributeClusterDimension;
+      attribute_.val.clusterDim.x = static_cast<unsigned>(team);
+      attribute_.val.clusterDim.y = attribute_.val.clusterDim.z = 1;
+      if (team > kPortableCluster && error_ == cudaSuccess) {
+        error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      }
+    } else if (path == Path::Grid) {
+      attribute_.id = cudaLaunchAttributeCooperative;
+      attribute_.val.cooperative = 1;
+    } else {
+      return;
+    }
+    config_.attrs = &attribute_;
+    config_.numAttrs = 1;
+  }
+  TeamLaunch(const TeamLaunch&) = delete;
+  TeamLaunch& operator=(const TeamLaunch&) = delete;
+
+  cudaError_t error() const { return error_; }
+  cudaLaunchConfig_t& config() { return config_; }
+
+ private:
+  cudaError_t error_ = cudaSuccess;
+  cudaLaunchAttribute attribute_ = {};
+  cudaLaunchConfig_t config_ = {};
+};
+
+template <typename Params>
+cudaError_t launch_teams(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
+  const ResidentPlan& plan = params.plan;
+  if (plan.blocks() > INT32_MAX) return cudaErrorInvalidConfiguration;
+  TeamLaunch launch(kernel, plan.path, static_cast<int>(plan.walk.chunks), plan.shared_bytes,
+                    plan.blocks());
+  if (launch.error() != cudaSuccess) return launch.error();
+  launch.config().stream = stream;
+  return cudaLaunchKernelEx(&launch.config(), kernel, params);
+}
+
+// How many blocks of the kernel, or clusters of `team` blocks, the current device holds at once; 0
+// where it cannot say.
+template <typename Params>
+int64_t co_resident(void (*kernel)(Params), Path path, int team, int shared_bytes) {
+  TeamLaunch launch(kernel, path, team, shared_bytes, team);
+  int count = 0, device = 0, multiprocessors = 0;
+  cudaError_t error = launch.error();
+  if (error == cudaSuccess && path == Path::Cluster) {
+    error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config());
+    multiprocessors = 1;
+  } else if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, kThreads,
+                                                          static_cast<size_t>(shared_bytes));
+    if (error == cudaSuccess) error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+  }
+  if (error == cudaSuccess) return int64_t{count} * multiprocessors;
+  cudaGetLastError();  // not the next caller's
+  return 0;
 }
 
 }  // namespace cuda

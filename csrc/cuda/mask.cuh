@@ -26,7 +26,7 @@ class MaskCursor {
                 "tiles beside each other share no byte");
   static_assert(32 % (kByteBits / kWidth) == 0, "the lanes of one byte are in one warp");
 
-  __device__ __forceinline__ MaskCursor(const Mask<Byte>& mask, const TwoPassPlan& plan,
+  __device__ __forceinline__ MaskCursor(const Mask<Byte>& mask, const WalkPlan& plan,
                                         const Walk<kWidth, kLast>& walk)
       : mask_(mask.bytes) {
     const int64_t first = walk.chunk * plan.chunk_length + walk.row;  // vector or row

@@ -17,10 +17,11 @@ struct Pair {
   double a, b;
 };
 
-// What blocks of one launch exchange values through.
+// What blocks of one launch exchange values through; none where chunks is 1, or in clusters.
 struct Exchange {
-  Pair* partials = nullptr;    // [tiles, chunks, channels per tile]; none where chunks is 1
-  unsigned* ticket = nullptr;  // [tiles], 0 before and after every launch; none where chunks is 1
+  Pair* partials = nullptr;        // [tiles, chunks, channels per tile]; Grid: [2, teams, ...]
+  unsigned* ticket = nullptr;      // [tiles]; Grid: [teams]; 0 before and after every launch
+  unsigned* generation = nullptr;  // Grid: [teams], changed by every barrier of the team
 };
 
 // Statistics that are known, in whichever dtype they are kept.
@@ -40,7 +41,7 @@ struct EpilogueParams {
 
 struct StatisticsParams {
   Shape shape;
-  TwoPassPlan plan;
+  WalkPlan plan;
   DType dtype = DType::Float;  // of x
   const void* x = nullptr;     // [N, C, S]
   Exchange exchange;
@@ -54,7 +55,7 @@ struct StatisticsParams {
 
 struct NormaliseParams {
   Shape shape;
-  TwoPassPlan plan;
+  WalkPlan plan;
   DType dtype = DType::Float;  // of x and y
   const void* x = nullptr;     // [N, C, S]
   void* y = nullptr;           // [N, C, S]
@@ -67,7 +68,7 @@ struct NormaliseParams {
 
 struct BackwardReduceParams {
   Shape shape;
-  TwoPassPlan plan;
+  WalkPlan plan;
   DType dtype = DType::Float;  // of dy and x
   const void* dy = nullptr;    // [N, C, S]
   const void* x = nullptr;     // [N, C, S]
@@ -85,7 +86,7 @@ struct BackwardReduceParams {
 
 struct BackwardApplyParams {
   Shape shape;
-  TwoPassPlan plan;
+  WalkPlan plan;
   DType dtype = DType::Float;  // of dy, x, dx and dresidual
   const void* dy = nullptr;    // [N, C, S]
   const void* x = nullptr;     // [N, C, S]
@@ -100,6 +101,45 @@ struct BackwardApplyParams {
   // where mean_dy is null (the statistics are constants) dx = g * weight * rstd.
   const void* mean_dy = nullptr;       // [C] acc, or null
   const void* mean_dy_xhat = nullptr;  // [C] acc, or null
+};
+
+// All of training forward in one launch.
+struct ResidentForwardParams {
+  Shape shape;
+  ResidentPlan plan;
+  DType dtype = DType::Float;  // of x and y
+  const void* x = nullptr;     // [N, C, S]
+  void* y = nullptr;           // [N, C, S]
+  Exchange exchange;
+  double eps = 0;
+  void* mean = nullptr;        // [C] acc
+  void* rstd = nullptr;        // [C] acc
+  ChannelVector weight, bias;  // [C]
+  EpilogueParams epilogue;
+  Mask<uint8_t> mask;  // written, or none
+  RunningUpdate running;
+  // One word, 0 before and after every launch, where several tiles read the counter that the last
+  // one of them increments; else null.
+  unsigned* tiles_done = nullptr;
+};
+
+// All of backward in one launch.
+struct ResidentBackwardParams {
+  Shape shape;
+  ResidentPlan plan;
+  DType dtype = DType::Float;  // of dy, x, dx and dresidual
+  const void* dy = nullptr;    // [N, C, S]
+  const void* x = nullptr;     // [N, C, S]
+  void* dx = nullptr;          // [N, C, S]
+  void* dresidual = nullptr;   // [N, C, S] g, or null
+  Statistics statistics;
+  bool constant_statistics = false;  // dx = g * weight * rstd
+  Exchange exchange;
+  ChannelVector weight, bias;  // [C]
+  EpilogueParams epilogue;
+  Mask<const uint8_t> mask;  // what forward wrote, in place of z; or none
+  // Where not null, [C] each: the sums of g and g * xhat.
+  ChannelVector sum_dy, sum_dy_xhat;
 };
 
 // Statistics of W processes into those of all of them.

@@ -12,9 +12,7 @@
 namespace bnorm_ext {
 namespace cuda {
 
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
-static_assert(kThreads % kWarp == 0, "whole warps");
+static_assert(sizeof(Pair) == kPairBytes, "");
 
 // `channels`: of a tile.
 __host__ __device__ inline int reduce_shared_bytes(int channels) {
@@ -71,7 +69,7 @@ __device__ __forceinline__ bool last_to_arrive(unsigned* ticket, int64_t count) 
 // totals: there thread i < columns * kChannels has that of channel i of the tile in `total`.
 template <typename Walk>
 __device__ __forceinline__ bool tile_sum(Pair (&value)[Walk::kChannels], const Walk& walk,
-                                         const TwoPassPlan& plan, const Exchange& exchange,
+                                         const WalkPlan& plan, const Exchange& exchange,
                                          Pair* total) {
   constexpr int kChannels = Walk::kChannels;
   *total = block_sum(value, plan.columns);

@@ -6,22 +6,22 @@
 
 #include <map>
 #include <mutex>
-#include <utility>
+#include <tuple>
 
 namespace bnorm_ext {
 namespace cuda {
 
-at::Tensor tickets(int64_t count, const at::TensorOptions& options) {
+at::Tensor tickets(int64_t count, const at::TensorOptions& options, TicketUse use) {
   const auto ints = options.dtype(at::kInt);
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
     return at::zeros({count}, ints);
   }
   // Never destroyed: at exit the CUDA context may be gone before.
-  static auto* kept = new std::map<std::pair<int, cudaStream_t>, at::Tensor>();
+  static auto* kept = new std::map<std::tuple<int, cudaStream_t, TicketUse>, at::Tensor>();
   static auto* mutex = new std::mutex();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const std::lock_guard<std::mutex> lock(*mutex);
-  at::Tensor& zeros = (*kept)[{c10::cuda::current_device(), stream}];
+  at::Tensor& zeros = (*kept)[{c10::cuda::current_device(), stream, use}];
   // Rounded up, so that nets of many widths allocate a few times at most.
   constexpr int64_t kStep = 4096;
   if (!zeros.defined() || zeros.numel() < count) {

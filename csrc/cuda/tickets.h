@@ -1,4 +1,4 @@
-// The counters that elect the last block of a reducing kernel.
+// The counters that elect the last block of a reducing kernel, and those of a team's barriers.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -8,11 +8,16 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// At least `count` int32 zeros on the current device, which is that of `options`, for the next
-// launch on its current stream. Kernels leave zeros behind, so the same memory serves all launches
-// of a stream, one after the other. Under graph capture it is fresh memory that the graph itself
-// fills with zeros: replays of several graphs, or beside other streams, share nothing.
-at::Tensor tickets(int64_t count, const at::TensorOptions& options);
+// Tickets are zero between launches, generations whatever the last barrier has left.
+enum class TicketUse { Tickets, Generations };
+
+// At least `count` int32 zeros (generations: words that nobody else uses) on the current device,
+// which is that of `options`, for the next launch on its current stream. Kernels leave zeros
+// behind, so the same memory serves all launches of a stream, one after the other. Under graph
+// capture it is fresh memory that the graph itself fills with zeros: replays of several graphs, or
+// beside other streams, share nothing.
+at::Tensor tickets(int64_t count, const at::TensorOptions& options,
+                   TicketUse use = TicketUse::Tickets);
 
 }  // namespace cuda
 }  // namespace bnorm_ext

@@ -19,6 +19,10 @@ class Values {
 
   __device__ __forceinline__ Values() {}
   __device__ __forceinline__ void load(const T* p) { bytes_ = load_bytes<kWidth * sizeof(T)>(p); }
+  __device__ __forceinline__ void take(uint4 all) {
+    static_assert(sizeof(bytes_) == sizeof(all), "");
+    bytes_ = {{all.x, all.y, all.z, all.w}};
+  }
   __device__ __forceinline__ void store(T* p) const { store_bytes<kWidth * sizeof(T)>(p, bytes_); }
 
   __device__ __forceinline__ Acc<T> operator[](int v) const {

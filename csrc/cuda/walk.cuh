@@ -21,7 +21,7 @@ struct Walk {
   int64_t remaining;  // vectors that the thread has still to take
 
   // `block` instead of blockIdx.x, since some kernels go backwards.
-  __device__ __forceinline__ Walk(const Shape& shape, const TwoPassPlan& plan, int64_t block) {
+  __device__ __forceinline__ Walk(const Shape& shape, const WalkPlan& plan, int64_t block) {
     const int t = static_cast<int>(threadIdx.x);
     column = t & (plan.columns - 1);
     row = t / plan.columns;
@@ -42,7 +42,7 @@ struct Walk {
     }
   }
 
-  __device__ __forceinline__ void advance(const TwoPassPlan& plan) {
+  __device__ __forceinline__ void advance(const WalkPlan& plan) {
     offset += plan.step;
     if (!kLast) {
       place += plan.row_step;
@@ -62,7 +62,7 @@ struct Walk {
   // Calls f(offsets, valid) for kBatch vectors at a time, the first `valid` of which are there.
   // `together`: in all threads of the warp as often, for f to exchange values between them.
   template <typename F>
-  __device__ __forceinline__ void batches(const TwoPassPlan& plan, F f, bool together = false) {
+  __device__ __forceinline__ void batches(const WalkPlan& plan, F f, bool together = false) {
     while (more(together)) {
       const int valid = remaining < kBatch ? static_cast<int>(remaining) : kBatch;
       int64_t at[kBatch];

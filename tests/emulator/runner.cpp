@@ -120,17 +120,23 @@ RUNNER_API void runner_end() {
   session().active = false;
 }
 
+// The device refuses the next launch with clusters, and the next cooperative one.
+RUNNER_API void runner_refuse() {
+  emulator::refuse_next_cluster_launch();
+  emulator::refuse_next_cooperative_launch();
+}
+
 RUNNER_API const char* runner_reports() {
   emulator::check_outputs();
   return answer(emulator::report_text());
 }
 
-// A line for each launch: kernel, blocks, threads, bytes of shared memory.
+// A line for each launch: kernel, blocks, threads, bytes of shared memory, blocks of a cluster.
 RUNNER_API const char* runner_launches() {
   std::ostringstream text;
   for (const auto& launch : emulator::launches()) {
     text << launch.kernel << ' ' << launch.grid.x << ' ' << launch.block.x << ' '
-         << launch.shared_bytes << '\n';
+         << launch.shared_bytes << ' ' << launch.cluster.x << '\n';
   }
   return answer(text.str());
 }

@@ -2,6 +2,9 @@
 // limits respected. Small tensors are walked whole, huge ones at the places where 32 bits would not
 // do.
 //
+// Resident plans besides: the limits of every generation of devices, teams that fit, one slot of
+// shared memory for each vector.
+//
 // Prints one line per failure and the number of plans that were checked.
 #include <cstdio>
 #include <random>
@@ -15,6 +18,7 @@ using namespace bnorm_ext::cuda;
 namespace {
 
 int failures = 0;
+int paths[4] = {};  // how often each was the best one
 
 void fail(const Shape& s, int bytes, const char* what) {
   if (++failures > 20) return;
@@ -28,7 +32,7 @@ int64_t channel_of(const Shape& s, int64_t offset) {
   return s.layout == Layout::ChannelsLast ? offset % s.C : offset / s.S % s.C;
 }
 
-void check_limits(const Shape& s, int bytes, bool aligned, const TwoPassPlan& plan) {
+void check_limits(const Shape& s, int bytes, bool aligned, const WalkPlan& plan) {
   const int full = kVectorBytes / bytes;
   const int64_t inner = s.layout == Layout::ChannelsLast ? s.C : s.S;
   if (plan.width != (aligned && inner % full == 0 ? full : 1)) fail(s, bytes, "width");
@@ -46,7 +50,7 @@ void check_limits(const Shape& s, int bytes, bool aligned, const TwoPassPlan& pl
 }
 
 template <int kWidth, bool kLast>
-void walk_whole(const Shape& s, int bytes, const TwoPassPlan& plan) {
+void walk_whole(const Shape& s, int bytes, const WalkPlan& plan) {
   std::vector<uint8_t> seen(static_cast<size_t>(s.numel()));
   for (int64_t block = 0; block < plan.blocks(); ++block) {
     for (threadIdx.x = 0; threadIdx.x < kThreads; ++threadIdx.x) {
@@ -73,7 +77,7 @@ void walk_whole(const Shape& s, int bytes, const TwoPassPlan& plan) {
 
 // The first two and the last vector of some threads, against the definition of the layout.
 template <int kWidth, bool kLast>
-void walk_some(const Shape& s, int bytes, const TwoPassPlan& plan) {
+void walk_some(const Shape& s, int bytes, const WalkPlan& plan) {
   for (const int64_t block : {int64_t{0}, plan.blocks() / 2, plan.blocks() - 1}) {
     for (const unsigned t : {0u, 77u, 255u}) {
       threadIdx.x = t;
@@ -92,12 +96,98 @@ void walk_some(const Shape& s, int bytes, const TwoPassPlan& plan) {
 }
 
 template <int kWidth>
-void check_width(const Shape& s, int bytes, const TwoPassPlan& plan, bool whole) {
+void check_width(const Shape& s, int bytes, const WalkPlan& plan, bool whole) {
   if (s.layout == Layout::ChannelsLast) {
     whole ? walk_whole<kWidth, true>(s, bytes, plan) : walk_some<kWidth, true>(s, bytes, plan);
   } else {
     whole ? walk_whole<kWidth, false>(s, bytes, plan) : walk_some<kWidth, false>(s, bytes, plan);
   }
+}
+
+struct Generation {
+  const char* name;
+  DeviceLimits limits;
+};
+// As the CUDA programming guide has them per compute capability.
+const Generation kGenerations[] = {
+    {"sm_75", {40, 64 << 10, 64 << 10, 1, true}},
+    {"sm_80", {108, 164 << 10, 163 << 10, 1, true}},
+    {"sm_86", {82, 100 << 10, 99 << 10, 1, true}},
+    {"sm_90", {132, 228 << 10, 227 << 10, kLargestCluster, true}},
+    {"sm_100", {148, 228 << 10, 227 << 10, kLargestCluster, true}},
+    {"sm_120", {170, 100 << 10, 99 << 10, kLargestCluster, true}},
+    {"no clusters, no cooperation", {8, 164 << 10, 163 << 10, 1, false}},
+};
+
+void check_resident(const Shape& s, int bytes, int tensors, const DeviceLimits& device,
+                    const ResidentPlan& plan, bool whole) {
+  if (plan.path == Path::TwoPass) {
+    if (plan.reason[0] == '\0') fail(s, bytes, "no reason for two passes");
+    return;
+  }
+  const WalkPlan& walk = plan.walk;
+  const int64_t team = walk.chunks;
+  check_limits(s, bytes, /*aligned=*/true, walk);
+  if (walk.width * bytes != kVectorBytes) fail(s, bytes, "narrow accesses on chip");
+  if (plan.shared_bytes > device.shared_per_block)
+    fail(s, bytes, "more shared memory than there is");
+  const SharedLayout shared = shared_layout(channels_per_tile(walk, s.layout));
+  if (shared.team % 16 != 0 || shared.table % 16 != 0 || shared.vectors % 16 != 0 ||
+      shared.table < shared.team + channels_per_tile(walk, s.layout) * 16 ||
+      plan.shared_bytes < shared.vectors + int64_t{tensors} * plan.vectors * kThreads * 16) {
+    fail(s, bytes, "shared memory that overlaps");
+  }
+  if (int64_t{plan.vectors} * walk.rows < walk.chunk_length) fail(s, bytes, "too few slots");
+  const int64_t held = ByLimits{device}(plan.path, static_cast<int>(team), plan.shared_bytes);
+  switch (plan.path) {
+    case Path::Block:
+      if (team != 1 || plan.teams != walk.tiles || held < 1) fail(s, bytes, "not one block");
+      break;
+    case Path::Cluster:
+      if (team < 2 || team > device.max_cluster || plan.teams != walk.tiles || held < 1) {
+        fail(s, bytes, "a cluster that there is not");
+      }
+      break;
+    default:
+      // All blocks at once, or a barrier of a team waits for ever.
+      if (!device.cooperative || plan.teams < 1 || plan.teams > walk.tiles ||
+          plan.blocks() > held) {
+        fail(s, bytes, "a grid that is not resident");
+      }
+  }
+  switch (walk.width) {
+    case 4:
+      return check_width<4>(s, bytes, walk, whole);
+    default:
+      return check_width<8>(s, bytes, walk, whole);
+  }
+}
+
+int check_residency(const Shape& s) {
+  int plans = 0;
+  for (const int bytes : {2, 4}) {
+    for (const int tensors : {1, 2}) {
+      for (const Generation& g : kGenerations) {
+        for (const Wanted& wanted :
+             {Wanted{}, Wanted{false, Path::TwoPass}, Wanted{false, Path::Block},
+              Wanted{false, Path::Cluster}, Wanted{false, Path::Grid}}) {
+          const ResidentPlan plan =
+              plan_resident(s, bytes, true, tensors, g.limits, ByLimits{g.limits}, wanted);
+          const bool as_wanted = wanted.any || plan.path == wanted.path || plan.walk.chunks == 1 ||
+                                 plan.path == Path::TwoPass;
+          if (!as_wanted) fail(s, bytes, "another path than was asked for");
+          if (wanted.any || !as_wanted) ++paths[static_cast<int>(plan.path)];
+          check_resident(s, bytes, tensors, g.limits, plan, wanted.any && s.numel() <= 40000);
+          ++plans;
+        }
+        // A device that holds nothing of what it is asked to hold.
+        const ResidentPlan none = plan_resident(s, bytes, true, tensors, g.limits,
+                                                [](Path, int, int) { return int64_t{0}; });
+        if (none.path != Path::TwoPass) fail(s, bytes, "resident where nothing is");
+      }
+    }
+  }
+  return plans;
 }
 
 int check(const Shape& s) {
@@ -108,7 +198,7 @@ int check(const Shape& s) {
       for (const int multiprocessors : {1, 4, 132}) {
         DeviceLimits device;
         device.multiprocessors = multiprocessors;
-        const TwoPassPlan plan = plan_two_pass(s, bytes, aligned, device);
+        const WalkPlan plan = plan_two_pass(s, bytes, aligned, device);
         check_limits(s, bytes, aligned, plan);
         switch (plan.width) {
           case 1:
@@ -147,13 +237,20 @@ int main() {
       }
       while (size[0] * size[1] * size[2] > 40000) size[below(3)] = 1 + below(8);
       plans += check({size[0], size[1], size[2], layout});
+      plans += check_residency({size[0], size[1], size[2], layout});
+      // As large as layers of nets are, and larger.
+      plans +=
+          check_residency({1 + below(256), 16 * (1 + below(128)), 16 * (1 + below(3136)), layout});
     }
     const int64_t huge = int64_t{1} << 31;
     for (const Shape& s : {Shape{1, 1, huge + 24, layout}, Shape{huge / 64 + 1, 128, 49, layout},
                            Shape{70000, 64, 3136, layout}, Shape{huge, 2, 1, layout},
                            Shape{2, 1 << 20, 1056, layout}, Shape{1, 3, huge * 4, layout}}) {
-      plans += check(s);
+      plans += check(s) + check_residency(s);
     }
+  }
+  for (const int count : paths) {
+    if (count < 100) fail({}, 0, "a path that is hardly ever taken");
   }
   std::printf("%d plans\n", plans);
   return failures == 0 ? 0 : 1;

@@ -16,6 +16,10 @@ inline int __any_sync(unsigned, int predicate) {
   return predicate;
 }
 
+struct uint4 {
+  unsigned x, y, z, w;
+};
+
 namespace bnorm_ext {
 namespace cuda {
 

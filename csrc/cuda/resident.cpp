@@ -1,0 +1,92 @@
+#include "resident.h"
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+#include <tuple>
+
+namespace bnorm_ext {
+namespace cuda {
+namespace {
+
+Wanted wanted_path() {
+  const char* name = std::getenv("BNORM_EXT_CUDA_PATH");
+  if (name == nullptr || *name == '\0') return {};
+  const std::string path = name;
+  if (path == "two_pass") return {false, Path::TwoPass};
+  if (path == "block") return {false, Path::Block};
+  if (path == "cluster") return {false, Path::Cluster};
+  TORCH_CHECK_VALUE(path == "grid", "BNORM_EXT_CUDA_PATH is '", path,
+                    "', but must be two_pass, block, cluster or grid");
+  return {false, Path::Grid};
+}
+
+using CountBlocks = int64_t (*)(DType, Layout, Path, int, int);
+
+ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks count_blocks) {
+  const DeviceLimits device = limits();
+  const Wanted wanted = wanted_path();
+  const Shape& s = in.shape;
+  const auto key = std::make_tuple(static_cast<int>(c10::cuda::current_device()), tensors, s.N, s.C,
+                                   s.S, s.layout, in.dtype, is_aligned, wanted.any, wanted.path,
+                                   device.multiprocessors, device.shared_per_multiprocessor,
+                                   device.max_cluster, device.cooperative);
+  static std::map<decltype(key), ResidentPlan> kept;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = kept.find(key);
+  if (found != kept.end()) return found->second;
+  // Shapes without end (varying batches) must not fill the memory.
+  constexpr size_t kMost = 4096;
+  if (kept.size() >= kMost) kept.clear();
+  return kept[key] = plan_resident(
+             s, static_cast<int>(in.tensor.element_size()), is_aligned, tensors, device,
+             [&](Path path, int team, int shared_bytes) {
+               return count_blocks(in.dtype, s.layout, path, team, shared_bytes);
+             },
+             wanted);
+}
+
+}  // namespace
+
+ResidentPlan plan_forward(const Input& in, bool is_aligned) {
+  return plan(in, is_aligned, 1, resident_forward_blocks);
+}
+ResidentPlan plan_backward(const Input& in, bool is_aligned) {
+  return plan(in, is_aligned, 2, resident_backward_blocks);
+}
+
+TeamMemory::TeamMemory(const ResidentPlan& plan, const Input& in, bool counts_tiles) {
+  const int64_t teams = plan.path == Path::Grid && plan.walk.chunks > 1 ? plan.teams : 0;
+  const auto options = in.tensor.options();
+  if (teams > 0) {
+    const int64_t pairs = 2 * plan.blocks() * channels_per_tile(plan.walk, in.shape.layout);
+    partials_ = at::empty({pairs * kPairBytes}, options.dtype(at::kByte));
+    generations_ = tickets(teams, options, TicketUse::Generations);
+    exchange_.partials = static_cast<Pair*>(partials_.data_ptr());
+    exchange_.generation = reinterpret_cast<unsigned*>(generations_.data_ptr<int32_t>());
+  }
+  if (teams + counts_tiles == 0) return;
+  tickets_ = tickets(teams + counts_tiles, options);
+  exchange_.ticket = reinterpret_cast<unsigned*>(tickets_.data_ptr<int32_t>());
+  if (counts_tiles) tiles_done_ = exchange_.ticket + teams;
+}
+
+bool is_launched(cudaError_t error) {
+  switch (error) {
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorCooperativeLaunchTooLarge:
+    case cudaErrorInvalidClusterSize:
+    case cudaErrorNotSupported:
+    case cudaErrorNotPermitted:
+      cudaGetLastError();  // not the next caller's
+      return false;
+    default:
+      C10_CUDA_CHECK(error);
+      return true;
+  }
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext

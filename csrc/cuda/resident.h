@@ -1,0 +1,34 @@
+// Host side of the resident paths: which one a call takes, and what its blocks exchange values
+// through.
+#pragma once
+
+#include "host.h"
+
+namespace bnorm_ext {
+namespace cuda {
+
+// Plans for the current device, kept: the CUDA runtime is asked once how many blocks are resident.
+// BNORM_EXT_CUDA_PATH=two_pass, block, cluster or grid asks for one path where it is possible.
+ResidentPlan plan_forward(const Input& in, bool is_aligned);
+ResidentPlan plan_backward(const Input& in, bool is_aligned);
+
+// Exchange memory of the teams, and one ticket more where tiles have to be counted.
+class TeamMemory {
+ public:
+  TeamMemory(const ResidentPlan& plan, const Input& in, bool counts_tiles);
+  const Exchange& operator*() const { return exchange_; }
+  unsigned* tiles_done() const { return tiles_done_; }
+
+ private:
+  Tensor partials_, tickets_, generations_;
+  Exchange exchange_;
+  unsigned* tiles_done_ = nullptr;
+};
+
+// Whether a launch is running. False where the device has refused it for its clusters or its
+// cooperation (MPS, MIG, green contexts leave less of the device than the plan counted on), which
+// two passes need not. Throws for every other error.
+bool is_launched(cudaError_t error);
+
+}  // namespace cuda
+}  // namespace bnorm_ext

@@ -1,0 +1,204 @@
+// Training forward in one launch that reads x once: a team of blocks keeps its tile on chip from
+// the statistics to the normalisation.
+#include "channel.cuh"
+#include "epilogue.cuh"
+#include "kernels.h"
+#include "launch.cuh"
+#include "mask.cuh"
+#include "team.cuh"
+#include "walk.cuh"
+
+namespace bnorm_ext {
+namespace cuda {
+namespace {
+
+// Sums over a thread's vectors of f(value, k) and, with kSquares, of its square, k being the
+// thread's channel: groups of four in the accumulation type, these in double. Where a sum is not
+// finite, all once more in double: the data is not finite either, or exceeds float's range in
+// between although the result fits.
+template <bool kSquares, typename V, typename F>
+__device__ __forceinline__ void sum_on_chip(const Slots<typename V::T, V::kWidth>& x, int vectors,
+                                            F f, Pair (&sum)[V::kLast ? V::kWidth : 1]) {
+  using A = Acc<typename V::T>;
+  constexpr int kChannels = V::kLast ? V::kWidth : 1;
+  constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
+  for (int i = 0; i < vectors; i += kBatch) {
+    Values<typename V::T, V::kWidth> value[kBatch];
+    const int valid = vectors - i < kBatch ? vectors - i : kBatch;
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (u < valid) value[u] = x[i + u];
+    }
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+#pragma unroll
+      for (int begin = 0; begin < kBatch * kPerVector; begin += 4) {
+        A of_4 = 0, squares_of_4 = 0;
+#pragma unroll
+        for (int j = begin; j < begin + 4; ++j) {
+          const A d = f(value[j / kPerVector][k * kPerVector + j % kPerVector], k);
+          of_4 += j / kPerVector < valid ? d : A{0};
+          if (kSquares)
+            squares_of_4 = j / kPerVector < valid ? fma(d, d, squares_of_4) : squares_of_4;
+        }
+        sum[k].a += of_4;
+        if (kSquares) sum[k].b += squares_of_4;
+      }
+    }
+  }
+  bool finite = true;
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) finite = finite && is_finite(sum[k].a) && is_finite(sum[k].b);
+  if (finite) return;
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
+  for (int i = 0; i < vectors; ++i) {
+    const Values<typename V::T, V::kWidth> value = x[i];
+#pragma unroll
+    for (int v = 0; v < V::kWidth; ++v) {
+      const double d = f(static_cast<double>(value[v]), v % kChannels);
+      sum[v % kChannels].a += d;
+      if (kSquares) sum[v % kChannels].b += d * d;
+    }
+  }
+}
+
+// Formula    mean = sum(x) / n, var = sum((x - mean)^2) / n, rstd = 1 / sqrt(var + eps), with
+//            n = N * S; y = act(z), z = fma(x - mean, weight * rstd, bias) + residual; running
+//            statistics moved towards mean and var * n / (n - 1)
+//            (Ioffe and Szegedy 2015, arXiv:1502.03167)
+// Shapes     x, y, residual [N, C, S] in one layout; statistics and parameters [C]; mask: mask.h
+// Mapping    plan.h: team b / chunks has tile b / chunks and, in a cooperative grid, every
+//            `teams`-th after it; a thread's vectors are in its own slots of shared memory
+// Bytes      reads x and residual once, writes y and the mask
+// Numerics   The mean of the block's values in double, rounded; then the deviations from it, whose
+//            sum mends that rounding. Blocks meet in double about the channel's first value. Each y
+//            in the accumulation type, rounded once.
+// Requires   16-byte vectors; all blocks of a team resident at once; a ticket of 0 where there is
+//            one
+template <typename V>
+__global__ void __launch_bounds__(kThreads, kShares)
+    resident_forward_kernel(ResidentForwardParams p) {
+  using T = typename V::T;
+  using A = Acc<T>;
+  using W = Walk<V::kWidth, V::kLast>;
+  constexpr int kChannels = W::kChannels;
+  const WalkPlan& tiles = p.plan.walk;
+  const T* x = static_cast<const T*>(p.x);
+  const T* residual = static_cast<const T*>(p.epilogue.residual);
+  T* y = static_cast<T*>(p.y);
+  const int channels = tiles.columns * kChannels, t = static_cast<int>(threadIdx.x);
+  const SharedLayout shared = shared_layout(channels);
+  const Slots<T, V::kWidth> slots(shared, p.plan, 0);
+  const Table<V> table(shared, tiles.columns);
+  const Team team(p.plan);
+  const double n = static_cast<double>(p.shape.N * p.shape.S);
+  int64_t round = 0;
+  for (int64_t tile = team.number; tile < tiles.tiles; tile += p.plan.teams, ++round) {
+    const W walk(p.shape, tiles, tile * tiles.chunks + team.rank);
+    slots.fetch(walk, tiles, x);
+    async_commit();
+    const int vectors = static_cast<int>(walk.remaining);
+    const int64_t c = tile * channels + t;  // of thread t < channels
+    const bool has_channel = t < channels && c < p.shape.C;
+    const int64_t first = walk.chunk * tiles.chunk_length, rest = tiles.length - first;
+    const double n_of_block = static_cast<double>(
+        (rest < tiles.chunk_length ? rest : tiles.chunk_length) * (V::kLast ? 1 : V::kWidth));
+    const double anchor = has_channel ? load_one(first_of_channel<T>(p.x, p.shape, c)) : 0;
+    async_wait<0>();
+
+    Pair sum[kChannels];
+    sum_on_chip<false, V>(slots, vectors, [](auto value, int) { return value; }, sum);
+    Pair total = block_sum(sum, tiles.columns);
+    const A block_mean = static_cast<A>(total.a / n_of_block);
+    if (t < channels) table.set(kMean, t, block_mean);
+    __syncthreads();
+    A mean_of[kChannels];
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) mean_of[k] = table.get(kMean, k);
+    sum_on_chip<true, V>(
+        slots, vectors, [&](auto value, int k) { return value - mean_of[k]; }, sum);
+    total = block_sum(sum, tiles.columns);
+    // About the anchor, which all blocks of the team have: so that their sums can be added.
+    const double about = is_finite(anchor) ? anchor : 0;
+    const double shift = static_cast<double>(block_mean) - about;
+    // Of an infinite mean there are no deviations; it stays the mean, the variance is NaN.
+    if (!is_finite(block_mean)) total.a = 0;
+    total = {n_of_block * shift + total.a, total.b + shift * (2 * total.a + n_of_block * shift)};
+    total = team_total<kChannels>(total, p.plan, shared, p.exchange, team, round);
+
+    Affine<A> affine = {};  // beyond the last channel too: threads read them, and write nothing
+    if (has_channel) {
+      const double mean = about + total.a / n;
+      const double spread = (total.b - total.a * (total.a / n)) / n;
+      const double var = spread < 0 ? 0 : spread;  // a NaN stays one
+      const A rstd = rstd_of<A>(var, p.eps);
+      affine.mean = static_cast<A>(mean);
+      affine.scale = get_or(p.weight, c, A{1}) * rstd;
+      affine.shift = get_or(p.bias, c, A{0});
+      if (team.rank == 0) {
+        store_one(static_cast<A*>(p.mean) + c, affine.mean);
+        store_one(static_cast<A*>(p.rstd) + c, rstd);
+        update_running(p.running, c, mean, var, n);
+      }
+    }
+    if (t < channels) table.set(t, affine);
+    if (p.running.num_batches_tracked != nullptr && team.rank == 0) {
+      const bool is_last =
+          p.tiles_done == nullptr ? tile == 0 : last_to_arrive(p.tiles_done, tiles.tiles);
+      if (is_last && t == 0) ++*p.running.num_batches_tracked;
+    }
+    __syncthreads();
+    const AffineFromTable<V> affines(table);
+    // Lanes write a byte of the mask together.
+    const bool together = p.mask.bytes != nullptr;
+    MaskCursor<uint8_t, V::kWidth, V::kLast> mask(p.mask, tiles, walk);
+    int i = 0;
+    W out = walk;
+    out.batches(
+        tiles,
+        [&](const int64_t (&at)[kBatch], int valid) {
+          Values<T, V::kWidth> added[kBatch];
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u) {
+            if (u < valid && residual != nullptr) added[u].load(residual + at[u]);
+          }
+          unsigned open = 0;
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u) {
+            if (u >= valid) break;
+            Values<T, V::kWidth> value = slots[i + u];
+            open |= through_forward(p.epilogue, together, affines, value, added[u])
+                    << (u * kByteBits);
+            value.store(y + at[u]);
+          }
+          if (together) mask.write(open, valid);
+          i += kBatch;
+        },
+        together);
+    __syncthreads();  // the table is written again
+  }
+  if (p.plan.path == Path::Cluster) cluster_sync();  // its other blocks may still read this one's
+}
+
+}  // namespace
+
+cudaError_t launch_resident_forward(const ResidentForwardParams& p, cudaStream_t stream) {
+  return with_resident_variant(p.dtype, p.shape.layout, [&](auto variant) {
+    return launch_teams(resident_forward_kernel<decltype(variant)>, p, stream);
+  });
+}
+
+int64_t resident_forward_blocks(DType dtype, Layout layout, Path path, int team, int shared_bytes) {
+  int64_t count = 0;
+  with_resident_variant(dtype, layout, [&](auto variant) {
+    count = co_resident(resident_forward_kernel<decltype(variant)>, path, team, shared_bytes);
+    return cudaSuccess;
+  });
+  return count;
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext
