@@ -103,6 +103,8 @@ def test_hard_data(path: str, layout: str) -> None:
         assert_promise(c, ours=on_chip(c, **where))
     beyond = case(normal(shape, seed=4) * 1e19, torch.float32, layout=layout)
     assert_promise(beyond, ours=on_chip(beyond, **where))
+    products = beyond.but(dy=beyond.dy * 1e25)
+    assert_promise(products, ours=on_chip(products, **where))
     sums = case(normal(shape, seed=5).sign() * 3e38, torch.float32, layout=layout)
     assert on_chip(sums, **where)["y"].isfinite().all()
 

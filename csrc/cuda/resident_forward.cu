@@ -178,7 +178,6 @@ __global__ void __launch_bounds__(kThreads, kShares)
           i += kBatch;
         },
         together);
-    __syncthreads();  // the table is written again
   }
   if (p.plan.path == Path::Cluster) cluster_sync();  // its other blocks may still read this one's
 }
