@@ -1,4 +1,6 @@
-"""What the compiler says of every CUDA kernel: registers, shared memory, stack. Fails on spills.
+"""What the compiler says of every CUDA kernel: registers, shared memory, stack.
+
+Fails on spills, and where kernels on chip do without asynchronous copies or 16-byte accesses.
 
 python .ci/check_kernels.py [ARCH ...]    architectures like 80 or 90 (default: both)
 
@@ -37,6 +39,29 @@ def compile_report(compiler: str, source: Path, arch: str, include: Path) -> str
     if done.returncode != 0:
         raise SystemExit(f"check_kernels: {' '.join(command)}\n{done.stderr}")
     return done.stderr
+
+
+#: What the PTX of each kernel on chip has to contain.
+ON_CHIP = {
+    "asynchronous copies of 16 bytes": r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 16",
+    "16-byte reads of shared memory": r"ld\.shared\.v4\.",
+    "16-byte stores": r"st\.global\.v4\.",
+}
+
+
+def missing_on_chip(compiler: str, source: Path, arch: str, include: Path) -> list[str]:
+    """A line for each kernel and instruction that is not there."""
+    command = [compiler, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-ptx"]
+    command += ["-isystem", str(include), str(source), "-o", "/dev/stdout"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    entries = done.stdout.split(".entry ")[1:]
+    assert entries, source
+    return [
+        f"{source.name} sm_{arch} {entry.split('(')[0]}: no {what}"
+        for entry in entries
+        for what, pattern in ON_CHIP.items()
+        if not re.search(pattern, entry)
+    ]
 
 
 def kernels(report: str) -> list[tuple[str, dict[str, int]]]:
@@ -89,8 +114,15 @@ def main() -> None:
     spilling = [row for row in rows if row[3]["spills"] or row[3]["loads"]]
     for file, arch, name, f in spilling:
         print(f"SPILLS: {file} {arch} {name}: {f['spills']} + {f['loads']} bytes")
-    print(f"{len(rows)} kernels, {len(spilling)} with spills")
-    if not rows or spilling:
+    on_chip = sorted((ROOT / "csrc" / "cuda").glob("resident_*.cu"))
+    with ThreadPoolExecutor(support.usable_cores()) as pool:
+        ptx = [(s, a) for s in on_chip for a in archs]
+        lines = pool.map(lambda job: missing_on_chip(compiler, *job, include), ptx)
+        missing = [line for found in lines for line in found]
+    for line in missing:
+        print(f"MISSING: {line}")
+    print(f"{len(rows)} kernels, {len(spilling)} with spills; {len(ptx)} files on chip read")
+    if not rows or not ptx or spilling or missing:
         raise SystemExit(1)
 
 

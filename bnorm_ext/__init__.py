@@ -10,6 +10,7 @@ Three lines replace ``nn.BatchNorm2d`` in a network::
 from ._load import build_info
 from ._version import __version__
 from .convert import convert_batchnorm, revert_batchnorm
+from .explain import explain
 from .functional import batch_norm
 from .fuse import FusionReport, fuse_batchnorm_act
 from .modules import (
@@ -37,6 +38,7 @@ __all__ = [
     "batch_norm",
     "build_info",
     "convert_batchnorm",
+    "explain",
     "fuse_batchnorm_act",
     "revert_batchnorm",
 ]

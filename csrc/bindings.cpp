@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include "cpu/capability.h"
+#include "explain.h"
 
 TORCH_LIBRARY(bnorm_ext, m) {
   // Training forward: statistics of the batch, running statistics and counter updated in place.
@@ -75,4 +76,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
       },
       "Whether the CUDA kernels are compiled in.");
+  m.def("explain_plan", &bnorm_ext::explain_plan, pybind11::arg("x"), pybind11::arg("tensors"),
+        pybind11::arg("multiprocessors"), pybind11::arg("shared_per_multiprocessor"),
+        pybind11::arg("shared_per_block"), pybind11::arg("clusters"), pybind11::arg("aligned"),
+        "The launch plan of x on a GPU of these limits.");
 }

@@ -255,7 +255,7 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     }
   }
   if (!device.cooperative || !wanted.may_be(Path::Grid)) {
-    return refuse("larger than blocks that share their memory hold");
+    return refuse("the tensor is larger than blocks that share their memory hold");
   }
   const WalkPlan walk = plan_tiles(shape, element_bytes, aligned, last ? kNarrowest : 1);
   for (const int64_t share : shares) {
@@ -269,7 +269,7 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     if (plan.teams > blocks / plan.walk.chunks) plan.teams = blocks / plan.walk.chunks;
     if (plan.teams > 0) return plan;
   }
-  return refuse("larger than the shared memory of the device");
+  return refuse("a group of channels is larger than the shared memory of the device");
 }
 
 }  // namespace cuda

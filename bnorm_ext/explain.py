@@ -1,0 +1,173 @@
+"""How the CUDA kernels would run a batch norm: ``explain``. Needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._load import load
+
+_KB = 1024
+
+
+class _Device(NamedTuple):
+    name: str
+    multiprocessors: int
+    capability: tuple[int, int]
+    shared_per_multiprocessor: int  # bytes
+    shared_per_block: int  # bytes, where a kernel opts in
+
+    @property
+    def clusters(self) -> bool:
+        return self.capability >= (9, 0)
+
+
+# Shared memory by compute capability, of a multiprocessor and of a block, in KB (CUDA C++
+# Programming Guide, technical specifications per compute capability).
+_SHARED = {
+    (7, 5): (64, 64),
+    (8, 0): (164, 163),
+    (8, 6): (100, 99),
+    (8, 9): (100, 99),
+    (9, 0): (228, 227),
+    (10, 0): (228, 227),
+    (12, 0): (100, 99),
+}
+# Multiprocessors and compute capability, from the vendor's data sheets.
+_GPUS = {
+    "T4": (40, (7, 5)),
+    "A100": (108, (8, 0)),
+    "A10": (72, (8, 6)),
+    "RTX 3090": (82, (8, 6)),
+    "RTX 4090": (128, (8, 9)),
+    "L40S": (142, (8, 9)),
+    "H100": (132, (9, 0)),
+    "H200": (132, (9, 0)),
+    "B200": (148, (10, 0)),
+    "RTX 5090": (170, (12, 0)),
+}
+
+
+def explain(
+    input: Tensor | Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    device: str | torch.device | None = None,
+) -> str:
+    """How the CUDA kernels would run a batch norm in training, as text.
+
+    For the forward and the backward pass: the path, its teams of blocks, what each keeps in shared
+    memory, how often the tensor is read and written, and why no better path is taken. As the
+    device's limits allow it; under MPS or MIG, where less of a device is free, a launch may be
+    refused and take two passes.
+
+    Args:
+        input: a tensor (N, C, ...) of any device, or its shape.
+        dtype: of the tensor; its own, or float32.
+        memory_format: its own, or contiguous.
+        device: a GPU's name (A100, H200, RTX 4090, ...), or a CUDA device that is here. Default:
+            the tensor's device, or the current one.
+
+    Raises:
+        ValueError: a shape without channels, or a device that is neither known nor here.
+    """
+    if isinstance(input, Tensor):
+        x = input.detach().to("meta")
+        device = device if device is not None or not input.is_cuda else input.device
+    else:
+        x = torch.empty(tuple(input), dtype=dtype or torch.float32, device="meta")
+    if dtype is not None:
+        x = x.to(dtype)
+    if memory_format is not None:
+        x = x.contiguous(memory_format=memory_format)
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(
+            f"explain: expected a tensor (N, C, ...) with elements, got {list(x.shape)}"
+        )
+    gpu = resolve_device(device)
+    compiled = load()
+    if compiled is None:
+        return "BNORM_EXT_DISABLE is set: torch's own batch norm runs"
+    shape = "x".join(map(str, x.shape))
+    lines = []
+    for name, tensors in (("forward", 1), ("backward", 2)):
+        plan = compiled.explain_plan(
+            x, tensors, gpu.multiprocessors, gpu.shared_per_multiprocessor, gpu.shared_per_block,
+            gpu.clusters, aligned=True,
+        )  # fmt: skip
+        if not lines:
+            layout = "channels last" if plan["channels_last"] else "channels first"
+            major, minor = gpu.capability
+            lines.append(
+                f"{shape} {str(x.dtype)[6:]}, {layout}, on {gpu.name} (sm_{major}{minor}, "
+                f"{gpu.multiprocessors} multiprocessors)"
+            )
+        first, *more = _describe(plan, tensors)
+        lines += [f"{name}: {first}", *more]
+    return "\n".join(lines)
+
+
+def resolve_device(device: str | torch.device | None) -> _Device:
+    """A GPU by name, or one that is here."""
+    names = {name.lower().replace(" ", ""): name for name in _GPUS}
+    if isinstance(device, str):
+        key = device.lower().replace("nvidia", "").replace("geforce", "").replace(" ", "")
+        if key in names:
+            multiprocessors, capability = _GPUS[names[key]]
+            return _Device(
+                names[key], multiprocessors, capability, *(n * _KB for n in _SHARED[capability])
+            )
+    known = ", ".join(_GPUS)
+    try:
+        wanted = torch.device(device if device is not None else "cuda")
+    except RuntimeError as error:
+        raise ValueError(f"explain: unknown device {device!r}; known are {known}") from error
+    if wanted.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(
+            f"explain: {str(wanted)!r} is no CUDA device of this machine; name one: {known}"
+        )
+    p = torch.cuda.get_device_properties(wanted)
+    return _Device(
+        p.name,
+        p.multi_processor_count,
+        (p.major, p.minor),
+        p.shared_memory_per_multiprocessor,
+        p.shared_memory_per_block_optin,
+    )
+
+
+def _describe(plan: dict[str, Any], tensors: int) -> list[str]:
+    path, team, channels = plan["path"], plan["team"], plan["channels"]
+    reads, of = tensors, "x" if tensors == 1 else "x and dy"
+    each = "a channel" if channels == 1 else f"{channels} channels"
+    threads = f"{plan['threads']} threads"
+    access = f"{plan['access_bytes']}-byte accesses"
+    if path == "two_pass":
+        return [
+            f"two passes, {2 * reads} reads + 1 write: {plan['reason']}",
+            f"  {plan['tiles']} x {team} blocks of {threads}, {each} each; {access}",
+        ]
+    kinds = {
+        "block": f"{plan['tiles']} blocks, {each} each",
+        "cluster": f"{plan['tiles']} clusters of {team} blocks, {each} each",
+        "grid": f"{plan['teams']} team{'s' * (plan['teams'] > 1)} of {team} blocks in a cooperative grid, which take "
+        f"{plan['tiles']} times {each}",
+    }
+    lines = [
+        f"one launch that keeps {of} on chip: {reads} read{'s' * (reads > 1)} + 1 write",
+        f"  {kinds[path]}; {threads} and {plan['shared_bytes'] / _KB:.1f} KB of shared memory a "
+        f"block, {access}",
+    ]
+    if path != "block":
+        tile, share = plan["tile_bytes"], plan["share_bytes"]
+        lines.append(
+            f"  a team, since {each} {'is' if channels == 1 else 'are'} {tile / _KB:.0f} KB, and a "
+            f"block has {share / _KB:.0f} KB"
+            if tile > share
+            else "  a team, so that all multiprocessors have work"
+        )
+    return lines

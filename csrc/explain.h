@@ -1,0 +1,13 @@
+// The launch plan of a tensor on a GPU with these limits, by name; x may be a meta tensor.
+#pragma once
+
+#include <torch/extension.h>
+
+namespace bnorm_ext {
+
+// tensors: that stay on chip, 1 forward, 2 backward. Bytes are of shared memory.
+pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessors,
+                            int shared_per_multiprocessor, int shared_per_block, bool clusters,
+                            bool aligned);
+
+}  // namespace bnorm_ext

@@ -1,0 +1,84 @@
+"""bnorm_ext.explain: the launch plan as text, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import cost_model
+from bnorm_ext import explain
+from bnorm_ext.explain import _GPUS
+
+
+def test_one_launch_each() -> None:
+    text = explain((64, 64, 56, 56), dtype=torch.bfloat16, device="H200")
+    assert text.splitlines() == [
+        "64x64x56x56 bfloat16, channels first, on H200 (sm_90, 132 multiprocessors)",
+        "forward: one launch that keeps x on chip: 1 read + 1 write",
+        "  64 clusters of 4 blocks, a channel each; 256 threads and 102.6 KB of shared memory a "
+        "block, 16-byte accesses",
+        "  a team, since a channel is 392 KB, and a block has 113 KB",
+        "backward: one launch that keeps x and dy on chip: 2 reads + 1 write",
+        "  64 clusters of 8 blocks, a channel each; 256 threads and 106.6 KB of shared memory a "
+        "block, 16-byte accesses",
+        "  a team, since a channel is 784 KB, and a block has 113 KB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "memory_format", "device", "reason"),
+    [
+        ((32, 256, 14, 14), torch.bfloat16, None, "H200", "rows of S values are not a multiple"),
+        ((32, 30, 14, 14), torch.float32, torch.channels_last, "H100", "rows of C values are not"),
+        ((32, 64, 8, 8), torch.float64, None, "A100", "float64 is not kept on chip"),
+        ((64, 64, 112, 112), torch.float32, torch.channels_last, "T4", "larger than the shared"),
+    ],
+)
+def test_why_two_passes(shape, dtype, memory_format, device, reason) -> None:
+    text = explain(shape, dtype=dtype, memory_format=memory_format, device=device)
+    assert f"forward: two passes, 2 reads + 1 write: {reason}" in text.replace(
+        "a group of channels is ", ""
+    )
+    assert "backward: two passes, 4 reads + 1 write: " in text
+
+
+@pytest.mark.parametrize("device", _GPUS)
+def test_every_known_gpu(device: str) -> None:
+    for spelled in (device, device.lower(), f"NVIDIA {device}"):
+        assert f"on {device} (sm_" in explain((8, 16, 4, 4), device=spelled)
+    # Clusters are there from 9.0 on; a cooperative grid everywhere.
+    text = explain((64, 64, 56, 56), device=device)
+    assert ("clusters" in text) == (_GPUS[device][1] >= (9, 0))
+
+
+def test_a_tensor_says_what_it_is() -> None:
+    x = torch.empty(8, 64, 4, 4, dtype=torch.half).to(memory_format=torch.channels_last)
+    text = explain(x, device="A100")
+    assert text.startswith("8x64x4x4 float16, channels last, on A100")
+    assert text == explain(
+        x.shape, dtype=torch.half, memory_format=torch.channels_last, device="A100"
+    )
+    assert explain(x, dtype=torch.float32, device="A100").startswith("8x64x4x4 float32, channels l")
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="unknown device 'foo'; known are T4, A100"):
+        explain((2, 3), device="foo")
+    with pytest.raises(ValueError, match=r"'cpu' is no CUDA device of this machine; name one: T4"):
+        explain((2, 3), device="cpu")
+    for shape in ((3,), (2, 0, 4)):
+        with pytest.raises(ValueError, match=r"expected a tensor \(N, C, ...\) with elements"):
+            explain(shape, device="A100")
+
+
+def test_cost_model(capsys, monkeypatch) -> None:
+    """Bytes by the path: 14x14 rows of bfloat16 take two passes, everything else one."""
+    arguments = "--bandwidth 1e12 --net resnet18 --batch 8 --dtype bfloat16 --layout contiguous"
+    monkeypatch.setattr("sys.argv", ["cost_model", *arguments.split()])
+    cost_model.main()
+    lines = capsys.readouterr().out.splitlines()
+    (large,) = [x for x in lines if "8x64x112x112" in x and "fwd" in x]
+    assert large.split()[4:7] == ["cluster", "25.7", "MB"]
+    (small,) = [x for x in lines if "8x256x14x14" in x and "bwd" in x]
+    assert small.split()[4:7] == ["two_pass", "4.0", "MB"]
+    assert lines[-1].startswith("resnet18         8 bfloat16  contiguous     fwd ")
