@@ -154,8 +154,8 @@ def _describe(plan: dict[str, Any], tensors: int) -> list[str]:
     kinds = {
         "block": f"{plan['tiles']} blocks, {each} each",
         "cluster": f"{plan['tiles']} clusters of {team} blocks, {each} each",
-        "grid": f"{plan['teams']} team{'s' * (plan['teams'] > 1)} of {team} blocks in a cooperative grid, which take "
-        f"{plan['tiles']} times {each}",
+        "grid": f"{plan['teams']} team{'s' * (plan['teams'] > 1)} of {team} blocks in a "
+        f"cooperative grid, which take {plan['tiles']} times {each}",
     }
     lines = [
         f"one launch that keeps {of} on chip: {reads} read{'s' * (reads > 1)} + 1 write",

@@ -30,10 +30,10 @@ struct Backward {
   const OptionalTensor& mask;
   std::string_view act;
   double slope;
-  bool training;
-  bool wants_sums;
-  bool wants_dx;
-  bool wants_dresidual;
+  bool training = true;
+  bool wants_sums = false;
+  bool wants_dx = false;
+  bool wants_dresidual = false;
   const Tensor* mean_dy = nullptr;
   const Tensor* mean_dy_xhat = nullptr;
 
@@ -120,7 +120,10 @@ struct Backward {
   }
 
   // And the gradients of the parameters, where output_mask asks for them.
-  Gradients gradients(std::array<bool, 4> output_mask) const {
+  Gradients gradients(std::array<bool, 4> output_mask) {
+    wants_dx = output_mask[0];
+    wants_dresidual = output_mask[1];
+    wants_sums = output_mask[2] || output_mask[3];
     Tensor dweight, dbias;
     if (output_mask[2]) dweight = parameter_gradient_like(weight, x);
     if (output_mask[3]) dbias = parameter_gradient_like(bias, x);
@@ -139,22 +142,8 @@ Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& resi
                    double negative_slope, std::array<bool, 4> output_mask) {
   const char* op = "batch_norm_backward";
   check_backward({op, dy, x, weight, bias}, mean, rstd);
-  return Backward{op,
-                  dy,
-                  x,
-                  residual,
-                  weight,
-                  bias,
-                  mean,
-                  rstd,
-                  mask,
-                  act,
-                  negative_slope,
-                  /*training=*/true,
-                  /*wants_sums=*/output_mask[2] || output_mask[3],
-                  /*wants_dx=*/output_mask[0],
-                  /*wants_dresidual=*/output_mask[1]}
-      .gradients(output_mask);
+  Backward b{op, dy, x, residual, weight, bias, mean, rstd, mask, act, negative_slope};
+  return b.gradients(output_mask);
 }
 
 Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
@@ -173,22 +162,9 @@ Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTe
     const ChannelVector var = channel_vector(running_var), r = channel_vector(rstd);
     for (int64_t c = 0; c < x.size(1); ++c) set(r, c, 1.0 / std::sqrt(get(var, c) + eps));
   }
-  return Backward{op,
-                  dy,
-                  x,
-                  residual,
-                  weight,
-                  bias,
-                  mean,
-                  rstd,
-                  mask,
-                  act,
-                  negative_slope,
-                  /*training=*/false,
-                  /*wants_sums=*/output_mask[2] || output_mask[3],
-                  /*wants_dx=*/output_mask[0],
-                  /*wants_dresidual=*/output_mask[1]}
-      .gradients(output_mask);
+  Backward b{op, dy, x, residual, weight, bias, mean, rstd, mask, act, negative_slope};
+  b.training = false;
+  return b.gradients(output_mask);
 }
 
 std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x,
@@ -201,25 +177,12 @@ std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& x,
   check_backward({op, dy, x, weight, bias}, mean, rstd);
   Tensor sum_dy = statistic_like(x).zero_(), sum_dy_xhat = statistic_like(x).zero_();
   const ChannelVector s1 = channel_vector(sum_dy), s2 = channel_vector(sum_dy_xhat);
-  Backward{op,
-           dy,
-           x,
-           residual,
-           weight,
-           bias,
-           mean,
-           rstd,
-           mask,
-           act,
-           negative_slope,
-           /*training=*/true,
-           /*wants_sums=*/true,
-           /*wants_dx=*/false,
-           /*wants_dresidual=*/false}
-      .run([&](int64_t c, double dy_sum, double dy_xhat_sum) {
-        set(s1, c, dy_sum);
-        set(s2, c, dy_xhat_sum);
-      });
+  Backward b{op, dy, x, residual, weight, bias, mean, rstd, mask, act, negative_slope};
+  b.wants_sums = true;
+  b.run([&](int64_t c, double dy_sum, double dy_xhat_sum) {
+    set(s1, c, dy_sum);
+    set(s2, c, dy_xhat_sum);
+  });
   return {sum_dy, sum_dy_xhat};
 }
 
@@ -234,24 +197,12 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x,
   check_backward({op, dy, x, weight, bias}, mean, rstd);
   check_statistic(op, "mean_dy", mean_dy, x);
   check_statistic(op, "mean_dy_xhat", mean_dy_xhat, x);
-  return Backward{op,
-                  dy,
-                  x,
-                  residual,
-                  weight,
-                  bias,
-                  mean,
-                  rstd,
-                  mask,
-                  act,
-                  negative_slope,
-                  /*training=*/true,
-                  /*wants_sums=*/false,
-                  /*wants_dx=*/true,
-                  /*wants_dresidual=*/given(residual),
-                  &mean_dy,
-                  &mean_dy_xhat}
-      .run([](int64_t, double, double) {});
+  Backward b{op, dy, x, residual, weight, bias, mean, rstd, mask, act, negative_slope};
+  b.wants_dx = true;
+  b.wants_dresidual = given(residual);
+  b.mean_dy = &mean_dy;
+  b.mean_dy_xhat = &mean_dy_xhat;
+  return b.run([](int64_t, double, double) {});
 }
 
 }  // namespace
