@@ -6,11 +6,12 @@ The kernels themselves are tested everywhere, by the emulator (test_emulated_ker
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import Epilogue
+from emulated import Epilogue, path_wanted
 from helpers import DTYPES, Case, assert_promise, case, normal, run
 from test_emulated_fused import FUSED, PIECEWISE, assert_right, fused, native, without_kinks
 from test_emulated_kernels import LAYOUTS, SHAPES_AND_LAYOUTS, made, same_bits
@@ -42,6 +43,13 @@ def check(c: Case, device: str = "cuda", **kwargs: bool) -> None:
     there = on(device, c)
     ours, native = (cpu(run(f, there)) for f in (bnorm_ext.batch_norm, F.batch_norm))
     assert_promise(c, ours=ours, native=native, **kwargs)
+
+
+@pytest.fixture(params=["two_pass", "block", "cluster", "grid"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Kernels take this path where the device and the tensor let them."""
+    with path_wanted(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,6 +89,17 @@ def run_fused(c: Case, e: Epilogue) -> dict[str, torch.Tensor]:
     gradients = torch.autograd.grad(y, list(given.values()), c.dy)
     found = {f"d{name}": t for name, t in zip(given, gradients, strict=True)}
     return found | {"y": y.detach(), "running_mean": running[0], "running_var": running[1]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(16, 8, 16, 16), (8, 64, 28, 28), (64, 64, 56, 56)], ids=str)
+def test_paths(path: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    c = made(shape, dtype, layout)
+    check(c)
+    there = on("cuda", c)
+    first = run(bnorm_ext.batch_norm, there)
+    assert all(same_bits(run(bnorm_ext.batch_norm, there), first) for _ in range(20))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,7 +177,7 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_streams_side_by_side() -> None:
+def test_streams_side_by_side(path: str) -> None:
     """The tickets of one stream are not those of another."""
     c = on("cuda", made((32, 2, 64, 64), torch.float32, "contiguous"))
     right = run(bnorm_ext.batch_norm, c)
@@ -173,7 +192,7 @@ def test_streams_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_captured_step(momentum: float | None) -> None:
+def test_captured_step(path: str, momentum: float | None) -> None:
     """Forward and backward in a CUDA graph, replayed: as eager steps, the counter too."""
     torch.manual_seed(0)
     captured = bnorm_ext.BatchNorm2d(16, momentum=momentum, device="cuda")
