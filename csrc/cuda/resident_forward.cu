@@ -24,6 +24,7 @@ __device__ __forceinline__ void sum_on_chip(const Slots<typename V::T, V::kWidth
   constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
+#pragma unroll 1  // two batches at once would spill
   for (int i = 0; i < vectors; i += kBatch) {
     Values<typename V::T, V::kWidth> value[kBatch];
     const int valid = vectors - i < kBatch ? vectors - i : kBatch;
@@ -54,6 +55,7 @@ __device__ __forceinline__ void sum_on_chip(const Slots<typename V::T, V::kWidth
   if (finite) return;
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
+#pragma unroll 1
   for (int i = 0; i < vectors; ++i) {
     const Values<typename V::T, V::kWidth> value = x[i];
 #pragma unroll
@@ -94,25 +96,28 @@ __global__ void __launch_bounds__(kThreads, kShares)
   const Slots<T, V::kWidth> slots(shared, p.plan, 0);
   const Table<V> table(shared, tiles.columns);
   const Team team(p.plan);
-  const double n = static_cast<double>(p.shape.N * p.shape.S);
   int64_t round = 0;
   for (int64_t tile = team.number; tile < tiles.tiles; tile += p.plan.teams, ++round) {
-    const W walk(p.shape, tiles, tile * tiles.chunks + team.rank);
-    slots.fetch(walk, tiles, x);
+    // Made anew where it is asked for: kept, it would take the registers of the sums.
+    const auto start = [&] { return W(p.shape, tiles, tile * tiles.chunks + team.rank); };
+    slots.fetch(start(), tiles, x);
     async_commit();
-    const int vectors = static_cast<int>(walk.remaining);
-    const int64_t c = tile * channels + t;  // of thread t < channels
-    const bool has_channel = t < channels && c < p.shape.C;
-    const int64_t first = walk.chunk * tiles.chunk_length, rest = tiles.length - first;
-    const double n_of_block = static_cast<double>(
-        (rest < tiles.chunk_length ? rest : tiles.chunk_length) * (V::kLast ? 1 : V::kWidth));
-    const double anchor = has_channel ? load_one(first_of_channel<T>(p.x, p.shape, c)) : 0;
+    const int vectors = static_cast<int>(start().remaining);
+    // Of thread t < channels; again where they are asked for, as above.
+    const auto channel = [&] { return tile * channels + t; };
+    const auto has_channel = [&] { return t < channels && channel() < p.shape.C; };
+    const auto n_of_block = [&] {
+      const int64_t rest = tiles.length - team.rank * tiles.chunk_length;
+      return static_cast<double>((rest < tiles.chunk_length ? rest : tiles.chunk_length) *
+                                 (V::kLast ? 1 : V::kWidth));
+    };
+    const A anchor = has_channel() ? load_one(first_of_channel<T>(p.x, p.shape, channel())) : A{0};
     async_wait<0>();
 
     Pair sum[kChannels];
     sum_on_chip<false, V>(slots, vectors, [](auto value, int) { return value; }, sum);
     Pair total = block_sum(sum, tiles.columns);
-    const A block_mean = static_cast<A>(total.a / n_of_block);
+    const A block_mean = static_cast<A>(total.a / n_of_block());
     if (t < channels) table.set(kMean, t, block_mean);
     __syncthreads();
     A mean_of[kChannels];
@@ -122,15 +127,18 @@ __global__ void __launch_bounds__(kThreads, kShares)
         slots, vectors, [&](auto value, int k) { return value - mean_of[k]; }, sum);
     total = block_sum(sum, tiles.columns);
     // About the anchor, which all blocks of the team have: so that their sums can be added.
-    const double about = is_finite(anchor) ? anchor : 0;
+    const double about = is_finite(anchor) ? static_cast<double>(anchor) : 0;
     const double shift = static_cast<double>(block_mean) - about;
     // Of an infinite mean there are no deviations; it stays the mean, the variance is NaN.
     if (!is_finite(block_mean)) total.a = 0;
-    total = {n_of_block * shift + total.a, total.b + shift * (2 * total.a + n_of_block * shift)};
+    const double n_here = n_of_block();
+    total = {n_here * shift + total.a, total.b + shift * (2 * total.a + n_here * shift)};
     total = team_total<kChannels>(total, p.plan, shared, p.exchange, team, round);
 
     Affine<A> affine = {};  // beyond the last channel too: threads read them, and write nothing
-    if (has_channel) {
+    if (has_channel()) {
+      const int64_t c = channel();
+      const double n = static_cast<double>(p.shape.N * p.shape.S);
       const double mean = about + total.a / n;
       const double spread = (total.b - total.a * (total.a / n)) / n;
       const double var = spread < 0 ? 0 : spread;  // a NaN stays one
@@ -154,10 +162,10 @@ __global__ void __launch_bounds__(kThreads, kShares)
     const AffineFromTable<V> affines(table);
     // Lanes write a byte of the mask together.
     const bool together = p.mask.bytes != nullptr;
+    W walk = start();
     MaskCursor<uint8_t, V::kWidth, V::kLast> mask(p.mask, tiles, walk);
     int i = 0;
-    W out = walk;
-    out.batches(
+    walk.batches(
         tiles,
         [&](const int64_t (&at)[kBatch], int valid) {
           Values<T, V::kWidth> added[kBatch];
