@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,10 +52,12 @@ ON_CHIP = {
 
 def missing_on_chip(compiler: str, source: Path, arch: str, include: Path) -> list[str]:
     """A line for each kernel and instruction that is not there."""
-    command = [compiler, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-ptx"]
-    command += ["-isystem", str(include), str(source), "-o", "/dev/stdout"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    entries = done.stdout.split(".entry ")[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernels.ptx"
+        command = [compiler, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-ptx"]
+        command += ["-isystem", str(include), str(source), "-o", str(ptx)]
+        subprocess.run(command, check=True, timeout=600)
+        entries = ptx.read_text().split(".entry ")[1:]
     assert entries, source
     return [
         f"{source.name} sm_{arch} {entry.split('(')[0]}: no {what}"
