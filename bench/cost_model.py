@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from bnorm_ext._load import load
-from bnorm_ext.explain import resolve_device
+from bnorm_ext.explain import launch_plan, resolve_device
 
 from .nets import NETS, batch_norm_inputs
 
@@ -29,12 +28,8 @@ def predict(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, tensors: int, device: str
 ) -> tuple[str, int, int]:
     """Path, bytes, and bytes at the floor of a forward (1 tensor on chip) or backward (2) pass."""
-    gpu = resolve_device(device)
     x = torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[layout])
-    plan: dict[str, Any] = load().explain_plan(
-        x, tensors, gpu.multiprocessors, gpu.shared_per_multiprocessor, gpu.shared_per_block,
-        gpu.clusters, aligned=True,
-    )  # fmt: skip
+    plan = launch_plan(x, tensors, resolve_device(device))
     tensor_bytes = math.prod(shape) * dtype.itemsize
     reads = tensors if plan["path"] != "two_pass" else 2 * tensors
     return plan["path"], (reads + 1) * tensor_bytes, (tensors + 1) * tensor_bytes

@@ -89,16 +89,12 @@ def explain(
             f"explain: expected a tensor (N, C, ...) with elements, got {list(x.shape)}"
         )
     gpu = resolve_device(device)
-    compiled = load()
-    if compiled is None:
+    if load() is None:
         return "BNORM_EXT_DISABLE is set: torch's own batch norm runs"
     shape = "x".join(map(str, x.shape))
     lines = []
     for name, tensors in (("forward", 1), ("backward", 2)):
-        plan = compiled.explain_plan(
-            x, tensors, gpu.multiprocessors, gpu.shared_per_multiprocessor, gpu.shared_per_block,
-            gpu.clusters, aligned=True,
-        )  # fmt: skip
+        plan = launch_plan(x, tensors, gpu)
         if not lines:
             layout = "channels last" if plan["channels_last"] else "channels first"
             major, minor = gpu.capability
@@ -109,6 +105,14 @@ def explain(
         first, *more = _describe(plan, tensors)
         lines += [f"{name}: {first}", *more]
     return "\n".join(lines)
+
+
+def launch_plan(x: Tensor, tensors: int, gpu: _Device) -> dict[str, Any]:
+    """Of a kernel that keeps `tensors` like x on chip, 1 forward and 2 backward, by name."""
+    return load().explain_plan(
+        x, tensors, gpu.multiprocessors, gpu.shared_per_multiprocessor, gpu.shared_per_block,
+        gpu.clusters, aligned=True,
+    )  # fmt: skip
 
 
 def resolve_device(device: str | torch.device | None) -> _Device:

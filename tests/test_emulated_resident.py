@@ -32,11 +32,17 @@ CASES = [
 ]
 
 
+def launched(line: str) -> tuple[str, int, int]:
+    """Kernel, blocks, and blocks of a cluster of one of `emulated.Session.launches`."""
+    kernel, blocks, _, _, cluster = line.rsplit(" ", 4)
+    return kernel, int(blocks), int(cluster)
+
+
 def on_chip(c: Case, *epilogue: emulated.Epilogue, **where: Any) -> dict[str, torch.Tensor]:
     """`emulated.run`, in one launch forward (but in inference) and one backward."""
     launches: list[str] = []
     results = emulated.run(c, *epilogue, launches=launches.append, **where)
-    names = [line.rsplit(" ", 4)[0] for line in launches]
+    names = [launched(line)[0] for line in launches]
     forward = "resident_forward_kernel" if c.training else "normalise_kernel"
     assert len(names) == 2, names
     assert forward in names[0]
@@ -71,8 +77,7 @@ def test_teams(path: str, shape: tuple[int, ...], expected: list[tuple[int, int]
     launches: list[str] = []
     c = made(shape, torch.float32, "contiguous")
     emulated.run(c, launches=launches.append, **PATHS[path])
-    figures = [[int(n) for n in line.rsplit(" ", 4)[1:]] for line in launches]
-    assert [(blocks, cluster) for blocks, _, _, cluster in figures] == expected
+    assert [launched(line)[1:] for line in launches] == expected
 
 
 def test_teams_take_tiles_one_after_the_other() -> None:
@@ -82,7 +87,7 @@ def test_teams_take_tiles_one_after_the_other() -> None:
         c = made(shape, torch.float32, layout)
         launches: list[str] = []
         results = emulated.run(c, launches=launches.append, **where)
-        assert [int(line.rsplit(" ", 4)[1]) for line in launches] == [4, 4]  # two teams, one
+        assert [launched(line)[1] for line in launches] == [4, 4]  # two teams, one
         assert all("resident" in line for line in launches)
         assert_promise(c, ours=results)
         for seed in (1, 2):
@@ -216,7 +221,7 @@ def test_the_best_path(device: str, blocks: int, cluster: int) -> None:
     results = emulated.run(c, launches=launches.append, device=device, multiprocessors=2, path=None)
     assert_promise(c, ours=results)
     assert all("resident" in line for line in launches)
-    assert [line.split(" ")[-4::3] for line in launches] == [[str(blocks), str(cluster)]] * 2
+    assert [launched(line)[1:] for line in launches] == [(blocks, cluster)] * 2
 
 
 def test_unknown_path() -> None:
