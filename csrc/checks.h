@@ -101,7 +101,6 @@ struct Epilogue {
   at::Tensor residual;  // in the layout of x, or undefined
   at::Tensor mask;      // given to backward, or undefined
 
-  bool is_none() const { return act == Activation::Identity && !residual.defined(); }
   // Whether forward has to write a mask for backward.
   bool leaves_mask() const { return residual.defined() && is_piecewise(act); }
   // What backward reads to know z, beside x.

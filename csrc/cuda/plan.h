@@ -91,6 +91,16 @@ inline int channels_per_tile(const WalkPlan& plan, Layout layout) {
   return plan.columns * channels_per_thread(plan, layout);
 }
 
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+static_assert(kThreads % kWarp == 0, "whole warps");
+constexpr int kPairBytes = 16;  // two doubles
+
+// Shared memory that a block sums through; `channels`: of a tile.
+BNORM_HOST_DEVICE constexpr int reduce_shared_bytes(int channels) {
+  return kWarps * channels * kPairBytes;
+}
+
 // How many partial sums the blocks of a reducing kernel exchange.
 inline int64_t partials_of(const WalkPlan& plan, Layout layout) {
   return plan.chunks == 1 ? 0 : plan.blocks() * channels_per_tile(plan, layout);
@@ -147,21 +157,16 @@ inline WalkPlan plan_two_pass(const Shape& shape, int element_bytes, bool aligne
 
 // ---- Resident paths --------------------------------------------------------------------------
 
-constexpr int kWarp = 32;
-constexpr int kWarps = kThreads / kWarp;
-static_assert(kThreads % kWarp == 0, "whole warps");
-
 // Where things are in a block's shared memory, in bytes; all multiples of 16.
 struct SharedLayout {
   int team;     // [channels] sums that the team exchanges; before it [kWarps, channels] of a block
   int table;    // constants of the tile's channels, as if it were as wide as can be
   int vectors;  // [tensors, vectors, kThreads] of 16 bytes each
 };
-constexpr int kPairBytes = 16;  // two doubles
 constexpr int kTableRows = 5;
 constexpr int kTableBytes = kTableRows * kWideColumns * 8 * 4;
 BNORM_HOST_DEVICE constexpr SharedLayout shared_layout(int channels) {
-  const int team = kWarps * channels * kPairBytes, table = team + channels * kPairBytes;
+  const int team = reduce_shared_bytes(channels), table = team + channels * kPairBytes;
   return {team, table, table + kTableBytes};
 }
 

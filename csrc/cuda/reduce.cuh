@@ -12,12 +12,7 @@
 namespace bnorm_ext {
 namespace cuda {
 
-static_assert(sizeof(Pair) == kPairBytes, "");
-
-// `channels`: of a tile.
-__host__ __device__ inline int reduce_shared_bytes(int channels) {
-  return kWarps * channels * static_cast<int>(sizeof(Pair));
-}
+static_assert(sizeof(Pair) == kPairBytes, "of which plan.h reserves room");
 
 // Sums value[k] over the rows of the block. Thread i < columns * kChannels receives the total of
 // channel i of the tile, the others nothing of use. Every thread must call, and between two calls
