@@ -73,12 +73,24 @@ def _mask_bytes(x: Tensor) -> int:
     if C == 1:
         N, S, channels_last = 1, N * S, False
     if x.device.type == "cuda":
-        return N * S * ((C + 7) // 8) if channels_last else C * ((N * S + 7) // 8)
+        if channels_last:
+            return N * S * ((C + 7) // 8)
+        if _takes_groups(C, S, x.dtype.itemsize):
+            return N * C * S * x.dtype.itemsize // 16
+        return C * ((N * S + 7) // 8)
     if channels_last:
         N, S = N * S, 1
     # Rows of this many bits start at whole bytes.
     row = S if S >= 256 else C * S if C * S >= 128 else N * C * S
     return (N * C * S) // row * ((row + 7) // 8) + 8
+
+
+def _takes_groups(C: int, S: int, itemsize: int) -> bool:
+    """As ``channels_of_group`` in ``csrc/cuda/plan.h``."""
+    width = 16 // itemsize
+    if itemsize > 4 or width > S or S % width == 0 or S > 2**26:
+        return False
+    return C % (width // math.gcd(width, S)) == 0
 
 
 def _same_device(x: Tensor, *others: Tensor | None) -> None:

@@ -2,7 +2,7 @@
 #include "explain.h"
 
 #include "checks.h"
-#include "cuda/plan.h"
+#include "cuda/resident_plan.h"
 
 namespace bnorm_ext {
 
@@ -28,14 +28,15 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   found["path"] = kNames[static_cast<int>(plan.path)];
   found["reason"] = plan.reason;
   found["channels_last"] = in.shape.layout == Layout::ChannelsLast;
-  found["channels"] = std::min<int64_t>(channels_per_tile(walk, in.shape.layout), in.shape.C);
   found["tiles"] = walk.tiles;
   found["team"] = walk.chunks;
   found["teams"] = resident ? plan.teams : walk.tiles;
   found["threads"] = cuda::kThreads;
   found["access_bytes"] = walk.width * bytes;
   found["shared_bytes"] = plan.shared_bytes;
-  found["tile_bytes"] = walk.length * walk.columns * walk.width * bytes * tensors;
+  const int64_t channels = std::min<int64_t>(channels_per_tile(walk), in.shape.C);
+  found["channels"] = channels;
+  found["tile_bytes"] = in.shape.count() * channels * bytes * tensors;
   found["share_bytes"] =
       std::min(shared_per_block, shared_per_multiprocessor / cuda::kShares - cuda::kReservedBytes);
   return found;

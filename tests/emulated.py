@@ -206,11 +206,31 @@ class Epilogue:
         return self.residual is not None and self.act in ("relu", "relu6", "leaky_relu")
 
 
+def group_of(x: Tensor) -> int:
+    """How many channels of x the kernels take together, or 0 (csrc/cuda/plan.h)."""
+    channels, positions = x.shape[1], x.numel() // (x.shape[0] * x.shape[1])
+    width = 16 // x.element_size()
+    if not is_channels_first(x) or channels == 1 or x.element_size() > 4:
+        return 0
+    if positions < width or positions % width == 0:
+        return 0
+    group = width // math.gcd(width, positions)
+    while 2 * group <= 16 and group * positions < 16 * width and channels % (2 * group) == 0:
+        group *= 2
+    return group if channels % group == 0 else 0
+
+
+def is_channels_first(x: Tensor) -> bool:
+    positions = x.numel() // x.shape[1]
+    return x.shape[1] == 1 or (x.is_contiguous() and positions > x.shape[0])
+
+
 def mask_shape(x: Tensor) -> tuple[int, int]:
     """Of the mask for x: rows, and bytes in each (csrc/cuda/mask.h)."""
+    if group_of(x):
+        return x.numel() * x.element_size() // 16, 1
     positions = x.numel() // x.shape[1]
-    channels_first = x.shape[1] == 1 or (x.is_contiguous() and positions > x.shape[0])
-    rows, bits = (x.shape[1], positions) if channels_first else (positions, x.shape[1])
+    rows, bits = (x.shape[1], positions) if is_channels_first(x) else (positions, x.shape[1])
     return rows, -(-bits // 8)
 
 
@@ -232,7 +252,12 @@ def run(
         residual = s.copy(e.residual)
         running = [s.copy(t, inout=True) for t in (c.running_mean, c.running_var)]
         channels = c.x.shape[1]
-        sizes = [c.x, channels * torch.empty((), dtype=accumulation_type(c.x.dtype)).nbytes]
+        copied = group_of(c.x) > 0 and any(
+            t is not None and t.data_ptr() % 16 for t in (c.x, c.dy, e.residual)
+        )
+        # Copies of x's size are torch's, and written by it.
+        sizes: list[Any] = [] if copied else [c.x]
+        sizes += [channels * torch.empty((), dtype=accumulation_type(c.x.dtype)).nbytes]
         sizes += [t for t in (c.weight, c.bias) if t is not None]
         save_mask = e.masked and e.leaves_mask()
         if save_mask:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from emulated import Epilogue
 from helpers import DTYPES, Case, Results, errors, measure, normal, per_channel, unit_roundoff
-from test_emulated_kernels import LAYOUTS, SHAPES_AND_LAYOUTS, made, same_bits
+from test_emulated_kernels import LAYOUTS, made, same_bits
 from torch import Tensor
 
 from bnorm_ext.activations import NAMES, compose
@@ -40,6 +40,7 @@ CASES = [
     pytest.param((2, 3, 40, 40), "channels_last", id="few channels"),
     pytest.param((2, 300, 2, 2), "channels_last", id="many channels"),
     pytest.param((16, 40), "contiguous", id="1-D"),
+    pytest.param((4, 8, 7, 7), "contiguous", id="groups of channels"),
 ]
 
 
@@ -158,74 +159,6 @@ def test_results(
         ours = emulated.run(c, e)
         assert_right(c, e, ours)
     assert same_bits(emulated.run(c, e, seed=1), ours)
-
-
-def packed(is_open: Tensor, x: Tensor) -> Tensor:
-    """The bytes of the mask for x, from one bool per element."""
-    rows, row_bytes = emulated.mask_shape(x)
-    by_channel = is_open.transpose(0, 1).reshape(x.shape[1], -1)  # [C, N * S]
-    bits = by_channel.reshape(1, -1) if x.shape[1] == 1 else by_channel
-    if rows != bits.shape[0]:
-        bits = by_channel.t()
-    padded = torch.zeros(rows, row_bytes * 8, dtype=torch.int64)
-    padded[:, : bits.shape[1]] = bits
-    return (padded.view(rows, row_bytes, 8) << torch.arange(8)).sum(2).to(torch.uint8).flatten()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("shape", "layout"), SHAPES_AND_LAYOUTS)
-def test_mask(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    """Where its bits are; every gradient through it has the bits of that through the residual."""
-    c, e = fused(shape, dtype, layout, "relu", True)
-    through_mask = emulated.run(c, e, seed=2)
-    mask = through_mask.pop("mask")
-    # y > 0 wherever z > 0 but for what rounding to 16 bit makes 0; there is none here.
-    assert torch.equal(mask, packed(through_mask["y"] > 0, c.x))
-    e.masked = False
-    assert same_bits(emulated.run(c, e), through_mask)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("act", PIECEWISE)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_mask_of_each_activation(layout: str, act: str, training: bool) -> None:
-    c, e = fused((4, 24, 6, 4), torch.float32, layout, act, True, training=training)
-    through_mask = emulated.run(c, e)
-    z = pre_activation(c, e)
-    is_open = (z > 0) & (z < 6) if act == "relu6" else z > 0
-    assert torch.equal(through_mask.pop("mask"), packed(is_open, c.x))
-    e.masked = False
-    assert same_bits(emulated.run(c, e), through_mask)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_mask_for_another_alignment(dtype: torch.dtype, layout: str) -> None:
-    """Written by a call whose tensors start at multiples of 16 bytes and read by one whose do not,
-    and the other way round."""
-    c, e = fused((4, 8, 12, 24), dtype, layout, "relu", True, training=False)
-
-    def shifted(t: Tensor) -> Tensor:
-        storage = torch.empty(t.numel() + 1, dtype=dtype)
-        moved = storage.as_strided(t.shape, t.stride(), 1).copy_(t)
-        assert moved.data_ptr() % 16 != 0
-        return moved
-
-    found = []
-    for moves in itertools.product([lambda t: t, shifted], repeat=2):
-        with emulated.session() as s:
-            rest = [s.copy(t) for t in (c.weight, c.bias, c.running_mean, c.running_var)]
-            y, mask = s.call(
-                *("batch_norm_inference", s.copy(moves[0](c.x)), s.copy(e.residual), *rest),
-                *(c.eps, e.act, e.slope, True),
-            )
-            gradients = s.call(
-                *("batch_norm_inference_backward", s.copy(moves[1](c.dy)), s.copy(c.x), None),
-                *(*rest, c.eps, mask, e.act, e.slope, [True, True, False, False]),
-            )
-            found.append([t.clone() for t in (y, mask, *gradients[:2])])
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
 
 
 def special(dtype: torch.dtype) -> Tensor:
@@ -408,10 +341,11 @@ def test_empty_input() -> None:
 
 def test_residual_that_is_not_aligned() -> None:
     """It alone: the vector path must look at all of them."""
-    c, e = fused((4, 8, 4, 8), torch.float32, "contiguous", "silu", True)
-    storage = torch.empty(c.x.numel() + 1)
-    e.residual = storage[1:].view(c.x.shape).copy_(e.residual)
-    assert_right(c, e, emulated.run(c, e))
+    for shape in ((4, 8, 4, 8), (4, 8, 7, 7)):
+        c, e = fused(shape, torch.float32, "contiguous", "silu", True)
+        storage = torch.empty(c.x.numel() + 1)
+        e.residual = storage[1:].view(c.x.shape).copy_(e.residual)
+        assert_right(c, e, emulated.run(c, e))
 
 
 def test_residual_in_another_layout() -> None:

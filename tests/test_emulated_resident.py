@@ -17,13 +17,15 @@ PATHS: dict[str, dict[str, Any]] = {
     "grid": {"path": "grid", "multiprocessors": 3},
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# All with rows of whole 16 bytes.
+# All with rows of whole 16 bytes, or with groups of channels that have them.
 CASES = [
     pytest.param((4, 6, 4, 8), "contiguous", id="vectors"),
     pytest.param((8, 2, 32, 48), "contiguous", id="few channels"),
     pytest.param((6, 1, 24, 40), "contiguous", id="one channel"),
     pytest.param((3, 37, 1, 8), "contiguous", id="a vector a row"),
     pytest.param((2, 3, 1, 4096), "contiguous", id="rows longer than a block"),
+    pytest.param((9, 16, 7, 7), "contiguous", id="groups of channels"),
+    pytest.param((5, 32, 3, 3), "contiguous", id="channels of two vectors"),
     pytest.param((4, 16, 4, 8), "channels_last", id="vectors of channels"),
     pytest.param((2, 304, 2, 2), "channels_last", id="many channels"),
     pytest.param((9, 8, 13, 11), "channels_last", id="few channels, last"),
@@ -62,6 +64,18 @@ def test_results(path: str, shape: tuple[int, ...], layout: str, dtype: torch.dt
         assert same_bits(on_chip(c, seed=1, **PATHS[path]), first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["cluster", "grid"])
+def test_groups_in_pieces(path: str, dtype: torch.dtype) -> None:
+    """Rows of a group that are longer than a block is wide are a team's; some of its blocks have
+    nothing of some channels."""
+    for shape in ((3, 8, 17, 17), (2, 8, 1, 521)):
+        c = made(shape, dtype, "contiguous")
+        first = on_chip(c, seed=0, **PATHS[path])
+        assert_promise(c, ours=first)
+        assert same_bits(on_chip(c, seed=1, **PATHS[path]), first)
+
+
 @pytest.mark.parametrize(
     ("path", "shape", "expected"),
     [
@@ -83,22 +97,29 @@ def test_teams(path: str, shape: tuple[int, ...], expected: list[tuple[int, int]
 def test_teams_take_tiles_one_after_the_other() -> None:
     """More channels than a cooperative grid has teams: memory and barriers are used again."""
     where = {"path": "grid", "device": "sm_75", "multiprocessors": 2}  # little shared memory
-    for layout, shape in (("contiguous", (12, 5, 32, 32)), ("channels_last", (12, 80, 8, 8))):
+    for layout, shape, blocks in (
+        ("contiguous", (12, 5, 32, 32), [4, 4]),  # two teams, one
+        ("channels_last", (12, 80, 8, 8), [4, 4]),
+        ("contiguous", (48, 20, 9, 7), [3, 2]),
+    ):
         c = made(shape, torch.float32, layout)
         launches: list[str] = []
         results = emulated.run(c, launches=launches.append, **where)
-        assert [launched(line)[1] for line in launches] == [4, 4]  # two teams, one
+        assert [launched(line)[1] for line in launches] == blocks
         assert all("resident" in line for line in launches)
         assert_promise(c, ours=results)
         for seed in (1, 2):
             assert same_bits(emulated.run(c, seed=seed, **where), results)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "groups"])
 @pytest.mark.parametrize("path", PATHS)
 def test_hard_data(path: str, layout: str) -> None:
     where = PATHS[path]
-    shape = (8, 4, 16, 16) if layout == "contiguous" else (8, 16, 8, 8)
+    shape = {"contiguous": (8, 4, 16, 16), "channels_last": (8, 16, 8, 8), "groups": (8, 8, 9, 7)}[
+        layout
+    ]
+    layout = "contiguous" if layout == "groups" else layout
     far = normal(shape, seed=1, mean=1e5)
     outlier = normal(shape, seed=2)
     outlier.view(-1)[5] = 1e6
@@ -118,9 +139,13 @@ def test_hard_data(path: str, layout: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_values_that_are_not_finite(path: str, value: float) -> None:
     """What one channel has of them stays in it, and is what two passes make of it."""
-    for layout, shape in (("contiguous", (4, 6, 8, 8)), ("channels_last", (4, 16, 8, 8))):
+    for layout, shape in (
+        ("contiguous", (4, 6, 8, 8)),
+        ("channels_last", (4, 16, 8, 8)),
+        ("contiguous", (4, 8, 9, 7)),
+    ):
         x = normal(shape, seed=1)
-        x[1, 2, 3, 4] = value
+        x[1, 2, 0, 0] = value  # of the channels that share a vector, only one
         c = case(x, torch.float32, layout=layout)
         found, expected = on_chip(c, **PATHS[path]), emulated.run(c)
         for name, t in expected.items():
@@ -133,7 +158,11 @@ def test_values_that_are_not_finite(path: str, value: float) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_activation_and_residual(path: str, add: bool, act: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        for layout, shape in (("contiguous", (4, 6, 4, 8)), ("channels_last", (4, 304, 2, 2))):
+        for layout, shape in (
+            ("contiguous", (4, 6, 4, 8)),
+            ("channels_last", (4, 304, 2, 2)),
+            ("contiguous", (4, 16, 5, 3)),
+        ):
             for training in (True, False):
                 c, e = fused(shape, dtype, layout, act, add, training=training)
                 c = without_kinks(c, e)
@@ -153,7 +182,11 @@ def test_activation_and_residual(path: str, add: bool, act: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_counter(path: str, momentum: float | None) -> None:
     """Every tile reads the counter before the one launch increments it, once."""
-    for layout, shape in (("contiguous", (4, 6, 4, 8)), ("channels_last", (8, 144, 3, 3))):
+    for layout, shape in (
+        ("contiguous", (4, 6, 4, 8)),
+        ("channels_last", (8, 144, 3, 3)),
+        ("contiguous", (4, 24, 7, 5)),
+    ):
         c = made(shape, torch.float32, layout)
         with emulated.session(**PATHS[path]) as s:
             x, weight, bias = (s.copy(t) for t in (c.x, c.weight, c.bias))

@@ -28,7 +28,8 @@ def test_one_launch_each() -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype", "memory_format", "device", "reason"),
     [
-        ((32, 256, 14, 14), torch.bfloat16, None, "H200", "rows of S values are not a multiple"),
+        ((32, 255, 14, 14), torch.bfloat16, None, "H200", "rows of S values, and of groups of"),
+        ((32, 256, 1, 7), torch.bfloat16, None, "H200", "rows of S values are less than 16 bytes"),
         ((32, 30, 14, 14), torch.float32, torch.channels_last, "H100", "rows of C values are not"),
         ((32, 64, 8, 8), torch.float64, None, "A100", "float64 is not kept on chip"),
         ((64, 64, 112, 112), torch.float32, torch.channels_last, "T4", "larger than the shared"),
@@ -49,6 +50,16 @@ def test_every_known_gpu(device: str) -> None:
     # Clusters are there from 9.0 on; a cooperative grid everywhere.
     text = explain((64, 64, 56, 56), device=device)
     assert ("clusters" in text) == (_GPUS[device][1] >= (9, 0))
+
+
+def test_groups_of_channels() -> None:
+    """Where one channel's rows are not of whole 16 bytes."""
+    text = explain((32, 2048, 7, 7), dtype=torch.bfloat16, device="A100").splitlines()
+    assert text[2].startswith("  256 blocks, 8 channels each; ")
+    assert "two passes" not in "".join(text)
+    text = explain((64, 768, 17, 17), dtype=torch.bfloat16, device="H200").splitlines()
+    assert text[2].startswith("  96 clusters of 6 blocks, 8 channels each; ")
+    assert text[3].startswith("  a team, since 8 channels are 289 KB, and ")
 
 
 def test_a_tensor_says_what_it_is() -> None:
@@ -72,7 +83,12 @@ def test_errors() -> None:
 
 
 def test_cost_model(capsys, monkeypatch) -> None:
-    """Bytes by the path: 14x14 rows of bfloat16 take two passes, everything else one."""
+    """Bytes by the path."""
+    assert cost_model.predict((8, 255, 14, 14), torch.bfloat16, "contiguous", 2, "H200") == (
+        "two_pass",
+        5 * 8 * 255 * 196 * 2,
+        3 * 8 * 255 * 196 * 2,
+    )
     arguments = "--bandwidth 1e12 --net resnet18 --batch 8 --dtype bfloat16 --layout contiguous"
     monkeypatch.setattr("sys.argv", ["cost_model", *arguments.split()])
     cost_model.main()
@@ -80,5 +96,5 @@ def test_cost_model(capsys, monkeypatch) -> None:
     (large,) = [x for x in lines if "8x64x112x112" in x and "fwd" in x]
     assert large.split()[4:7] == ["cluster", "25.7", "MB"]
     (small,) = [x for x in lines if "8x256x14x14" in x and "bwd" in x]
-    assert small.split()[4:7] == ["two_pass", "4.0", "MB"]
+    assert small.split()[4:7] == ["block", "2.4", "MB"]
     assert lines[-1].startswith("resnet18         8 bfloat16  contiguous     fwd ")

@@ -15,8 +15,8 @@ namespace {
 // Where the reducing kernel keeps the constants of z: with many channels per thread its sums and
 // the vectors under way take the registers.
 template <typename V>
-using AffinesOf =
-    std::conditional_t<V::kLast && V::kWidth != 1, AffineInShared<V>, AffineInRegisters<V>>;
+using AffinesOf = std::conditional_t<V::kMapping != Mapping::ChannelsFirst && V::kWidth != 1,
+                                     AffineInShared<V>, AffineInRegisters<V>>;
 
 // Formula    sum(g) and sum(g * (x - mean)) * rstd: dbias and dweight, with g = dy * act'(z),
 //            z = fma(x - mean, weight * rstd, bias) + residual
@@ -33,7 +33,7 @@ template <typename V>
 __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardReduceParams p) {
   using T = typename V::T;
   using A = Acc<T>;
-  using W = Walk<V::kWidth, V::kLast>;
+  using W = Walk<V::kWidth, V::kMapping>;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
@@ -42,14 +42,15 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
   constexpr int kChannels = W::kChannels;
   constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
   static_assert(kBatch * kPerVector % 4 == 0, "a full batch leaves nothing to add");
-  const AffinesOf<V> affines(p, walk, reduce_shared_bytes(p.plan.columns * kChannels));
+  const AffinesOf<V> affines(p, walk,
+                             reduce_shared_bytes(V::kMapping, walk.channels_of_tile(p.plan)));
   Pair sum[kChannels];  // of g and g * (x - mean)
   // Adds up every vector of the walk: add(u, g, x) for number u of a batch, done(valid) after it.
   const auto gather = [&](auto add, auto done) {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
     W walk(p.shape, p.plan, blockIdx.x);
-    MaskCursor<const uint8_t, V::kWidth, V::kLast> mask(p.mask, p.plan, walk);
+    MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, walk);
     walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
       const unsigned open = masked ? mask.read(valid) : 0;
       Values<T, V::kWidth> sent[kBatch], value[kBatch];
@@ -114,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
   }
 
   Pair total;
-  if (!tile_sum(sum, walk, p.plan, p.exchange, &total)) return;
-  const int channels = p.plan.columns * kChannels, i = static_cast<int>(threadIdx.x);
+  if (!tile_sum(sum, walk, p.plan, p.shape, p.exchange, &total)) return;
+  const int channels = walk.channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
   const int64_t c = walk.tile * channels + i;
   if (i >= channels || c >= p.shape.C) return;
   // The means are those of the sums that the caller sees.
@@ -152,24 +153,24 @@ __global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApp
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   T* dx = static_cast<T*>(p.dx);
   T* dresidual = static_cast<T*>(p.dresidual);
-  Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
-  constexpr int kChannels = Walk<V::kWidth, V::kLast>::kChannels;
+  using W = Walk<V::kWidth, V::kMapping>;
+  constexpr int kChannels = W::kChannels;
+  W walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
   const bool constant_statistics = p.mean_dy == nullptr, masked = p.mask.bytes != nullptr;
   const bool needs_x = !constant_statistics || (p.epilogue.act != Activation::Identity && !masked);
   if (walk.remaining == 0) return;
-  MaskCursor<const uint8_t, V::kWidth, V::kLast> mask(p.mask, p.plan, walk);
+  MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, walk);
   const AffineInRegisters<V> affines(p, walk);
-  A mean_dy[kChannels], slope[kChannels];
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    const int64_t c = walk.channel + k;
-    mean_dy[k] = slope[k] = 0;
-    if (!constant_statistics) {
-      mean_dy[k] = load_one(static_cast<const A*>(p.mean_dy) + c);
-      slope[k] =
-          MeanRstd<A>(p.statistics, c).rstd * load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
-    }
-  }
+  const OfChannels<A, W> mean_dy(walk.split_of_vector(), [&](int k) -> A {
+    return constant_statistics ? 0
+                               : load_one(static_cast<const A*>(p.mean_dy) + walk.channel_of(k));
+  });
+  const OfChannels<A, W> slope(walk.split_of_vector(), [&](int k) -> A {
+    const int64_t c = walk.channel_of(k);
+    return constant_statistics ? 0
+                               : MeanRstd<A>(p.statistics, c).rstd *
+                                     load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
+  });
   walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
     const unsigned open = masked ? mask.read(valid) : 0;
     Values<T, V::kWidth> sent[kBatch], value[kBatch], added[kBatch];
@@ -210,16 +211,16 @@ __global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApp
 }  // namespace
 
 cudaError_t launch_backward_reduce(const BackwardReduceParams& p, cudaStream_t stream) {
-  return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
+  return with_variant(p.dtype, p.plan, [&](auto variant) {
     using V = decltype(variant);
-    const int shared = reduce_shared_bytes(channels_per_tile(p.plan, p.shape.layout));
+    const int shared = reduce_shared_bytes(p.plan);
     return launch(backward_reduce_kernel<V>, p, p.plan.blocks(), shared + AffinesOf<V>::kBytes,
                   stream);
   });
 }
 
 cudaError_t launch_backward_apply(const BackwardApplyParams& p, cudaStream_t stream) {
-  return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
+  return with_variant(p.dtype, p.plan, [&](auto variant) {
     return launch(backward_apply_kernel<decltype(variant)>, p, p.plan.blocks(), 0, stream);
   });
 }

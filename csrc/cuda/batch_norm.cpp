@@ -42,8 +42,10 @@ struct Call {
         weight(weight),
         bias(bias),
         y(output_like(x, in)) {
+    in.tensor = aligned_if_grouped(in.tensor, in);
+    epilogue.residual = aligned_if_grouped(epilogue.residual, in);
     const bool has_mask = save_mask && epilogue.leaves_mask() && x.numel() != 0;
-    mask = new_mask(x, has_mask ? mask_bytes(in.shape) : 0);
+    mask = new_mask(x, has_mask ? mask_bytes(in.shape, element_bytes(in)) : 0);
     is_aligned =
         aligned(in.tensor.const_data_ptr(), y.const_data_ptr(), data_of(epilogue.residual));
   }
@@ -160,7 +162,8 @@ std::tuple<Tensor, Tensor> stats(const Tensor& x) {
   const c10::cuda::CUDAGuard guard(x.device());
   const auto options = x.options().dtype(at::kDouble);
   if (x.numel() == 0) return {at::zeros({x.size(1)}, options), at::zeros({x.size(1)}, options)};
-  const Input in = resolve(x);
+  Input in = resolve(x);
+  in.tensor = aligned_if_grouped(in.tensor, in);
   Tensor mean = at::empty({x.size(1)}, options), var = at::empty({x.size(1)}, options);
   auto p = params_for<StatisticsParams>(in, plan_for(in, aligned(in.tensor.const_data_ptr())));
   const ExchangeMemory exchange(p.plan, in);

@@ -49,9 +49,11 @@ struct Call {
 Call call(const GradientArguments& a, const OptionalTensor& residual, const Statistics& statistics,
           const OptionalTensor& mask, std::string_view act, double negative_slope) {
   Input in = resolve(a.x);
-  Epilogue epilogue =
-      backward_epilogue(a.op, in, a.x, act, negative_slope, residual, mask, mask_bytes(in.shape));
-  Tensor dy = in_layout_of(a.dy, in);
+  Epilogue epilogue = backward_epilogue(a.op, in, a.x, act, negative_slope, residual, mask,
+                                        mask_bytes(in.shape, element_bytes(in)));
+  in.tensor = aligned_if_grouped(in.tensor, in);
+  epilogue.residual = aligned_if_grouped(epilogue.residual, in);
+  Tensor dy = aligned_if_grouped(in_layout_of(a.dy, in), in);
   return {a.x, std::move(in), std::move(dy), std::move(epilogue), a.weight, a.bias, statistics};
 }
 

@@ -6,9 +6,7 @@
 #include <type_traits>
 
 #include "../activation.h"
-#include "channel.cuh"
-#include "params.h"
-#include "vec.cuh"
+#include "affine.cuh"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -31,86 +29,6 @@ __device__ __forceinline__ void with_activation(Activation act, F f) {
       return f(std::integral_constant<Activation, Activation::Hardswish>{});
   }
 }
-
-// The constants of z of one channel.
-template <typename A>
-struct Affine {
-  A mean, scale, shift;
-
-  Affine() = default;
-  __device__ __forceinline__ Affine(const Statistics& statistics, const ChannelVector& weight,
-                                    const ChannelVector& bias, int64_t c) {
-    const MeanRstd<A> known(statistics, c);
-    mean = known.mean;
-    scale = get_or(weight, c, A{1}) * known.rstd;
-    shift = get_or(bias, c, A{0});
-  }
-};
-
-// Those of a thread's channels, in registers.
-template <typename V>
-class AffineInRegisters {
- public:
-  using A = Acc<typename V::T>;
-  static constexpr int kChannels = V::kLast ? V::kWidth : 1;
-  static constexpr int kBytes = 0;  // of shared memory
-
-  // A thread without channels has nothing to load, and must ask for nothing.
-  template <typename Params, typename Walk>
-  __device__ __forceinline__ AffineInRegisters(const Params& p, const Walk& walk, int = 0) {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      if (walk.channel >= p.shape.C) break;
-      of_[k] = Affine<A>(p.statistics, p.weight, p.bias, walk.channel + k);
-    }
-  }
-  __device__ __forceinline__ Affine<A> operator[](int k) const { return of_[k]; }
-
- private:
-  Affine<A> of_[kChannels];
-};
-
-// Those of a tile's channels, in shared memory: for kernels whose sums leave no registers.
-template <typename V>
-class AffineInShared {
- public:
-  using A = Acc<typename V::T>;
-  static constexpr int kChannels = V::kWidth;
-  static_assert(V::kLast && V::kWidth > 1, "columns are at most kWideColumns");
-  static_assert(kChannels * kWideColumns <= kThreads, "a thread for each channel of the tile");
-  static constexpr int kBytes = 3 * kChannels * kWideColumns * static_cast<int>(sizeof(A));
-
-  // Every thread must call: there is a barrier. The table starts at `byte_offset`, a multiple
-  // of 16.
-  template <typename Params, typename Walk>
-  __device__ __forceinline__ AffineInShared(const Params& p, const Walk& walk, int byte_offset) {
-    const Shared<A> table = dynamic_shared<A>(byte_offset);
-    const int channels = p.plan.columns * kChannels, i = static_cast<int>(threadIdx.x);
-    const int64_t c = walk.tile * channels + i;
-    if (i < channels && c < p.shape.C) {
-      const Affine<A> affine(p.statistics, p.weight, p.bias, c);
-      const int at = i % kChannels * kWideColumns + i / kChannels;
-      table[at] = affine.mean;
-      table[at + kApart] = affine.scale;
-      table[at + 2 * kApart] = affine.shift;
-    }
-    __syncthreads();
-    own_ = table + walk.column;
-  }
-  __device__ __forceinline__ Affine<A> operator[](int k) const {
-    Affine<A> affine;
-    affine.mean = own_[k * kWideColumns];
-    affine.scale = own_[k * kWideColumns + kApart];
-    affine.shift = own_[k * kWideColumns + 2 * kApart];
-    return affine;
-  }
-
- private:
-  // Of [mean, scale, shift][kChannels][kWideColumns]: neighbours read neighbouring words, at
-  // distances that are constants.
-  static constexpr int kApart = kChannels * kWideColumns;
-  Shared<A> own_;  // this thread's column
-};
 
 // z of a vector, in the accumulation type; `residual` is read where `add`.
 template <typename T, int kWidth, typename Affines>

@@ -23,7 +23,7 @@ struct MomentSums {
   using T = typename V::T;
   using A = Acc<T>;
   using Batch = Values<T, V::kWidth>[kBatch];
-  static constexpr int kChannels = V::kLast ? V::kWidth : 1;
+  static constexpr int kChannels = Walk<V::kWidth, V::kMapping>::kChannels;
   static constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
   static constexpr int kValues = kBatch * kPerVector;       // and in a batch
 
@@ -116,12 +116,12 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   using T = typename V::T;
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
-  Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, blockIdx.x);
+  Walk<V::kWidth, V::kMapping> walk(p.shape, p.plan, blockIdx.x);
   MomentSums<V> moments;
 #pragma unroll
   for (int k = 0; k < walk.kChannels; ++k) {
     moments.anchor[k] =
-        walk.channel < p.shape.C ? static_cast<A>(anchor_of<T>(p, walk.channel + k)) : A{0};
+        walk.channel < p.shape.C ? static_cast<A>(anchor_of<T>(p, walk.channel_of(k))) : A{0};
   }
   moments.clear();
   walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   });
   if (!moments.finite()) {
     moments.clear();
-    for (Walk<V::kWidth, V::kLast> again(p.shape, p.plan, blockIdx.x); again.remaining > 0;
+    for (Walk<V::kWidth, V::kMapping> again(p.shape, p.plan, blockIdx.x); again.remaining > 0;
          again.advance(p.plan)) {
       Values<T, V::kWidth> value;
       value.load(x + again.offset);
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   }
 
   Pair total;
-  if (!tile_sum(moments.sum, walk, p.plan, p.exchange, &total)) return;
-  const int channels = p.plan.columns * walk.kChannels, i = static_cast<int>(threadIdx.x);
+  if (!tile_sum(moments.sum, walk, p.plan, p.shape, p.exchange, &total)) return;
+  const int channels = walk.channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
   const int64_t c = walk.tile * channels + i;
   if (i >= channels || c >= p.shape.C) return;
   const double n = static_cast<double>(p.shape.N * p.shape.S);
@@ -170,14 +170,14 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams 
   using T = typename V::T;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
-  Walk<V::kWidth, V::kLast> walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  Walk<V::kWidth, V::kMapping> walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
   if (p.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     ++*p.num_batches_tracked;
   }
   // Lanes write a byte of the mask together.
   const bool together = p.mask.bytes != nullptr;
   if (!walk.more(together)) return;
-  MaskCursor<uint8_t, V::kWidth, V::kLast> mask(p.mask, p.plan, walk);
+  MaskCursor<uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, walk);
   const AffineInRegisters<V> affines(p, walk);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   const auto normalise = [&](const int64_t (&at)[kBatch], int valid) {
@@ -203,14 +203,14 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams 
 }  // namespace
 
 cudaError_t launch_statistics(const StatisticsParams& p, cudaStream_t stream) {
-  return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
+  return with_variant(p.dtype, p.plan, [&](auto variant) {
     return launch(statistics_kernel<decltype(variant)>, p, p.plan.blocks(),
-                  reduce_shared_bytes(channels_per_tile(p.plan, p.shape.layout)), stream);
+                  reduce_shared_bytes(p.plan), stream);
   });
 }
 
 cudaError_t launch_normalise(const NormaliseParams& p, cudaStream_t stream) {
-  return with_variant(p.dtype, p.plan, p.shape.layout, [&](auto variant) {
+  return with_variant(p.dtype, p.plan, [&](auto variant) {
     return launch(normalise_kernel<decltype(variant)>, p, p.plan.blocks(), 0, stream);
   });
 }

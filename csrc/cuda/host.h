@@ -53,7 +53,7 @@ class ExchangeMemory {
  public:
   ExchangeMemory(const WalkPlan& plan, const Input& in) {
     if (plan.chunks == 1) return;
-    const int64_t bytes = partials_of(plan, in.shape.layout) * static_cast<int64_t>(sizeof(Pair));
+    const int64_t bytes = partials_of(plan) * static_cast<int64_t>(sizeof(Pair));
     partials_ = at::empty({bytes}, in.tensor.options().dtype(at::kByte));
     ticket_ = tickets(plan.tiles, in.tensor.options());
     exchange_ = {static_cast<Pair*>(partials_.data_ptr()),
@@ -77,6 +77,20 @@ Params params_for(const Input& in, const WalkPlan& plan) {
   return p;
 }
 
+inline int element_bytes(const Input& in) {
+  return static_cast<int>(in.tensor.element_size());
+}
+
+inline bool is_grouped(const Input& in) {
+  return channels_of_group(in.shape, element_bytes(in)) != 0;
+}
+
+// Kernels that take groups of channels have no other way to access their tensors than by vectors:
+// where t does not start at one, a copy of it.
+inline Tensor aligned_if_grouped(const Tensor& t, const Input& like) {
+  return t.defined() && is_grouped(like) && !aligned(t.const_data_ptr()) ? t.clone() : t;
+}
+
 // Of an undefined tensor null, which is aligned.
 inline const void* data_of(const Tensor& t) {
   return t.defined() ? t.const_data_ptr() : nullptr;
@@ -88,7 +102,7 @@ inline EpilogueParams epilogue_params(const Epilogue& e) {
 }
 
 inline WalkPlan plan_for(const Input& in, bool is_aligned) {
-  return plan_two_pass(in.shape, static_cast<int>(in.tensor.element_size()), is_aligned, limits());
+  return plan_two_pass(in.shape, element_bytes(in), is_aligned, limits());
 }
 
 inline Statistics known(const Tensor& mean, const Tensor& rstd) {

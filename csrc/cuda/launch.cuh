@@ -12,23 +12,31 @@ namespace bnorm_ext {
 namespace cuda {
 
 // What the kernels that walk a tensor are compiled for.
-template <typename T_, int kWidth_, bool kLast_>
+template <typename T_, int kWidth_, Mapping kMapping_>
 struct Variant {
   using T = T_;
   static constexpr int kWidth = kWidth_;
-  static constexpr bool kLast = kLast_;
+  static constexpr Mapping kMapping = kMapping_;
 };
 
 // f(Variant<...>{}) for the one that serves this call.
 template <typename F>
-cudaError_t with_variant(DType dtype, const WalkPlan& plan, Layout layout, F f) {
+cudaError_t with_variant(DType dtype, const WalkPlan& plan, F f) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
     constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(T));
-    if (layout == Layout::ChannelsLast) {
-      return plan.width == 1 ? f(Variant<T, 1, true>{}) : f(Variant<T, kFull, true>{});
+    const bool is_full = plan.width != 1;
+    switch (plan.mapping) {
+      case Mapping::ChannelsLast:
+        return is_full ? f(Variant<T, kFull, Mapping::ChannelsLast>{})
+                       : f(Variant<T, 1, Mapping::ChannelsLast>{});
+      case Mapping::ChannelGroups:
+        if constexpr (sizeof(T) <= 4) return f(Variant<T, kFull, Mapping::ChannelGroups>{});
+        return cudaErrorInvalidValue;
+      default:
+        return is_full ? f(Variant<T, kFull, Mapping::ChannelsFirst>{})
+                       : f(Variant<T, 1, Mapping::ChannelsFirst>{});
     }
-    return plan.width == 1 ? f(Variant<T, 1, false>{}) : f(Variant<T, kFull, false>{});
   };
   switch (dtype) {
     case DType::Float:
@@ -58,12 +66,18 @@ cudaError_t launch(void (*kernel)(Params), const Params& params, int64_t blocks,
 // The same for kernels that keep vectors on chip, which are those of 16 bytes, of 16 or 32 bits a
 // value.
 template <typename F>
-cudaError_t with_resident_variant(DType dtype, Layout layout, F f) {
+cudaError_t with_resident_variant(DType dtype, Mapping mapping, F f) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
     constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(T));
-    return layout == Layout::ChannelsLast ? f(Variant<T, kFull, true>{})
-                                          : f(Variant<T, kFull, false>{});
+    switch (mapping) {
+      case Mapping::ChannelsLast:
+        return f(Variant<T, kFull, Mapping::ChannelsLast>{});
+      case Mapping::ChannelGroups:
+        return f(Variant<T, kFull, Mapping::ChannelGroups>{});
+      default:
+        return f(Variant<T, kFull, Mapping::ChannelsFirst>{});
+    }
   };
   switch (dtype) {
     case DType::Float:

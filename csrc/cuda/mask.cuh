@@ -15,8 +15,9 @@ namespace cuda {
 //                of kThreads, so 8 / kWidth lanes from a multiple of that on have one byte
 // ChannelsLast   the same for adjacent columns, as far as there are any: a tile is all channels, or
 //                a multiple of 8
+// ChannelGroups  each vector has a byte
 // From one vector to the thread's next one the byte moves by a constant and the bit not at all.
-template <typename Byte, int kWidth, bool kLast>
+template <typename Byte, int kWidth, Mapping kMapping>
 class MaskCursor {
  public:
   static_assert(kByteBits % kWidth == 0, "no vector lies in two bytes");
@@ -27,8 +28,16 @@ class MaskCursor {
   static_assert(32 % (kByteBits / kWidth) == 0, "the lanes of one byte are in one warp");
 
   __device__ __forceinline__ MaskCursor(const Mask<Byte>& mask, const WalkPlan& plan,
-                                        const Walk<kWidth, kLast>& walk)
+                                        const Walk<kWidth, kMapping>& walk)
       : mask_(mask.bytes) {
+    if (kMapping == Mapping::ChannelGroups) {
+      byte_ = walk.offset / kWidth;
+      step_ = plan.step / kWidth;
+      shift_ = 0;
+      lanes_ = 1;
+      return;
+    }
+    constexpr bool kLast = kMapping == Mapping::ChannelsLast;
     const int64_t first = walk.chunk * plan.chunk_length + walk.row;  // vector or row
     const int64_t bit = kLast ? walk.channel : first * kWidth;
     byte_ = (kLast ? first : walk.channel) * mask.row_bytes + bit / kByteBits;

@@ -7,7 +7,7 @@
 
 #include "../params.h"
 #include "mask.h"
-#include "plan.h"
+#include "resident_plan.h"
 
 namespace bnorm_ext {
 namespace cuda {

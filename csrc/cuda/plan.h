@@ -8,16 +8,13 @@
 //                  vectors, and row r takes vectors r, r + kThreads, ... of its chunk
 //   ChannelsLast   each column is one vector of channels; row r takes rows r, r + rows, ... of
 //                  the chunk's rows of the matrix [N * S, C]
+//   ChannelGroups  where rows of S values are not of whole vectors, but those of 2 to 16 channels
+//                  together are: a tile is such a group, each column one vector of its group * S
+//                  values, which belong to two channels at most; row r takes rows r, r + rows, ...
+//                  of the chunk's rows of the matrix [N, C * S]. Rows longer than a block is wide
+//                  are taken in `pieces`: chunk k has piece k % pieces. Threads beyond
+//                  rows * columns, and columns beyond the last vector, have nothing to do.
 // A grid is tiles * chunks blocks in one dimension: block b has tile b / chunks, chunk b % chunks.
-//
-// Paths
-//   TwoPass  any size: partial statistics, merged by the last block of a tile to arrive, then a
-//            second kernel that reads everything again
-//   Block    a tile stays in the shared memory of its one block between statistics and writing
-//   Cluster  in that of a team of blocks, which exchange partial sums through it (sm_90 and newer)
-//   Grid     in that of a team of blocks of a cooperative launch, which exchange them through
-//   global
-//            memory; teams take one tile after the other
 #pragma once
 
 #include <cstdint>
@@ -36,10 +33,12 @@ constexpr int kBatch = 4;
 constexpr int kNarrowColumns = 32;
 constexpr int kWideColumns = 16;
 
-enum class Path : int8_t { TwoPass, Block, Cluster, Grid };
+// Channels of a group, at most.
+constexpr int kMostGrouped = 16;
+// Positions up to which what ChannelGroups counts in a row of a group fits 32 bits.
+constexpr int64_t kMostGroupedPositions = int64_t{1} << 26;
 
-// Of which more than 8 need leave, and may find no device that has them free side by side.
-constexpr int kLargestCluster = 16;
+enum class Mapping : int8_t { ChannelsFirst, ChannelsLast, ChannelGroups };
 
 struct DeviceLimits {
   int multiprocessors = 1;
@@ -50,45 +49,39 @@ struct DeviceLimits {
 };
 
 struct WalkPlan {
+  Mapping mapping = Mapping::ChannelsFirst;
   int width = 1;             // elements per access: 16 bytes' worth, or 1
-  int columns = 1;           // a power of two
+  int columns = 1;           // a power of two but in ChannelGroups
   int rows = kThreads;       // kThreads / columns
+  int group = 0;             // ChannelGroups: channels of a tile, a power of two
+  int pieces = 1;            // ChannelGroups: of a group's row
   int64_t tiles = 0;         // of `channels_per_tile` channels, the last one perhaps fewer
-  int64_t chunks = 1;        // per tile
-  int64_t chunk_length = 0;  // ChannelsFirst: vectors of the channel; ChannelsLast: rows
-  int64_t length = 0;        // of a tile, in the same unit: chunks cover it
+  int64_t chunks = 1;        // per tile, a multiple of `pieces`
+  int64_t chunk_length = 0;  // ChannelsFirst: vectors of the channel; else rows
+  int64_t length = 0;        // of a tile, in the same unit: the chunks of each piece cover it
 
   // How a thread goes from one vector to the next, in elements: by `step`, and where that leaves
   // the row of S positions (ChannelsFirst), by `wrap` on to its place in a later one.
-  int64_t row_length = 0;  // vectors per row; ChannelsLast: without end
+  int64_t row_length = 0;  // vectors per row; without end where S is not walked along
   int64_t row_step = 0;    // vectors within the row
   int64_t step = 0, wrap = 0;
 
   int64_t blocks() const { return tiles * chunks; }
 };
 
-// TwoPass where the tensor cannot stay on chip; `reason` says why, or why the path is no better.
-struct ResidentPlan {
-  Path path = Path::TwoPass;
-  const char* reason = "";
-  WalkPlan walk;         // chunks: the blocks of a team
-  int64_t teams = 0;     // at work at a time; all of them but in Grid
-  int vectors = 0;       // of each tensor that stays on chip, per thread
-  int shared_bytes = 0;  // per block
-
-  int64_t blocks() const { return teams * walk.chunks; }
-};
-
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-inline int channels_per_thread(const WalkPlan& plan, Layout layout) {
-  return layout == Layout::ChannelsLast ? plan.width : 1;
-}
-
-inline int channels_per_tile(const WalkPlan& plan, Layout layout) {
-  return plan.columns * channels_per_thread(plan, layout);
+inline int channels_per_tile(const WalkPlan& plan) {
+  switch (plan.mapping) {
+    case Mapping::ChannelsFirst:
+      return 1;
+    case Mapping::ChannelsLast:
+      return plan.columns * plan.width;
+    default:
+      return plan.group;
+  }
 }
 
 constexpr int kWarp = 32;
@@ -96,15 +89,41 @@ constexpr int kWarps = kThreads / kWarp;
 static_assert(kThreads % kWarp == 0, "whole warps");
 constexpr int kPairBytes = 16;  // two doubles
 
-// Shared memory that a block sums through; `channels`: of a tile.
-BNORM_HOST_DEVICE constexpr int reduce_shared_bytes(int channels) {
-  return kWarps * channels * kPairBytes;
+// Shared memory that a block sums through: a pair for each warp and channel, or in ChannelGroups
+// two for each thread and one for each channel.
+BNORM_HOST_DEVICE constexpr int reduce_shared_bytes(Mapping mapping, int channels) {
+  return (mapping == Mapping::ChannelGroups ? 2 * kThreads + channels : kWarps * channels) *
+         kPairBytes;
+}
+
+inline int reduce_shared_bytes(const WalkPlan& plan) {
+  return reduce_shared_bytes(plan.mapping, channels_per_tile(plan));
 }
 
 // How many partial sums the blocks of a reducing kernel exchange.
-inline int64_t partials_of(const WalkPlan& plan, Layout layout) {
-  return plan.chunks == 1 ? 0 : plan.blocks() * channels_per_tile(plan, layout);
+inline int64_t partials_of(const WalkPlan& plan) {
+  return plan.chunks == 1 ? 0 : plan.blocks() * channels_per_tile(plan);
 }
+
+// The channels of a group, for tensors that ChannelGroups is for; else 0.
+constexpr int channels_of_group(const Shape& shape, int element_bytes) {
+  const int full = kVectorBytes / element_bytes;
+  if (shape.layout != Layout::ChannelsFirst || element_bytes > 4 || shape.S % full == 0 ||
+      shape.S < full || shape.S > kMostGroupedPositions) {
+    return 0;
+  }
+  int group = 2;
+  while (group * shape.S % full != 0) group *= 2;
+  // Rows of a group as long as those of a tile in ChannelsLast.
+  while (2 * group <= kMostGrouped && group * shape.S < kWideColumns * full &&
+         shape.C % (2 * group) == 0) {
+    group *= 2;
+  }
+  return shape.C % group == 0 ? group : 0;
+}
+static_assert(channels_of_group({1, 64, 49, Layout::ChannelsFirst}, 2) == 8, "784 bytes");
+static_assert(channels_of_group({1, 64, 196, Layout::ChannelsFirst}, 2) == 2, "784 bytes");
+static_assert(channels_of_group({1, 64, 196, Layout::ChannelsFirst}, 4) == 0, "whole vectors");
 
 // Of `columns` at most, in one chunk. `aligned`: every tensor of the call starts at a multiple of
 // kVectorBytes.
@@ -112,8 +131,10 @@ inline WalkPlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, 
   WalkPlan plan;
   const bool last = shape.layout == Layout::ChannelsLast;
   const int full = kVectorBytes / element_bytes;
-  if (aligned && (last ? shape.C : shape.S) % full == 0) plan.width = full;
+  const int group = aligned ? channels_of_group(shape, element_bytes) : 0;
+  if (group != 0 || (aligned && (last ? shape.C : shape.S) % full == 0)) plan.width = full;
   if (last) {
+    plan.mapping = Mapping::ChannelsLast;
     const int64_t vectors = shape.C / plan.width;
     if (columns == 0) columns = plan.width == 1 ? kNarrowColumns : kWideColumns;
     while (plan.columns < columns && plan.columns < vectors) plan.columns *= 2;
@@ -122,6 +143,18 @@ inline WalkPlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, 
     plan.length = shape.N * shape.S;
     plan.row_length = INT64_MAX;
     plan.step = plan.rows * shape.C;
+  } else if (group != 0) {
+    plan.mapping = Mapping::ChannelGroups;
+    plan.group = group;
+    const int vectors = static_cast<int>(group * shape.S / full);
+    plan.pieces = static_cast<int>(ceil_div(vectors, kThreads));
+    plan.columns = static_cast<int>(ceil_div(vectors, plan.pieces));
+    plan.rows = kThreads / plan.columns;
+    plan.tiles = shape.C / group;
+    plan.chunks = plan.pieces;
+    plan.length = shape.N;
+    plan.row_length = INT64_MAX;
+    plan.step = plan.rows * shape.C * shape.S;
   } else {
     plan.tiles = shape.C;
     plan.row_length = shape.S / plan.width;
@@ -134,147 +167,43 @@ inline WalkPlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, 
   return plan;
 }
 
-// In at most so many chunks, none of them empty.
+// The chunks of each piece: at most so many, none of them empty.
 inline void split(WalkPlan* plan, int64_t chunks) {
   plan->chunk_length = ceil_div(ceil_div(plan->length, chunks), plan->rows) * plan->rows;
-  plan->chunks = ceil_div(plan->length, plan->chunk_length);
+  plan->chunks = ceil_div(plan->length, plan->chunk_length) * plan->pieces;
 }
 
-inline int64_t most_chunks(const WalkPlan& plan) {
-  // Each with work for a few batches, which a block's own reduction costs about as much as.
-  return ceil_div(plan.length, int64_t{2} * kBatch * plan.rows);
+// Chunks of each piece that make so many blocks of all tiles, as far as each of them has work for a
+// few batches, which a block's own reduction costs about as much as.
+inline int64_t filling(const WalkPlan& plan, int64_t blocks) {
+  const int64_t fill = blocks / (plan.tiles * plan.pieces);
+  const int64_t most = ceil_div(plan.length, int64_t{2} * kBatch * plan.rows);
+  return fill < 1 ? 1 : fill < most ? fill : most;
 }
 
 inline WalkPlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
                               const DeviceLimits& device) {
   WalkPlan plan = plan_tiles(shape, element_bytes, aligned);
   // Several blocks per resident one, so that the last ones leave little of the device idle.
-  const int64_t wanted = int64_t{32} * device.multiprocessors;
-  const int64_t chunks = ceil_div(wanted, plan.tiles), most = most_chunks(plan);
-  split(&plan, chunks < most ? chunks : most);
+  constexpr int kPerMultiprocessor = 32;
+  split(&plan, filling(plan, int64_t{kPerMultiprocessor} * device.multiprocessors));
   return plan;
 }
 
-// ---- Resident paths --------------------------------------------------------------------------
-
-// Where things are in a block's shared memory, in bytes; all multiples of 16.
-struct SharedLayout {
-  int team;     // [channels] sums that the team exchanges; before it [kWarps, channels] of a block
-  int table;    // constants of the tile's channels, as if it were as wide as can be
-  int vectors;  // [tensors, vectors, kThreads] of 16 bytes each
-};
-constexpr int kTableRows = 5;
-constexpr int kTableBytes = kTableRows * kWideColumns * 8 * 4;
-BNORM_HOST_DEVICE constexpr SharedLayout shared_layout(int channels) {
-  const int team = reduce_shared_bytes(channels), table = team + channels * kPairBytes;
-  return {team, table, table + kTableBytes};
-}
-
-// The kernels are compiled for so many blocks per multiprocessor at least. That many shares of its
-// shared memory let one block load while another one computes or stores.
-constexpr int kShares = 2;
-constexpr int kReservedBytes = 1024;  // of shared memory, by the driver, per block
-
-// How many blocks of a kernel, or of its clusters, a device holds at once: by its limits alone. In
-// a running process the CUDA runtime is asked instead.
-struct ByLimits {
-  DeviceLimits device;
-  int64_t operator()(Path path, int team, int shared_bytes) const {
-    const int64_t fit = device.shared_per_multiprocessor / (int64_t{shared_bytes} + kReservedBytes);
-    const int64_t blocks = device.multiprocessors * (fit < kShares ? fit : kShares);
-    return path == Path::Cluster ? blocks / team : blocks;
-  }
-};
-
-// Any path, the best one; or one path if at all possible, for tests and measurements. Where a tile
-// is no more than one block's work, a team is that block.
-struct Wanted {
-  bool any = true;
-  Path path = Path::TwoPass;
-  bool may_be(Path p) const { return any || path == p; }
-};
-
-// How a kernel keeps `tensors` tensors of x's shape on chip (1 forward, 2 backward).
-// co_resident(path, team, shared_bytes): how many clusters of `team` blocks, or else blocks, the
-// device holds at once.
-template <typename CoResident>
-ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, int tensors,
-                           const DeviceLimits& device, CoResident co_resident,
-                           const Wanted& wanted = {}) {
-  ResidentPlan plan;
-  const bool last = shape.layout == Layout::ChannelsLast;
-  const auto refuse = [&](const char* reason) {
-    plan.path = Path::TwoPass;
-    plan.reason = reason;
-    return plan;
-  };
-  if (!wanted.any && wanted.path == Path::TwoPass) return refuse("two passes were asked for");
-  if (element_bytes > 4) return refuse("float64 is not kept on chip");
-  if (!aligned) return refuse("a tensor does not start at a multiple of 16 bytes");
-  if ((last ? shape.C : shape.S) * element_bytes % kVectorBytes != 0) {
-    return refuse(last ? "rows of C values are not a multiple of 16 bytes"
-                       : "rows of S values are not a multiple of 16 bytes");
-  }
-  const int64_t full = device.shared_per_block;
-  const int64_t half = device.shared_per_multiprocessor / kShares - kReservedBytes;
-  const int64_t shares[] = {half < full ? half : full, full};
-  const auto bytes_of = [&](const WalkPlan& walk, int64_t vectors) {
-    return shared_layout(channels_per_tile(walk, shape.layout)).vectors +
-           vectors * tensors * kThreads * kVectorBytes;
-  };
-  const auto fits = [&](const WalkPlan& walk, int64_t team, int64_t share) {
-    return bytes_of(walk, ceil_div(ceil_div(walk.length, team), walk.rows)) <= share;
-  };
-  const auto take = [&](Path path, const WalkPlan& walk, int64_t team) {
-    plan.walk = walk;
-    split(&plan.walk, team);
-    plan.path = path == Path::Cluster && plan.walk.chunks == 1 ? Path::Block : path;
-    plan.teams = plan.walk.tiles;
-    plan.vectors = static_cast<int>(plan.walk.chunk_length / plan.walk.rows);
-    plan.shared_bytes = static_cast<int>(bytes_of(plan.walk, plan.vectors));
-  };
-  // Blocks per team that give every multiprocessor something to do.
-  const auto filling = [&](const WalkPlan& walk, int64_t blocks) {
-    const int64_t fill = blocks / walk.tiles, most = most_chunks(walk);
-    return fill < 1 ? 1 : fill < most ? fill : most;
-  };
-
-  // Teams as small as the share allows, or as large as fills the device. In ChannelsLast 256 bytes
-  // of a row are read best; 128 or 64 where only the smaller slab fits.
-  constexpr int kNarrowest = 4;
-  const int64_t largest = wanted.may_be(Path::Cluster) ? device.max_cluster : 1;
-  for (const int64_t share : shares) {
-    for (int columns = kWideColumns; columns >= kNarrowest; columns /= 2) {
-      if (!wanted.may_be(Path::Block) && !wanted.may_be(Path::Cluster)) break;
-      const WalkPlan walk = plan_tiles(shape, element_bytes, aligned, columns);
-      int64_t team = filling(walk, int64_t{device.multiprocessors} * kShares);
-      if (team < 2 && !wanted.may_be(Path::Block)) team = 2;
-      if (team > largest) team = largest;
-      while (team < largest && !fits(walk, team, share)) ++team;
-      if (fits(walk, team, share)) {
-        take(team > 1 ? Path::Cluster : Path::Block, walk, team);
-        const int blocks = static_cast<int>(plan.walk.chunks);
-        if (co_resident(plan.path, blocks, plan.shared_bytes) > 0) return plan;
-      }
-      if (!last) break;
-    }
-  }
-  if (!device.cooperative || !wanted.may_be(Path::Grid)) {
-    return refuse("the tensor is larger than blocks that share their memory hold");
-  }
-  const WalkPlan walk = plan_tiles(shape, element_bytes, aligned, last ? kNarrowest : 1);
-  for (const int64_t share : shares) {
-    const int64_t vectors =
-        (share - bytes_of(walk, 0)) / (int64_t{tensors} * kThreads * kVectorBytes);
-    if (vectors < 1) continue;
-    const int64_t least = ceil_div(walk.length, vectors * walk.rows);
-    take(Path::Grid, walk, least);
-    const int64_t blocks = co_resident(Path::Grid, 1, plan.shared_bytes);
-    if (filling(walk, blocks) > least) take(Path::Grid, walk, filling(walk, blocks));
-    if (plan.teams > blocks / plan.walk.chunks) plan.teams = blocks / plan.walk.chunks;
-    if (plan.teams > 0) return plan;
-  }
-  return refuse("a group of channels is larger than the shared memory of the device");
+// How many values of channel i of a tile a chunk has.
+template <Mapping kMapping>
+BNORM_HOST_DEVICE int64_t values_in_chunk(const Shape& shape, const WalkPlan& plan, int64_t chunk,
+                                          int i) {
+  const bool grouped = kMapping == Mapping::ChannelGroups;
+  const unsigned pieces = static_cast<unsigned>(plan.pieces), number = static_cast<unsigned>(chunk);
+  const int64_t rest = plan.length - (grouped ? number / pieces : chunk) * plan.chunk_length;
+  const int64_t rows = rest < plan.chunk_length ? rest : plan.chunk_length;
+  if (!grouped) return kMapping == Mapping::ChannelsFirst ? rows * plan.width : rows;
+  // The part of the channel's row that is in the piece.
+  const int64_t length = plan.columns * plan.width, begin = number % pieces * length;
+  const int64_t from = i * shape.S > begin ? i * shape.S : begin;
+  const int64_t to = (i + 1) * shape.S < begin + length ? (i + 1) * shape.S : begin + length;
+  return from < to ? rows * (to - from) : 0;
 }
 
 }  // namespace cuda

@@ -46,6 +46,88 @@ __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns)
   return total;
 }
 
+// The same in ChannelGroups, where value[k] is of channel walk.channel_of(k): thread i < group
+// receives the total of channel i of the tile. No barrier is needed between two calls.
+template <typename Walk>
+__device__ __forceinline__ Pair group_sum(const Pair (&value)[Walk::kChannels], const Walk& walk,
+                                          const WalkPlan& plan, const Shape& shape) {
+  constexpr int kWidth = Walk::kChannels;
+  const int t = static_cast<int>(threadIdx.x), lane = t % kWarp, warp = t / kWarp;
+  const Shared<Pair> of_thread = dynamic_shared<Pair>(0);    // [first and second channel, kThreads]
+  const Shared<Pair> of_channel = of_thread + 2 * kThreads;  // [group]
+  Pair first = {0, 0}, second = {0, 0};
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const bool is_first = k < walk.split;
+    first.a += is_first ? value[k].a : 0;
+    first.b += is_first ? value[k].b : 0;
+    second.a += is_first ? 0 : value[k].a;
+    second.b += is_first ? 0 : value[k].b;
+  }
+  of_thread[t] = first;
+  of_thread[kThreads + t] = second;
+  __syncthreads();
+  const int S = static_cast<int>(shape.S);
+  for (int channel = warp; channel < plan.group; channel += kWarps) {
+    // Its columns in this block; where one begins before the channel, that is its second one.
+    const int begin = channel * S - walk.begin, end = begin + S;
+    const int from = begin > 0 ? begin / kWidth : 0;
+    const int beyond = end > 0 ? (end + kWidth - 1) / kWidth : 0;
+    const int to = beyond < plan.columns ? beyond : plan.columns;
+    Pair total = {0, 0};
+    for (int column = from + lane; column < to; column += kWarp) {
+      const Shared<Pair> parts = of_thread + (column * kWidth < begin ? kThreads : 0) + column;
+      for (int row = 0; row < plan.rows; ++row) {
+        const Pair part = parts[row * plan.columns];
+        total.a += part.a;
+        total.b += part.b;
+      }
+    }
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+      total.a += __shfl_xor_sync(0xffffffffu, total.a, apart);
+      total.b += __shfl_xor_sync(0xffffffffu, total.b, apart);
+    }
+    if (lane == 0) of_channel[channel] = total;
+  }
+  __syncthreads();
+  Pair total = {0, 0};
+  if (t < plan.group) total = of_channel[t];
+  return total;
+}
+
+// Either of them: thread i < channels_of_tile has the total of channel i of the tile. As for
+// block_sum.
+template <typename Walk>
+__device__ __forceinline__ Pair chunk_sum(Pair (&value)[Walk::kChannels], const Walk& walk,
+                                          const WalkPlan& plan, const Shape& shape) {
+  if constexpr (Walk::kGrouped) {
+    return group_sum(value, walk, plan, shape);
+  } else {
+    return block_sum(value, plan.columns);
+  }
+}
+
+// Adds part(r, i) over r < count in a fixed order: thread i < channels_of_tile has the total of
+// channel i of the tile. As for block_sum.
+template <typename Walk, typename Part>
+__device__ __forceinline__ Pair sum_of_parts(int count, const WalkPlan& plan, Part part) {
+  constexpr int kChannels = Walk::kGrouped ? 1 : Walk::kChannels;
+  const int columns = Walk::kGrouped ? plan.group : plan.columns;
+  const int t = static_cast<int>(threadIdx.x), column = t & (columns - 1);
+  Pair sum[kChannels];
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
+  for (int r = t / columns; r < count; r += kThreads / columns) {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      const Pair more = part(r, column * kChannels + k);
+      sum[k].a += more.a;
+      sum[k].b += more.b;
+    }
+  }
+  return block_sum(sum, columns);
+}
+
 // Whether this block is the last of `count` to arrive at the ticket; it then sees what the others
 // wrote before. atomicInc wraps the ticket around to 0 with the last arrival. Every thread calls.
 __device__ __forceinline__ bool last_to_arrive(unsigned* ticket, int64_t count) {
@@ -61,31 +143,22 @@ __device__ __forceinline__ bool last_to_arrive(unsigned* ticket, int64_t count) 
 }
 
 // Sums value[k] over all blocks of the tile. True in every thread of the one block that gets the
-// totals: there thread i < columns * kChannels has that of channel i of the tile in `total`.
+// totals: there thread i < channels_of_tile has that of channel i of the tile in `total`.
 template <typename Walk>
 __device__ __forceinline__ bool tile_sum(Pair (&value)[Walk::kChannels], const Walk& walk,
-                                         const WalkPlan& plan, const Exchange& exchange,
-                                         Pair* total) {
-  constexpr int kChannels = Walk::kChannels;
-  *total = block_sum(value, plan.columns);
+                                         const WalkPlan& plan, const Shape& shape,
+                                         const Exchange& exchange, Pair* total) {
+  *total = chunk_sum(value, walk, plan, shape);
   if (plan.chunks == 1) return true;
-  const int channels = plan.columns * kChannels, t = static_cast<int>(threadIdx.x);
+  const int channels = Walk::channels_of_tile(plan), t = static_cast<int>(threadIdx.x);
   const Workspace<Pair> of_tile =
       Workspace<Pair>(exchange.partials) + walk.tile * plan.chunks * channels;
   if (t < channels) of_tile[walk.chunk * channels + t] = *total;
   // Its barriers also part the two calls of block_sum.
   if (!last_to_arrive(exchange.ticket + walk.tile, plan.chunks)) return false;
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) value[k] = {0, 0};
-  for (int64_t chunk = walk.row; chunk < plan.chunks; chunk += plan.rows) {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      const Pair part = of_tile[chunk * channels + walk.column * kChannels + k];
-      value[k].a += part.a;
-      value[k].b += part.b;
-    }
-  }
-  *total = block_sum(value, plan.columns);
+  *total = sum_of_parts<Walk>(
+      static_cast<int>(plan.chunks), plan,
+      [&](int64_t chunk, int i) -> Pair { return of_tile[chunk * channels + i]; });
   return true;
 }
 

@@ -22,7 +22,7 @@ Wanted wanted_path() {
   return {false, Path::Grid};
 }
 
-using CountBlocks = int64_t (*)(DType, Layout, Path, int, int);
+using CountBlocks = int64_t (*)(DType, Mapping, Path, int, int);
 
 ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks count_blocks) {
   const DeviceLimits device = limits();
@@ -41,9 +41,9 @@ ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks cou
   constexpr size_t kMost = 4096;
   if (kept.size() >= kMost) kept.clear();
   return kept[key] = plan_resident(
-             s, static_cast<int>(in.tensor.element_size()), is_aligned, tensors, device,
-             [&](Path path, int team, int shared_bytes) {
-               return count_blocks(in.dtype, s.layout, path, team, shared_bytes);
+             s, element_bytes(in), is_aligned, tensors, device,
+             [&](const WalkPlan& walk, Path path, int team, int shared_bytes) {
+               return count_blocks(in.dtype, walk.mapping, path, team, shared_bytes);
              },
              wanted);
 }
@@ -61,7 +61,7 @@ TeamMemory::TeamMemory(const ResidentPlan& plan, const Input& in, bool counts_ti
   const int64_t teams = plan.path == Path::Grid && plan.walk.chunks > 1 ? plan.teams : 0;
   const auto options = in.tensor.options();
   if (teams > 0) {
-    const int64_t pairs = 2 * plan.blocks() * channels_per_tile(plan.walk, in.shape.layout);
+    const int64_t pairs = 2 * plan.blocks() * channels_per_tile(plan.walk);
     partials_ = at::empty({pairs * kPairBytes}, options.dtype(at::kByte));
     generations_ = tickets(teams, options, TicketUse::Generations);
     exchange_.partials = static_cast<Pair*>(partials_.data_ptr());

@@ -32,19 +32,20 @@ __global__ void __launch_bounds__(kThreads, kShares)
     resident_backward_kernel(ResidentBackwardParams p) {
   using T = typename V::T;
   using A = Acc<T>;
-  using W = Walk<V::kWidth, V::kLast>;
+  using W = Walk<V::kWidth, V::kMapping>;
   using Vector = Values<T, V::kWidth>;
   constexpr int kChannels = W::kChannels;
   constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
+  static_assert(TileTable<V>::kBytes <= kTableBytes, "of which the plan reserves room");
   const WalkPlan& tiles = p.plan.walk;
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   T* dx = static_cast<T*>(p.dx);
   T* dresidual = static_cast<T*>(p.dresidual);
-  const int channels = tiles.columns * kChannels, t = static_cast<int>(threadIdx.x);
-  const SharedLayout shared = shared_layout(channels);
+  const int channels = W::channels_of_tile(tiles), t = static_cast<int>(threadIdx.x);
+  const SharedLayout shared = shared_layout(V::kMapping, channels);
   const Slots<T, V::kWidth> sent(shared, p.plan, 0), slots(shared, p.plan, 1);
-  const Table<V> table(shared, tiles.columns);
   const Team team(p.plan);
+  const TileTable<V> table(shared.table, W(p.shape, tiles, team.rank));
   const bool masked = p.mask.bytes != nullptr;
   int64_t round = 0;
   for (int64_t tile = team.number; tile < tiles.tiles; tile += p.plan.teams, ++round) {
@@ -57,15 +58,15 @@ __global__ void __launch_bounds__(kThreads, kShares)
     if (t < channels) {
       Affine<A> affine = {};  // beyond the last channel too: threads read them, and write nothing
       if (channel() < p.shape.C) affine = {p.statistics, p.weight, p.bias, channel()};
-      table.set(t, affine);
+      set(table, t, affine);
     }
     __syncthreads();
     async_wait<0>();
     // Calls f(u, g, x, dy, at) for vector u of each batch, done(valid) after it.
-    const AffineInTable<V> affines{table};
+    const AffineInTable<TileTable<V>> affines(table);
     const auto each = [&](auto f, auto done) {
       W walk = start();
-      MaskCursor<const uint8_t, V::kWidth, V::kLast> mask(p.mask, tiles, walk);
+      MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, tiles, walk);
       int i = 0;
       walk.batches(tiles, [&](const int64_t (&at)[kBatch], int valid) {
         const unsigned open = masked ? mask.read(valid) : 0;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
           for (int v = 0; v < V::kWidth; ++v) {
             const int k = v % kChannels;
             g_of_4[k] += g[v];
-            dot_of_4[k] = fma(g[v], value[v] - table.get(kMean, k), dot_of_4[k]);
+            dot_of_4[k] = fma(g[v], value[v] - affines[k].mean, dot_of_4[k]);
             if ((u * kPerVector + v / kChannels) % 4 == 3) flush(k);
           }
         },
@@ -126,13 +127,13 @@ __global__ void __launch_bounds__(kThreads, kShares)
               const int k = v % kChannels;
               const double wide_g = g[v];
               sum[k].a += wide_g;
-              sum[k].b += wide_g * (static_cast<double>(value[v]) - table.get(kMean, k));
+              sum[k].b += wide_g * (static_cast<double>(value[v]) - affines[k].mean);
             }
           },
           [](int) {});
     }
-    Pair total = block_sum(sum, tiles.columns);
-    total = team_total<kChannels>(total, p.plan, shared, p.exchange, team, round);
+    Pair total = chunk_sum(sum, start(), tiles, p.shape);
+    total = team_total<W>(total, p.plan, shared, p.exchange, team, round);
     A mean_of_dy = 0, slope_of_x = 0;
     const int64_t c = channel();
     if (t < channels && c < p.shape.C) {
@@ -154,12 +155,9 @@ __global__ void __launch_bounds__(kThreads, kShares)
     __syncthreads();
 
     // The others are read from shared memory at each use: a block has little else to read there.
-    A mean_dy[kChannels], slope[kChannels];
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      mean_dy[k] = table.get(kMeanDy, k);
-      slope[k] = table.get(kSlope, k);
-    }
+    const int split = start().split_of_vector();
+    const OfChannels<A, W> mean_dy(split, [&](int k) { return table.get(kMeanDy, k); });
+    const OfChannels<A, W> slope(split, [&](int k) { return table.get(kSlope, k); });
     each(
         [&](int, const A(&g)[V::kWidth], const Vector& value, int64_t at) {
           Vector rounded;
@@ -173,9 +171,9 @@ __global__ void __launch_bounds__(kThreads, kShares)
             const int k = v % kChannels;
             A d = g[v];
             if (!p.constant_statistics) {
-              d = (d - mean_dy[k]) - (value[v] - table.get(kMean, k)) * slope[k];
+              d = (d - mean_dy[k]) - (value[v] - affines[k].mean) * slope[k];
             }
-            rounded.set(v, d * table.get(kScale, k));
+            rounded.set(v, d * affines[k].scale);
           }
           rounded.store(dx + at);
         },
@@ -188,15 +186,15 @@ __global__ void __launch_bounds__(kThreads, kShares)
 }  // namespace
 
 cudaError_t launch_resident_backward(const ResidentBackwardParams& p, cudaStream_t stream) {
-  return with_resident_variant(p.dtype, p.shape.layout, [&](auto variant) {
+  return with_resident_variant(p.dtype, p.plan.walk.mapping, [&](auto variant) {
     return launch_teams(resident_backward_kernel<decltype(variant)>, p, stream);
   });
 }
 
-int64_t resident_backward_blocks(DType dtype, Layout layout, Path path, int team,
+int64_t resident_backward_blocks(DType dtype, Mapping mapping, Path path, int team,
                                  int shared_bytes) {
   int64_t count = 0;
-  with_resident_variant(dtype, layout, [&](auto variant) {
+  with_resident_variant(dtype, mapping, [&](auto variant) {
     count = co_resident(resident_backward_kernel<decltype(variant)>, path, team, shared_bytes);
     return cudaSuccess;
   });

@@ -18,9 +18,10 @@ namespace {
 // between although the result fits.
 template <bool kSquares, typename V, typename F>
 __device__ __forceinline__ void sum_on_chip(const Slots<typename V::T, V::kWidth>& x, int vectors,
-                                            F f, Pair (&sum)[V::kLast ? V::kWidth : 1]) {
+                                            F f,
+                                            Pair (&sum)[Walk<V::kWidth, V::kMapping>::kChannels]) {
   using A = Acc<typename V::T>;
-  constexpr int kChannels = V::kLast ? V::kWidth : 1;
+  constexpr int kChannels = Walk<V::kWidth, V::kMapping>::kChannels;
   constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
 #pragma unroll
   for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
@@ -85,17 +86,18 @@ __global__ void __launch_bounds__(kThreads, kShares)
     resident_forward_kernel(ResidentForwardParams p) {
   using T = typename V::T;
   using A = Acc<T>;
-  using W = Walk<V::kWidth, V::kLast>;
+  using W = Walk<V::kWidth, V::kMapping>;
   constexpr int kChannels = W::kChannels;
+  static_assert(TileTable<V>::kBytes <= kTableBytes, "of which the plan reserves room");
   const WalkPlan& tiles = p.plan.walk;
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   T* y = static_cast<T*>(p.y);
-  const int channels = tiles.columns * kChannels, t = static_cast<int>(threadIdx.x);
-  const SharedLayout shared = shared_layout(channels);
+  const int channels = W::channels_of_tile(tiles), t = static_cast<int>(threadIdx.x);
+  const SharedLayout shared = shared_layout(V::kMapping, channels);
   const Slots<T, V::kWidth> slots(shared, p.plan, 0);
-  const Table<V> table(shared, tiles.columns);
   const Team team(p.plan);
+  const TileTable<V> table(shared.table, W(p.shape, tiles, team.rank));
   int64_t round = 0;
   for (int64_t tile = team.number; tile < tiles.tiles; tile += p.plan.teams, ++round) {
     // Made anew where it is asked for: kept, it would take the registers of the sums.
@@ -107,25 +109,22 @@ __global__ void __launch_bounds__(kThreads, kShares)
     const auto channel = [&] { return tile * channels + t; };
     const auto has_channel = [&] { return t < channels && channel() < p.shape.C; };
     const auto n_of_block = [&] {
-      const int64_t rest = tiles.length - team.rank * tiles.chunk_length;
-      return static_cast<double>((rest < tiles.chunk_length ? rest : tiles.chunk_length) *
-                                 (V::kLast ? 1 : V::kWidth));
+      return static_cast<double>(values_in_chunk<V::kMapping>(p.shape, tiles, team.rank, t));
     };
     const A anchor = has_channel() ? load_one(first_of_channel<T>(p.x, p.shape, channel())) : A{0};
     async_wait<0>();
 
     Pair sum[kChannels];
     sum_on_chip<false, V>(slots, vectors, [](auto value, int) { return value; }, sum);
-    Pair total = block_sum(sum, tiles.columns);
+    Pair total = chunk_sum(sum, start(), tiles, p.shape);
     const A block_mean = static_cast<A>(total.a / n_of_block());
     if (t < channels) table.set(kMean, t, block_mean);
     __syncthreads();
-    A mean_of[kChannels];
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) mean_of[k] = table.get(kMean, k);
+    const OfChannels<A, W> mean_of(start().split_of_vector(),
+                                   [&](int k) { return table.get(kMean, k); });
     sum_on_chip<true, V>(
         slots, vectors, [&](auto value, int k) { return value - mean_of[k]; }, sum);
-    total = block_sum(sum, tiles.columns);
+    total = chunk_sum(sum, start(), tiles, p.shape);
     // About the anchor, which all blocks of the team have: so that their sums can be added.
     const double about = is_finite(anchor) ? static_cast<double>(anchor) : 0;
     const double shift = static_cast<double>(block_mean) - about;
@@ -133,7 +132,8 @@ __global__ void __launch_bounds__(kThreads, kShares)
     if (!is_finite(block_mean)) total.a = 0;
     const double n_here = n_of_block();
     total = {n_here * shift + total.a, total.b + shift * (2 * total.a + n_here * shift)};
-    total = team_total<kChannels>(total, p.plan, shared, p.exchange, team, round);
+    if (W::kGrouped && n_here == 0) total = {0, 0};  // a piece without values of the channel
+    total = team_total<W>(total, p.plan, shared, p.exchange, team, round);
 
     Affine<A> affine = {};  // beyond the last channel too: threads read them, and write nothing
     if (has_channel()) {
@@ -152,18 +152,18 @@ __global__ void __launch_bounds__(kThreads, kShares)
         update_running(p.running, c, mean, var, n);
       }
     }
-    if (t < channels) table.set(t, affine);
+    if (t < channels) set(table, t, affine);
     if (p.running.num_batches_tracked != nullptr && team.rank == 0) {
       const bool is_last =
           p.tiles_done == nullptr ? tile == 0 : last_to_arrive(p.tiles_done, tiles.tiles);
       if (is_last && t == 0) ++*p.running.num_batches_tracked;
     }
     __syncthreads();
-    const AffineFromTable<V> affines(table);
+    const AffineInRegisters<V> affines(table, start());
     // Lanes write a byte of the mask together.
     const bool together = p.mask.bytes != nullptr;
     W walk = start();
-    MaskCursor<uint8_t, V::kWidth, V::kLast> mask(p.mask, tiles, walk);
+    MaskCursor<uint8_t, V::kWidth, V::kMapping> mask(p.mask, tiles, walk);
     int i = 0;
     walk.batches(
         tiles,
@@ -193,14 +193,15 @@ __global__ void __launch_bounds__(kThreads, kShares)
 }  // namespace
 
 cudaError_t launch_resident_forward(const ResidentForwardParams& p, cudaStream_t stream) {
-  return with_resident_variant(p.dtype, p.shape.layout, [&](auto variant) {
+  return with_resident_variant(p.dtype, p.plan.walk.mapping, [&](auto variant) {
     return launch_teams(resident_forward_kernel<decltype(variant)>, p, stream);
   });
 }
 
-int64_t resident_forward_blocks(DType dtype, Layout layout, Path path, int team, int shared_bytes) {
+int64_t resident_forward_blocks(DType dtype, Mapping mapping, Path path, int team,
+                                int shared_bytes) {
   int64_t count = 0;
-  with_resident_variant(dtype, layout, [&](auto variant) {
+  with_resident_variant(dtype, mapping, [&](auto variant) {
     count = co_resident(resident_forward_kernel<decltype(variant)>, path, team, shared_bytes);
     return cudaSuccess;
   });

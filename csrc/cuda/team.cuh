@@ -1,8 +1,8 @@
 // What the kernels share that keep their part of a tensor on chip: a thread's vectors in shared
-// memory, the constants of a tile, and sums over the blocks of a team.
+// memory, and sums over the blocks of a team.
 #pragma once
 
-#include "epilogue.cuh"
+#include "affine.cuh"
 #include "params.h"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -36,67 +36,10 @@ class Slots {
   Shared<uint4> own_;
 };
 
-// What a table has.
-enum TableRow { kMean, kScale, kShift, kMeanDy, kSlope };
+// What a kernel on chip keeps of a tile's channels.
+template <typename V>
+using TileTable = Table<V, kTableRows>;
 static_assert(kSlope == kTableRows - 1, "");
-
-// Constants of a tile's channels in shared memory, [kTableRows, kChannels, kWideColumns]:
-// neighbouring threads have neighbouring words, at distances that are constants.
-template <typename V>
-class Table {
- public:
-  using A = Acc<typename V::T>;
-  static constexpr int kChannels = V::kLast ? V::kWidth : 1;
-  static constexpr int kRow = kChannels * kWideColumns;
-  static_assert(kTableRows * kRow * static_cast<int>(sizeof(A)) <= kTableBytes, "");
-
-  __device__ __forceinline__ Table(const SharedLayout& shared, int columns)
-      : table_(dynamic_shared<A>(shared.table)),
-        own_(table_ + (static_cast<int>(threadIdx.x) & (columns - 1))) {}
-  // Of channel i of the tile; a barrier before others read it.
-  __device__ __forceinline__ void set(int row, int i, A value) const {
-    table_[row * kRow + i % kChannels * kWideColumns + i / kChannels] = value;
-  }
-  __device__ __forceinline__ void set(int i, const Affine<A>& affine) const {
-    set(kMean, i, affine.mean);
-    set(kScale, i, affine.scale);
-    set(kShift, i, affine.shift);
-  }
-  // Of channel k of this thread.
-  __device__ __forceinline__ A get(int row, int k) const {
-    return own_[row * kRow + k * kWideColumns];
-  }
-
- private:
-  Shared<A> table_, own_;
-};
-
-// The constants of z from the table, at each use, or once.
-template <typename V>
-struct AffineInTable {
-  static constexpr int kChannels = Table<V>::kChannels;
-  Table<V> table;
-  __device__ __forceinline__ Affine<typename Table<V>::A> operator[](int k) const {
-    Affine<typename Table<V>::A> affine;
-    affine.mean = table.get(kMean, k);
-    affine.scale = table.get(kScale, k);
-    affine.shift = table.get(kShift, k);
-    return affine;
-  }
-};
-template <typename V>
-class AffineFromTable {
- public:
-  static constexpr int kChannels = Table<V>::kChannels;
-  explicit __device__ __forceinline__ AffineFromTable(const Table<V>& table) {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) of_[k] = AffineInTable<V>{table}[k];
-  }
-  __device__ __forceinline__ Affine<typename Table<V>::A> operator[](int k) const { return of_[k]; }
-
- private:
-  Affine<typename Table<V>::A> of_[kChannels];
-};
 
 // The blocks that share a tile.
 struct Team {
@@ -132,45 +75,32 @@ __device__ __forceinline__ void team_barrier(const Exchange& exchange, const Tea
   __syncthreads();
 }
 
-// Adds `own`, which thread i < channels of each block has for channel i of the tile, over the
-// blocks of the team in a fixed order: the same total, in the same threads, in all of them. `round`
-// counts the totals of this launch. Every thread calls; the team has passed a barrier since its
-// last call, and passes another one before a block of a cluster ends.
-template <int kChannels>
+// Adds `own`, which thread i < channels_of_tile of each block has for channel i of the tile, over
+// the blocks of the team in a fixed order: the same total, in the same threads, in all of them.
+// `round` counts the totals of this launch. Every thread calls; the team has passed a barrier since
+// its last call, and passes another one before a block of a cluster ends.
+template <typename Walk>
 __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
                                            const SharedLayout& shared, const Exchange& exchange,
                                            const Team& team, int64_t round) {
   if (team.size == 1) return own;
-  const int columns = plan.walk.columns, channels = columns * kChannels;
-  const int t = static_cast<int>(threadIdx.x), row = t / columns, column = t & (columns - 1);
-  Pair sum[kChannels];
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
-  const auto add = [&](int k, const Pair& part) {
-    sum[k].a += part.a;
-    sum[k].b += part.b;
-  };
+  const int channels = Walk::channels_of_tile(plan.walk), t = static_cast<int>(threadIdx.x);
   if (plan.path == Path::Cluster) {
     const Shared<Pair> mine = dynamic_shared<Pair>(shared.team);
     if (t < channels) mine[t] = own;
     cluster_sync();
-    for (int r = row; r < team.size; r += plan.walk.rows) {
-      const Distributed<Pair> of_rank = in_block(mine, static_cast<unsigned>(r));
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) add(k, of_rank[column * kChannels + k]);
-    }
-  } else {
-    // Twice as much memory as one round needs: blocks that are ahead write the next one's.
-    const int64_t at = (round % 2 * plan.teams + team.number) * team.size * channels;
-    const Workspace<Pair> of_team = Workspace<Pair>(exchange.partials) + at;
-    if (t < channels) of_team[team.rank * channels + t] = own;
-    team_barrier(exchange, team);
-    for (int r = row; r < team.size; r += plan.walk.rows) {
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) add(k, of_team[r * channels + column * kChannels + k]);
-    }
+    return sum_of_parts<Walk>(team.size, plan.walk, [&](int64_t rank, int i) -> Pair {
+      return in_block(mine, static_cast<unsigned>(rank))[i];
+    });
   }
-  return block_sum(sum, columns);
+  // Twice as much memory as one round needs: blocks that are ahead write the next one's.
+  const int64_t at = (round % 2 * plan.teams + team.number) * team.size * channels;
+  const Workspace<Pair> of_team = Workspace<Pair>(exchange.partials) + at;
+  if (t < channels) of_team[team.rank * channels + t] = own;
+  team_barrier(exchange, team);
+  return sum_of_parts<Walk>(team.size, plan.walk, [&](int64_t rank, int i) -> Pair {
+    return of_team[rank * channels + i];
+  });
 }
 
 }  // namespace cuda

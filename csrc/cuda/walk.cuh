@@ -7,44 +7,66 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// kChannels: channels per thread, width in ChannelsLast and 1 in ChannelsFirst.
-template <int kWidth, bool kLast>
+// kChannels: what a thread sums apart. With more than one each value of a vector is summed by
+// itself: in ChannelsLast these are channels, in ChannelGroups positions of two channels at most.
+template <int kWidth, Mapping kMapping>
 struct Walk {
-  static constexpr int kChannels = kLast ? kWidth : 1;
+  static constexpr bool kAlong = kMapping == Mapping::ChannelsFirst;  // vectors of one channel
+  static constexpr bool kGrouped = kMapping == Mapping::ChannelGroups;
+  static constexpr int kChannels = kAlong ? 1 : kWidth;
 
   int column, row;    // of this thread in the block
   int64_t tile;       // of this block
   int64_t chunk;      // of this block
-  int64_t channel;    // this thread's first one
+  int64_t channel;    // this thread's first one; C where it has none
   int64_t offset;     // in elements, of the thread's next vector
   int64_t place;      // of that vector in its row of S positions, in vectors
   int64_t remaining;  // vectors that the thread has still to take
+  // ChannelGroups: where the block's first column begins in the row of the group, in elements; this
+  // thread's first channel in the group; values of a vector that are of it, the rest are of the
+  // next.
+  int begin, first, split;
 
   // `block` instead of blockIdx.x, since some kernels go backwards.
   __device__ __forceinline__ Walk(const Shape& shape, const WalkPlan& plan, int64_t block) {
     const int t = static_cast<int>(threadIdx.x);
-    column = t & (plan.columns - 1);
-    row = t / plan.columns;
     tile = block / plan.chunks;
     chunk = block - tile * plan.chunks;
-    channel = tile * plan.columns * kChannels + column * kChannels;
-    const int64_t first = chunk * plan.chunk_length + row;
-    int64_t end = (chunk + 1) * plan.chunk_length;
+    row = t / plan.columns;
+    column = kGrouped ? t - row * plan.columns : t & (plan.columns - 1);
+    const int64_t part = kGrouped ? part_of(plan) : chunk;
+    channel = kGrouped ? channel_in_group(shape, plan)
+                       : tile * plan.columns * kChannels + column * kChannels;
+    const int64_t first_row = part * plan.chunk_length + row;  // or vector
+    int64_t end = (part + 1) * plan.chunk_length;
     if (end > plan.length) end = plan.length;
-    remaining = first < end && channel < shape.C ? (end - first + plan.rows - 1) / plan.rows : 0;
-    if (kLast) {
-      place = 0;
-      offset = first * shape.C + channel;
-    } else {
-      const int64_t n = first / plan.row_length;
-      place = first - n * plan.row_length;
+    remaining =
+        first_row < end && channel < shape.C ? (end - first_row + plan.rows - 1) / plan.rows : 0;
+    place = 0;
+    if (kAlong) {
+      const int64_t n = first_row / plan.row_length;
+      place = first_row - n * plan.row_length;
       offset = (n * shape.C + channel) * shape.S + place * kWidth;
+    } else if (kGrouped) {
+      offset = (first_row * shape.C + tile * plan.group) * shape.S + begin + column * kWidth;
+    } else {
+      offset = first_row * shape.C + channel;
     }
+  }
+
+  static __device__ __forceinline__ int channels_of_tile(const WalkPlan& plan) {
+    return kGrouped ? plan.group : plan.columns * kChannels;
+  }
+  // Values of a vector that are of the thread's first channel.
+  __device__ __forceinline__ int split_of_vector() const { return kGrouped ? split : kWidth; }
+  // Of the k-th of kChannels.
+  __device__ __forceinline__ int64_t channel_of(int k) const {
+    return kGrouped ? channel + (k >= split) : channel + k;
   }
 
   __device__ __forceinline__ void advance(const WalkPlan& plan) {
     offset += plan.step;
-    if (!kLast) {
+    if (kAlong) {
       place += plan.row_step;
       if (place >= plan.row_length) {
         place -= plan.row_length;
@@ -68,16 +90,35 @@ struct Walk {
       int64_t at[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        // Without end in ChannelsLast, so that none but the first needs registers.
-        at[u] = kLast ? offset + u * plan.step : offset;
-        if (!kLast && u < valid) advance(plan);
+        // Rows have no end elsewhere, so that none but the first needs registers.
+        at[u] = kAlong ? offset : offset + u * plan.step;
+        if (kAlong && u < valid) advance(plan);
       }
-      if (kLast) {
+      if (!kAlong) {
         offset += valid * plan.step;
         remaining -= valid;
       }
       f(at, valid);
     }
+  }
+
+ private:
+  // Of the chunks of a piece, this block's; `begin` becomes that of the piece. In 32 bits, as
+  // plan.h promises, since a division takes a quarter of the time so.
+  __device__ __forceinline__ int64_t part_of(const WalkPlan& plan) {
+    const unsigned number = static_cast<unsigned>(chunk);
+    const unsigned part = number / static_cast<unsigned>(plan.pieces);
+    begin = static_cast<int>(number - part * plan.pieces) * plan.columns * kWidth;
+    return part;
+  }
+  __device__ __forceinline__ int64_t channel_in_group(const Shape& shape, const WalkPlan& plan) {
+    const int S = static_cast<int>(shape.S), at = begin + column * kWidth;
+    first = at / S;
+    split = (first + 1) * S - at;
+    if (row < plan.rows && first < plan.group) return tile * plan.group + first;
+    first = 0;
+    split = kWidth;
+    return shape.C;
   }
 };
 

@@ -1,6 +1,6 @@
-// Whether plan.h and walk.cuh cover a tensor: every element exactly once, each access aligned,
-// limits respected. Small tensors are walked whole, huge ones at the places where 32 bits would not
-// do.
+// Whether plan.h, resident_plan.h and walk.cuh cover a tensor: every element exactly once, each
+// access aligned, limits respected. Small tensors are walked whole, huge ones at the places where
+// 32 bits would not do.
 //
 // Resident plans besides: the limits of every generation of devices, teams that fit, one slot of
 // shared memory for each vector.
@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "resident_plan.h"
 #include "walk.cuh"
 
 using namespace bnorm_ext;
@@ -32,29 +33,61 @@ int64_t channel_of(const Shape& s, int64_t offset) {
   return s.layout == Layout::ChannelsLast ? offset % s.C : offset / s.S % s.C;
 }
 
+// Whether some channels have rows of whole vectors together and one has not.
+bool needs_groups(const Shape& s, int bytes) {
+  const int full = kVectorBytes / bytes;
+  if (s.layout == Layout::ChannelsLast || bytes > 4 || s.S % full == 0) return false;
+  if (s.S < full || s.S > kMostGroupedPositions) return false;
+  for (int group = 2; group <= 8; group *= 2) {
+    if (s.C % group == 0 && group * s.S % full == 0) return true;
+  }
+  return false;
+}
+
 void check_limits(const Shape& s, int bytes, bool aligned, const WalkPlan& plan) {
   const int full = kVectorBytes / bytes;
-  const int64_t inner = s.layout == Layout::ChannelsLast ? s.C : s.S;
-  if (plan.width != (aligned && inner % full == 0 ? full : 1)) fail(s, bytes, "width");
-  if (plan.columns < 1 || plan.columns > 32 || kThreads % plan.columns != 0 ||
-      plan.rows * plan.columns != kThreads) {
+  const bool last = s.layout == Layout::ChannelsLast, grouped = aligned && needs_groups(s, bytes);
+  const bool whole = aligned && (last ? s.C : s.S) % full == 0;
+  if (plan.width != (whole || grouped ? full : 1)) fail(s, bytes, "width");
+  if (plan.mapping != (last      ? Mapping::ChannelsLast
+                       : grouped ? Mapping::ChannelGroups
+                                 : Mapping::ChannelsFirst)) {
+    fail(s, bytes, "mapping");
+  }
+  if (grouped) {
+    const int64_t vectors = plan.group * s.S / full, covered = int64_t{plan.columns} * plan.pieces;
+    if (plan.group > kMostGrouped || s.C % plan.group != 0 || plan.group * s.S % full != 0 ||
+        (plan.group & (plan.group - 1)) != 0) {
+      fail(s, bytes, "group");
+    }
+    if (covered < vectors || covered - vectors >= plan.pieces || plan.rows < 1 ||
+        plan.rows * plan.columns > kThreads || plan.chunks % plan.pieces != 0) {
+      fail(s, bytes, "columns, rows and pieces");
+    }
+  } else if (plan.columns < 1 || plan.columns > 32 || kThreads % plan.columns != 0 ||
+             plan.rows * plan.columns != kThreads || plan.pieces != 1) {
     fail(s, bytes, "columns and rows");
   }
-  if (plan.chunks < 1 || (plan.chunks - 1) * plan.chunk_length >= plan.length ||
-      plan.chunks * plan.chunk_length < plan.length) {
+  const int64_t parts = plan.chunks / plan.pieces;
+  if (parts < 1 || (parts - 1) * plan.chunk_length >= plan.length ||
+      parts * plan.chunk_length < plan.length) {
     fail(s, bytes, "chunks");
   }
   if (plan.blocks() > INT32_MAX) fail(s, bytes, "more blocks than a grid has");
-  const int64_t shared = int64_t{kThreads} / 32 * channels_per_tile(plan, s.layout) * 16;
-  if (shared > 48 * 1024) fail(s, bytes, "more shared memory than a block has by default");
+  if (reduce_shared_bytes(plan) > 48 * 1024) {
+    fail(s, bytes, "more shared memory than a block has by default");
+  }
 }
 
-template <int kWidth, bool kLast>
+template <int kWidth, Mapping kMapping>
 void walk_whole(const Shape& s, int bytes, const WalkPlan& plan) {
+  using W = Walk<kWidth, kMapping>;
   std::vector<uint8_t> seen(static_cast<size_t>(s.numel()));
+  const int channels = channels_per_tile(plan);
   for (int64_t block = 0; block < plan.blocks(); ++block) {
+    std::vector<int64_t> of_channel(static_cast<size_t>(channels));
     for (threadIdx.x = 0; threadIdx.x < kThreads; ++threadIdx.x) {
-      Walk<kWidth, kLast> walk(s, plan, block);
+      W walk(s, plan, block);
       if (walk.remaining > 0 && walk.channel >= s.C) return fail(s, bytes, "no such channel");
       walk.batches(plan, [&](const int64_t (&at)[kBatch], int valid) {
         for (int u = 0; u < valid; ++u) {
@@ -62,12 +95,21 @@ void walk_whole(const Shape& s, int bytes, const WalkPlan& plan) {
             return fail(s, bytes, "an access that is not aligned or outside");
           }
           for (int v = 0; v < kWidth; ++v) {
-            const int64_t channel = walk.channel + (kLast ? v : 0);
-            if (channel_of(s, at[u] + v) != channel) fail(s, bytes, "another channel's value");
+            const int64_t channel = walk.channel_of(W::kAlong ? 0 : v);
+            if (channel_of(s, at[u] + v) != channel) return fail(s, bytes, "another channel's");
+            if (channel / channels != walk.tile) return fail(s, bytes, "another tile's channel");
+            ++of_channel[static_cast<size_t>(channel % channels)];
             ++seen[static_cast<size_t>(at[u] + v)];
           }
         }
       });
+    }
+    const int64_t tile = block / plan.chunks;
+    for (int i = 0; i < channels && tile * channels + i < s.C; ++i) {
+      if (values_in_chunk<kMapping>(s, plan, block % plan.chunks, i) !=
+          of_channel[static_cast<size_t>(i)]) {
+        return fail(s, bytes, "a wrong count of a channel's values");
+      }
     }
   }
   for (const uint8_t count : seen) {
@@ -76,17 +118,23 @@ void walk_whole(const Shape& s, int bytes, const WalkPlan& plan) {
 }
 
 // The first two and the last vector of some threads, against the definition of the layout.
-template <int kWidth, bool kLast>
+template <int kWidth, Mapping kMapping>
 void walk_some(const Shape& s, int bytes, const WalkPlan& plan) {
+  using W = Walk<kWidth, kMapping>;
   for (const int64_t block : {int64_t{0}, plan.blocks() / 2, plan.blocks() - 1}) {
     for (const unsigned t : {0u, 77u, 255u}) {
       threadIdx.x = t;
-      Walk<kWidth, kLast> walk(s, plan, block);
-      int64_t index = walk.chunk * plan.chunk_length + walk.row;
+      W walk(s, plan, block);
+      int64_t index = walk.chunk / plan.pieces * plan.chunk_length + walk.row;
       for (int step = 0; step < 100 && walk.remaining > 0; ++step) {
-        const __int128 row = kLast ? index : index * kWidth / s.S;
-        const __int128 right = kLast ? row * s.C + walk.channel
-                                     : (row * s.C + walk.channel) * s.S + index * kWidth % s.S;
+        const __int128 row = W::kAlong ? index * kWidth / s.S : index;
+        __int128 right = row * s.C + walk.channel;
+        if (W::kAlong) right = right * s.S + index * kWidth % s.S;
+        if (W::kGrouped) {
+          const int64_t column = walk.chunk % plan.pieces * plan.columns + walk.column;
+          right = (row * s.C + walk.tile * plan.group) * s.S + column * kWidth;
+          if (walk.offset / s.S % s.C != walk.channel) return fail(s, bytes, "a wrong channel");
+        }
         if (walk.offset != right) return fail(s, bytes, "a wrong offset in a huge tensor");
         walk.advance(plan);
         index += plan.rows;
@@ -95,12 +143,21 @@ void walk_some(const Shape& s, int bytes, const WalkPlan& plan) {
   }
 }
 
+template <int kWidth, Mapping kMapping>
+void check_mapping(const Shape& s, int bytes, const WalkPlan& plan, bool whole) {
+  whole ? walk_whole<kWidth, kMapping>(s, bytes, plan)
+        : walk_some<kWidth, kMapping>(s, bytes, plan);
+}
+
 template <int kWidth>
 void check_width(const Shape& s, int bytes, const WalkPlan& plan, bool whole) {
-  if (s.layout == Layout::ChannelsLast) {
-    whole ? walk_whole<kWidth, true>(s, bytes, plan) : walk_some<kWidth, true>(s, bytes, plan);
-  } else {
-    whole ? walk_whole<kWidth, false>(s, bytes, plan) : walk_some<kWidth, false>(s, bytes, plan);
+  switch (plan.mapping) {
+    case Mapping::ChannelsFirst:
+      return check_mapping<kWidth, Mapping::ChannelsFirst>(s, bytes, plan, whole);
+    case Mapping::ChannelsLast:
+      return check_mapping<kWidth, Mapping::ChannelsLast>(s, bytes, plan, whole);
+    default:
+      return check_mapping<kWidth, Mapping::ChannelGroups>(s, bytes, plan, whole);
   }
 }
 
@@ -131,14 +188,15 @@ void check_resident(const Shape& s, int bytes, int tensors, const DeviceLimits& 
   if (walk.width * bytes != kVectorBytes) fail(s, bytes, "narrow accesses on chip");
   if (plan.shared_bytes > device.shared_per_block)
     fail(s, bytes, "more shared memory than there is");
-  const SharedLayout shared = shared_layout(channels_per_tile(walk, s.layout));
+  const SharedLayout shared = shared_layout(walk.mapping, channels_per_tile(walk));
   if (shared.team % 16 != 0 || shared.table % 16 != 0 || shared.vectors % 16 != 0 ||
-      shared.table < shared.team + channels_per_tile(walk, s.layout) * 16 ||
+      shared.team < reduce_shared_bytes(walk) ||
+      shared.table < shared.team + channels_per_tile(walk) * 16 ||
       plan.shared_bytes < shared.vectors + int64_t{tensors} * plan.vectors * kThreads * 16) {
     fail(s, bytes, "shared memory that overlaps");
   }
   if (int64_t{plan.vectors} * walk.rows < walk.chunk_length) fail(s, bytes, "too few slots");
-  const int64_t held = ByLimits{device}(plan.path, static_cast<int>(team), plan.shared_bytes);
+  const int64_t held = ByLimits{device}(walk, plan.path, static_cast<int>(team), plan.shared_bytes);
   switch (plan.path) {
     case Path::Block:
       if (team != 1 || plan.teams != walk.tiles || held < 1) fail(s, bytes, "not one block");
@@ -181,8 +239,9 @@ int check_residency(const Shape& s) {
           ++plans;
         }
         // A device that holds nothing of what it is asked to hold.
-        const ResidentPlan none = plan_resident(s, bytes, true, tensors, g.limits,
-                                                [](Path, int, int) { return int64_t{0}; });
+        const ResidentPlan none =
+            plan_resident(s, bytes, true, tensors, g.limits,
+                          [](const WalkPlan&, Path, int, int) { return int64_t{0}; });
         if (none.path != Path::TwoPass) fail(s, bytes, "resident where nothing is");
       }
     }
@@ -238,14 +297,17 @@ int main() {
       while (size[0] * size[1] * size[2] > 40000) size[below(3)] = 1 + below(8);
       plans += check({size[0], size[1], size[2], layout});
       plans += check_residency({size[0], size[1], size[2], layout});
-      // As large as layers of nets are, and larger.
+      // As large as layers of nets are, and larger; rows of odd lengths besides.
       plans +=
           check_residency({1 + below(256), 16 * (1 + below(128)), 16 * (1 + below(3136)), layout});
+      plans += check_residency({1 + below(256), 8 * (1 + below(256)), 1 + below(5000), layout});
     }
     const int64_t huge = int64_t{1} << 31;
     for (const Shape& s : {Shape{1, 1, huge + 24, layout}, Shape{huge / 64 + 1, 128, 49, layout},
                            Shape{70000, 64, 3136, layout}, Shape{huge, 2, 1, layout},
-                           Shape{2, 1 << 20, 1056, layout}, Shape{1, 3, huge * 4, layout}}) {
+                           Shape{2, 1 << 20, 1056, layout}, Shape{1, 3, huge * 4, layout},
+                           Shape{3, 16, kMostGroupedPositions - 1, layout},
+                           Shape{3, 16, kMostGroupedPositions + 1, layout}}) {
       plans += check(s) + check_residency(s);
     }
   }

@@ -1,0 +1,169 @@
+// The constants of z per channel, and where a kernel keeps them: in registers, or in a table in
+// shared memory where sums leave no registers.
+#pragma once
+
+#include <type_traits>
+
+#include "channel.cuh"
+#include "params.h"
+#include "walk.cuh"
+
+namespace bnorm_ext {
+namespace cuda {
+
+// The constants of z of one channel.
+template <typename A>
+struct Affine {
+  A mean, scale, shift;
+
+  Affine() = default;
+  __device__ __forceinline__ Affine(const Statistics& statistics, const ChannelVector& weight,
+                                    const ChannelVector& bias, int64_t c) {
+    const MeanRstd<A> known(statistics, c);
+    mean = known.mean;
+    scale = get_or(weight, c, A{1}) * known.rstd;
+    shift = get_or(bias, c, A{0});
+  }
+};
+
+// A value for each channel of a thread, in registers. In ChannelGroups these are two, of which each
+// use selects one.
+template <typename A, typename Walk>
+class OfChannels {
+ public:
+  static constexpr int kChannels = Walk::kChannels;
+
+  // f(k): the value of channel walk.channel_of(k). A thread without channels asks for nothing.
+  template <typename F>
+  __device__ __forceinline__ OfChannels(int split, F f) : split_(split) {
+    if (Walk::kGrouped) {
+      of_[0] = f(0);
+      of_[1] = f(kChannels - 1);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) of_[k] = f(k);
+    }
+  }
+  __device__ __forceinline__ A operator[](int k) const {
+    return !Walk::kGrouped ? of_[k] : k < split_ ? of_[0] : of_[1];
+  }
+
+ private:
+  A of_[Walk::kGrouped ? 2 : kChannels];
+  int split_;
+};
+
+// Constants of a tile's channels in shared memory, kRows for each: neighbouring threads read
+// neighbouring words, at distances that are constants.
+template <typename V, int kRows>
+class Table {
+ public:
+  using A = Acc<typename V::T>;
+  using W = Walk<V::kWidth, V::kMapping>;
+  static constexpr int kChannels = W::kChannels;
+  static_assert(V::kMapping != Mapping::ChannelsLast || V::kWidth > 1, "at most kWideColumns");
+  static constexpr int kRow = W::kGrouped ? kMostGrouped : kChannels * kWideColumns;
+  static_assert(kRow <= kThreads, "a thread for each channel of the tile");
+  static constexpr int kSplitsAt = kRows * kRow * static_cast<int>(sizeof(A));
+  static constexpr int kBytes =
+      kSplitsAt + (W::kGrouped ? kThreads * static_cast<int>(sizeof(int)) : 0);
+
+  // byte_offset: a multiple of 16
+  __device__ __forceinline__ Table(int byte_offset, const W& walk)
+      : table_(dynamic_shared<A>(byte_offset)),
+        own_(table_ + (W::kGrouped ? walk.first : walk.column)),
+        split_(dynamic_shared<int>(byte_offset + kSplitsAt) + static_cast<int>(threadIdx.x)) {
+    if (W::kGrouped) split_[0] = walk.split;
+  }
+  // Of channel i of the tile; a barrier before others read it.
+  __device__ __forceinline__ void set(int row, int i, A value) const {
+    const int at = W::kGrouped ? i : i % kChannels * kWideColumns + i / kChannels;
+    table_[row * kRow + at] = value;
+  }
+  // Of channel k of this thread.
+  __device__ __forceinline__ A get(int row, int k) const {
+    if (!W::kGrouped) return own_[row * kRow + k * kWideColumns];
+    const int split = split_[0];
+    return own_[row * kRow + (k >= split)];
+  }
+
+ private:
+  Shared<A> table_, own_;
+  // The thread's own. In a register, the compiler would work out the places of all values of a
+  // vector in advance, and keep them.
+  Shared<int> split_;
+};
+
+// The first rows of a table.
+enum TableRow { kMean, kScale, kShift, kMeanDy, kSlope };
+constexpr int kAffineRows = kShift + 1;
+
+template <typename Table, typename A>
+__device__ __forceinline__ void set(const Table& table, int i, const Affine<A>& affine) {
+  table.set(kMean, i, affine.mean);
+  table.set(kScale, i, affine.scale);
+  table.set(kShift, i, affine.shift);
+}
+
+// The constants of z from a table, at each use.
+template <typename Table>
+struct AffineInTable {
+  static constexpr int kChannels = Table::kChannels;
+  Table table;
+
+  explicit __device__ __forceinline__ AffineInTable(const Table& table) : table(table) {}
+  __device__ __forceinline__ Affine<typename Table::A> operator[](int k) const {
+    Affine<typename Table::A> affine;
+    affine.mean = table.get(kMean, k);
+    affine.scale = table.get(kScale, k);
+    affine.shift = table.get(kShift, k);
+    return affine;
+  }
+};
+
+// Those of a thread's channels, in registers: from memory, or once from a table.
+template <typename V>
+class AffineInRegisters
+    : public OfChannels<Affine<Acc<typename V::T>>, Walk<V::kWidth, V::kMapping>> {
+ public:
+  using A = Acc<typename V::T>;
+  using W = Walk<V::kWidth, V::kMapping>;
+  static constexpr int kBytes = 0;  // of shared memory
+
+  template <typename Params>
+  __device__ __forceinline__ AffineInRegisters(const Params& p, const W& walk, int = 0)
+      : OfChannels<Affine<A>, W>(walk.split_of_vector(), [&](int k) {
+          return walk.channel < p.shape.C
+                     ? Affine<A>(p.statistics, p.weight, p.bias, walk.channel_of(k))
+                     : Affine<A>();
+        }) {}
+  template <int kRows>
+  __device__ __forceinline__ AffineInRegisters(const Table<V, kRows>& table, const W& walk)
+      : OfChannels<Affine<A>, W>(walk.split_of_vector(),
+                                 [&](int k) { return AffineInTable<Table<V, kRows>>(table)[k]; }) {}
+};
+
+// Those of a tile's channels from memory in a table of their own.
+template <typename V>
+class AffineInShared : public AffineInTable<Table<V, kAffineRows>> {
+ public:
+  using Rows = Table<V, kAffineRows>;
+  using A = typename Rows::A;
+  static constexpr int kBytes = Rows::kBytes;
+
+  // Every thread must call: there is a barrier.
+  template <typename Params>
+  __device__ __forceinline__ AffineInShared(const Params& p, const typename Rows::W& walk,
+                                            int byte_offset)
+      : AffineInTable<Rows>(Rows(byte_offset, walk)) {
+    const int channels = Rows::W::channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
+    const int64_t c = walk.tile * channels + i;
+    if (i < channels && c < p.shape.C) {
+      set(this->table, i, Affine<A>(p.statistics, p.weight, p.bias, c));
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace cuda
+}  // namespace bnorm_ext

@@ -1,0 +1,160 @@
+// Which tensors stay on chip between statistics and writing, and how: from sizes, device limits and
+// what the runtime says is resident, in plain C++ like plan.h.
+//
+// Paths
+//   TwoPass  any size: partial statistics, merged by the last block of a tile to arrive, then a
+//            second kernel that reads everything again
+//   Block    a tile stays in the shared memory of its one block between statistics and writing
+//   Cluster  in that of a team of blocks, which exchange partial sums through it (sm_90 and newer)
+//   Grid     in that of a team of blocks of a cooperative launch, which exchange them through
+//   global
+//            memory; teams take one tile after the other
+#pragma once
+
+#include "plan.h"
+
+namespace bnorm_ext {
+namespace cuda {
+
+enum class Path : int8_t { TwoPass, Block, Cluster, Grid };
+
+// Of which more than 8 need leave, and may find no device that has them free side by side.
+constexpr int kLargestCluster = 16;
+
+// TwoPass where the tensor cannot stay on chip; `reason` says why, or why the path is no better.
+struct ResidentPlan {
+  Path path = Path::TwoPass;
+  const char* reason = "";
+  WalkPlan walk;         // chunks: the blocks of a team
+  int64_t teams = 0;     // at work at a time; all of them but in Grid
+  int vectors = 0;       // of each tensor that stays on chip, per thread
+  int shared_bytes = 0;  // per block
+
+  int64_t blocks() const { return teams * walk.chunks; }
+};
+
+// Where things are in a block's shared memory, in bytes; all multiples of 16.
+struct SharedLayout {
+  int team;     // [channels] sums that the team exchanges; before it those of a block
+  int table;    // constants of the tile's channels, as if it were as wide as can be
+  int vectors;  // [tensors, vectors, kThreads] of 16 bytes each
+};
+constexpr int kTableRows = 5;
+constexpr int kTableBytes = kTableRows * kWideColumns * 8 * 4;
+static_assert(kMostGrouped <= kWideColumns, "in ChannelGroups a row of the table is a group");
+BNORM_HOST_DEVICE constexpr SharedLayout shared_layout(Mapping mapping, int channels) {
+  const int team = reduce_shared_bytes(mapping, channels), table = team + channels * kPairBytes;
+  return {team, table, table + kTableBytes};
+}
+
+// The kernels are compiled for so many blocks per multiprocessor at least. That many shares of its
+// shared memory let one block load while another one computes or stores.
+constexpr int kShares = 2;
+constexpr int kReservedBytes = 1024;  // of shared memory, by the driver, per block
+
+// How many blocks of a kernel, or of its clusters, a device holds at once: by its limits alone. In
+// a running process the CUDA runtime is asked instead.
+struct ByLimits {
+  DeviceLimits device;
+  int64_t operator()(const WalkPlan&, Path path, int team, int shared_bytes) const {
+    const int64_t fit = device.shared_per_multiprocessor / (int64_t{shared_bytes} + kReservedBytes);
+    const int64_t blocks = device.multiprocessors * (fit < kShares ? fit : kShares);
+    return path == Path::Cluster ? blocks / team : blocks;
+  }
+};
+
+// Any path, the best one; or one path if at all possible, for tests and measurements. Where a tile
+// is no more than one block's work, a team is that block.
+struct Wanted {
+  bool any = true;
+  Path path = Path::TwoPass;
+  bool may_be(Path p) const { return any || path == p; }
+};
+
+// How a kernel keeps `tensors` tensors of x's shape on chip (1 forward, 2 backward).
+// co_resident(walk, path, team, shared_bytes): how many clusters of `team` blocks, or else blocks,
+// the device holds at once.
+template <typename CoResident>
+ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, int tensors,
+                           const DeviceLimits& device, CoResident co_resident,
+                           const Wanted& wanted = {}) {
+  ResidentPlan plan;
+  const bool last = shape.layout == Layout::ChannelsLast;
+  const auto refuse = [&](const char* reason) {
+    plan.path = Path::TwoPass;
+    plan.reason = reason;
+    return plan;
+  };
+  if (!wanted.any && wanted.path == Path::TwoPass) return refuse("two passes were asked for");
+  if (element_bytes > 4) return refuse("float64 is not kept on chip");
+  if (!aligned) return refuse("a tensor does not start at a multiple of 16 bytes");
+  constexpr int kNarrowest = 4;
+  const WalkPlan narrowest = plan_tiles(shape, element_bytes, aligned, last ? kNarrowest : 1);
+  if (narrowest.width * element_bytes != kVectorBytes) {
+    if (last) return refuse("rows of C values are not a multiple of 16 bytes");
+    return refuse(shape.S * element_bytes < kVectorBytes
+                      ? "rows of S values are less than 16 bytes"
+                      : "rows of S values, and of groups of channels, are not a multiple of 16 "
+                        "bytes");
+  }
+  const int64_t full = device.shared_per_block;
+  const int64_t half = device.shared_per_multiprocessor / kShares - kReservedBytes;
+  const int64_t shares[] = {half < full ? half : full, full};
+  const auto bytes_of = [&](const WalkPlan& walk, int64_t vectors) {
+    return shared_layout(walk.mapping, channels_per_tile(walk)).vectors +
+           vectors * tensors * kThreads * kVectorBytes;
+  };
+  // A team is `parts` blocks for each piece.
+  const auto fits = [&](const WalkPlan& walk, int64_t parts, int64_t share) {
+    return bytes_of(walk, ceil_div(ceil_div(walk.length, parts), walk.rows)) <= share;
+  };
+  const auto take = [&](Path path, const WalkPlan& walk, int64_t parts) {
+    plan.walk = walk;
+    split(&plan.walk, parts);
+    plan.path = path == Path::Cluster && plan.walk.chunks == 1 ? Path::Block : path;
+    plan.teams = plan.walk.tiles;
+    plan.vectors = static_cast<int>(plan.walk.chunk_length / plan.walk.rows);
+    plan.shared_bytes = static_cast<int>(bytes_of(plan.walk, plan.vectors));
+  };
+
+  // Teams as small as the share allows, or as large as fills the device. In ChannelsLast 256 bytes
+  // of a row are read best; 128 or 64 where only the smaller slab fits.
+  const int64_t largest_team = wanted.may_be(Path::Cluster) ? device.max_cluster : 1;
+  for (const int64_t share : shares) {
+    for (int columns = kWideColumns; columns >= kNarrowest; columns /= 2) {
+      if (!wanted.may_be(Path::Block) && !wanted.may_be(Path::Cluster)) break;
+      const WalkPlan walk = plan_tiles(shape, element_bytes, aligned, columns);
+      const int64_t largest = largest_team / walk.pieces;
+      int64_t parts = filling(walk, int64_t{device.multiprocessors} * kShares);
+      if (parts * walk.pieces < 2 && !wanted.may_be(Path::Block)) parts = 2;
+      if (parts > largest) parts = largest;
+      if (parts == 0) break;
+      while (parts < largest && !fits(walk, parts, share)) ++parts;
+      if (fits(walk, parts, share)) {
+        take(parts * walk.pieces > 1 ? Path::Cluster : Path::Block, walk, parts);
+        const int blocks = static_cast<int>(plan.walk.chunks);
+        if (co_resident(plan.walk, plan.path, blocks, plan.shared_bytes) > 0) return plan;
+      }
+      if (!last) break;
+    }
+  }
+  if (!device.cooperative || !wanted.may_be(Path::Grid)) {
+    return refuse("the tensor is larger than blocks that share their memory hold");
+  }
+  for (const int64_t share : shares) {
+    const int64_t vectors =
+        (share - bytes_of(narrowest, 0)) / (int64_t{tensors} * kThreads * kVectorBytes);
+    if (vectors < 1) continue;
+    const int64_t least = ceil_div(narrowest.length, vectors * narrowest.rows);
+    take(Path::Grid, narrowest, least);
+    const int64_t blocks = co_resident(plan.walk, Path::Grid, 1, plan.shared_bytes);
+    const int64_t parts = filling(narrowest, blocks);
+    if (parts > least) take(Path::Grid, narrowest, parts);
+    if (plan.teams > blocks / plan.walk.chunks) plan.teams = blocks / plan.walk.chunks;
+    if (plan.teams > 0) return plan;
+  }
+  return refuse("a group of channels is larger than the shared memory of the device");
+}
+
+}  // namespace cuda
+}  // namespace bnorm_ext
