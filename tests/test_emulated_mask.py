@@ -56,12 +56,21 @@ def test_mask_of_each_activation(layout: str, act: str, training: bool) -> None:
         assert same_bits(emulated.run(c, e), through_mask)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((4, 8, 12, 24), "contiguous"),
+        ((4, 8, 12, 24), "channels_last"),
+        pytest.param((4, 8, 5, 7), "contiguous", id="groups"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_mask_for_another_alignment(dtype: torch.dtype, layout: str) -> None:
+def test_mask_for_another_alignment(
+    dtype: torch.dtype, shape: tuple[int, ...], layout: str
+) -> None:
     """Written by a call whose tensors start at multiples of 16 bytes and read by one whose do not,
     and the other way round."""
-    c, e = fused((4, 8, 12, 24), dtype, layout, "relu", True, training=False)
+    c, e = fused(shape, dtype, layout, "relu", True, training=False)
 
     def shifted(t: Tensor) -> Tensor:
         storage = torch.empty(t.numel() + 1, dtype=dtype)
@@ -70,11 +79,12 @@ def test_mask_for_another_alignment(dtype: torch.dtype, layout: str) -> None:
         return moved
 
     found = []
-    for moves in itertools.product([lambda t: t, shifted], repeat=2):
+    for moves in itertools.product([lambda t: t, shifted], repeat=3):
         with emulated.session() as s:
             rest = [s.copy(t) for t in (c.weight, c.bias, c.running_mean, c.running_var)]
             y, mask = s.call(
-                *("batch_norm_inference", s.copy(moves[0](c.x)), s.copy(e.residual), *rest),
+                *("batch_norm_inference", s.copy(moves[0](c.x)), s.copy(moves[2](e.residual))),
+                *rest,
                 *(c.eps, e.act, e.slope, True),
             )
             gradients = s.call(

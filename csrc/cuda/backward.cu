@@ -38,18 +38,19 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   const bool masked = p.mask.bytes != nullptr;
-  W walk(p.shape, p.plan, blockIdx.x);
+  // Made anew where it is asked for: kept, it would take the registers of the sums.
+  const auto start = [&] { return W(p.shape, p.plan, blockIdx.x); };
   constexpr int kChannels = W::kChannels;
   constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
   static_assert(kBatch * kPerVector % 4 == 0, "a full batch leaves nothing to add");
-  const AffinesOf<V> affines(p, walk,
-                             reduce_shared_bytes(V::kMapping, walk.channels_of_tile(p.plan)));
+  const AffinesOf<V> affines(p, start(),
+                             reduce_shared_bytes(V::kMapping, W::channels_of_tile(p.plan)));
   Pair sum[kChannels];  // of g and g * (x - mean)
   // Adds up every vector of the walk: add(u, g, x) for number u of a batch, done(valid) after it.
   const auto gather = [&](auto add, auto done) {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
-    W walk(p.shape, p.plan, blockIdx.x);
+    W walk = start();
     MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, walk);
     walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
       const unsigned open = masked ? mask.read(valid) : 0;
@@ -115,9 +116,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
   }
 
   Pair total;
-  if (!tile_sum(sum, walk, p.plan, p.shape, p.exchange, &total)) return;
-  const int channels = walk.channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
-  const int64_t c = walk.tile * channels + i;
+  if (!tile_sum(sum, start(), p.plan, p.shape, p.exchange, &total)) return;
+  const int channels = W::channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
+  const int64_t c = start().tile * channels + i;
   if (i >= channels || c >= p.shape.C) return;
   // The means are those of the sums that the caller sees.
   const double n = static_cast<double>(p.shape.N * p.shape.S);

@@ -116,7 +116,9 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   using T = typename V::T;
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
-  Walk<V::kWidth, V::kMapping> walk(p.shape, p.plan, blockIdx.x);
+  // Made anew where it is asked for: kept, it would take the registers of the sums.
+  const auto start = [&] { return Walk<V::kWidth, V::kMapping>(p.shape, p.plan, blockIdx.x); };
+  auto walk = start();
   MomentSums<V> moments;
 #pragma unroll
   for (int k = 0; k < walk.kChannels; ++k) {
@@ -134,8 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   });
   if (!moments.finite()) {
     moments.clear();
-    for (Walk<V::kWidth, V::kMapping> again(p.shape, p.plan, blockIdx.x); again.remaining > 0;
-         again.advance(p.plan)) {
+    for (auto again = start(); again.remaining > 0; again.advance(p.plan)) {
       Values<T, V::kWidth> value;
       value.load(x + again.offset);
       moments.add_in_double(value);
@@ -143,9 +144,9 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   }
 
   Pair total;
-  if (!tile_sum(moments.sum, walk, p.plan, p.shape, p.exchange, &total)) return;
+  if (!tile_sum(moments.sum, start(), p.plan, p.shape, p.exchange, &total)) return;
   const int channels = walk.channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
-  const int64_t c = walk.tile * channels + i;
+  const int64_t c = start().tile * channels + i;
   if (i >= channels || c >= p.shape.C) return;
   const double n = static_cast<double>(p.shape.N * p.shape.S);
   const double mean = anchor_of<T>(p, c) + total.a / n;
