@@ -17,7 +17,6 @@ PATHS: dict[str, dict[str, Any]] = {
     "grid": {"path": "grid", "multiprocessors": 3},
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# All with rows of whole 16 bytes, or with groups of channels that have them.
 CASES = [
     pytest.param((4, 6, 4, 8), "contiguous", id="vectors"),
     pytest.param((8, 2, 32, 48), "contiguous", id="few channels"),
@@ -26,11 +25,15 @@ CASES = [
     pytest.param((2, 3, 1, 4096), "contiguous", id="rows longer than a block"),
     pytest.param((9, 16, 7, 7), "contiguous", id="groups of channels"),
     pytest.param((5, 32, 3, 3), "contiguous", id="channels of two vectors"),
+    pytest.param((5, 3, 37, 29), "contiguous", id="odd rows"),
+    pytest.param((3, 5, 7, 3), "contiguous", id="odd, small"),
     pytest.param((4, 16, 4, 8), "channels_last", id="vectors of channels"),
+    pytest.param((4, 37, 13, 11), "channels_last", id="odd, last"),
     pytest.param((2, 304, 2, 2), "channels_last", id="many channels"),
     pytest.param((9, 8, 13, 11), "channels_last", id="few channels, last"),
     pytest.param((2, 16, 3, 4, 6), "channels_last", id="3-D"),
     pytest.param((130, 40), "contiguous", id="1-D"),
+    pytest.param((130, 10), "contiguous", id="1-D, odd"),
 ]
 
 
@@ -202,14 +205,15 @@ def test_counter(path: str, momentum: float | None) -> None:
         assert len(s.launches) == 2
 
 
+@pytest.mark.parametrize("shape", [(8, 2, 32, 48), (8, 8, 17, 17)], ids=["channels", "groups"])
 @pytest.mark.parametrize("path", ["cluster", "grid"])
-def test_refused_launch_takes_two_passes(path: str) -> None:
+def test_refused_launch_takes_two_passes(path: str, shape: tuple[int, ...]) -> None:
     """The device holds less than the plan counted on: nothing is lost but time."""
-    c = made((8, 2, 32, 48), torch.float32, "contiguous")
+    c = made(shape, torch.float32, "contiguous")
     with emulated.session(**PATHS[path]) as s:
         x, weight, bias = (s.copy(t) for t in (c.x, c.weight, c.bias))
         counter = s.copy(torch.tensor(3), inout=True)
-        mean, var = (s.copy(torch.zeros(2), inout=True) for _ in range(2))
+        mean, var = (s.copy(torch.zeros(shape[1]), inout=True) for _ in range(2))
         s.refuse()
         y, m, rstd, _ = s.call("batch_norm_training", x, None, weight, bias, mean, var, counter,
                                None, c.eps, "identity", 0.0, False)  # fmt: skip

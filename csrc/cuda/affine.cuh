@@ -61,8 +61,8 @@ class Table {
   using A = Acc<typename V::T>;
   using W = Walk<V::kWidth, V::kMapping>;
   static constexpr int kChannels = W::kChannels;
-  static_assert(V::kMapping != Mapping::ChannelsLast || V::kWidth > 1, "at most kWideColumns");
-  static constexpr int kRow = W::kGrouped ? kMostGrouped : kChannels * kWideColumns;
+  static constexpr int kColumns = V::kWidth == 1 ? kNarrowColumns : kWideColumns;
+  static constexpr int kRow = W::kGrouped ? kMostGrouped : kChannels * kColumns;
   static_assert(kRow <= kThreads, "a thread for each channel of the tile");
   static constexpr int kSplitsAt = kRows * kRow * static_cast<int>(sizeof(A));
   static constexpr int kBytes =
@@ -77,12 +77,12 @@ class Table {
   }
   // Of channel i of the tile; a barrier before others read it.
   __device__ __forceinline__ void set(int row, int i, A value) const {
-    const int at = W::kGrouped ? i : i % kChannels * kWideColumns + i / kChannels;
+    const int at = W::kGrouped ? i : i % kChannels * kColumns + i / kChannels;
     table_[row * kRow + at] = value;
   }
   // Of channel k of this thread.
   __device__ __forceinline__ A get(int row, int k) const {
-    if (!W::kGrouped) return own_[row * kRow + k * kWideColumns];
+    if (!W::kGrouped) return own_[row * kRow + k * kColumns];
     const int split = split_[0];
     return own_[row * kRow + (k >= split)];
   }

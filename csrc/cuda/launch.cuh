@@ -19,8 +19,8 @@ struct Variant {
   static constexpr Mapping kMapping = kMapping_;
 };
 
-// f(Variant<...>{}) for the one that serves this call.
-template <typename F>
+// f(Variant<...>{}) for the one that serves this call. kWidest: of the values that f is for.
+template <int kWidest = 8, typename F>
 cudaError_t with_variant(DType dtype, const WalkPlan& plan, F f) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
@@ -42,7 +42,8 @@ cudaError_t with_variant(DType dtype, const WalkPlan& plan, F f) {
     case DType::Float:
       return of_type(float{});
     case DType::Double:
-      return of_type(double{});
+      if constexpr (kWidest == 8) return of_type(double{});
+      return cudaErrorInvalidValue;
     case DType::Half:
       return of_type(c10::Half{});
     default:
@@ -61,34 +62,6 @@ cudaError_t launch(void (*kernel)(Params), const Params& params, int64_t blocks,
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, params);
-}
-
-// The same for kernels that keep vectors on chip, which are those of 16 bytes, of 16 or 32 bits a
-// value.
-template <typename F>
-cudaError_t with_resident_variant(DType dtype, Mapping mapping, F f) {
-  const auto of_type = [&](auto zero) {
-    using T = decltype(zero);
-    constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(T));
-    switch (mapping) {
-      case Mapping::ChannelsLast:
-        return f(Variant<T, kFull, Mapping::ChannelsLast>{});
-      case Mapping::ChannelGroups:
-        return f(Variant<T, kFull, Mapping::ChannelGroups>{});
-      default:
-        return f(Variant<T, kFull, Mapping::ChannelsFirst>{});
-    }
-  };
-  switch (dtype) {
-    case DType::Float:
-      return of_type(float{});
-    case DType::Half:
-      return of_type(c10::Half{});
-    case DType::BFloat16:
-      return of_type(c10::BFloat16{});
-    default:
-      return cudaErrorInvalidValue;
-  }
 }
 
 constexpr int kSharedWithoutOptIn = 48 * 1024;

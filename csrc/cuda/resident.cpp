@@ -22,7 +22,7 @@ Wanted wanted_path() {
   return {false, Path::Grid};
 }
 
-using CountBlocks = int64_t (*)(DType, Mapping, Path, int, int);
+using CountBlocks = int64_t (*)(DType, const WalkPlan&, Path, int, int);
 
 ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks count_blocks) {
   const DeviceLimits device = limits();
@@ -43,7 +43,7 @@ ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks cou
   return kept[key] = plan_resident(
              s, element_bytes(in), is_aligned, tensors, device,
              [&](const WalkPlan& walk, Path path, int team, int shared_bytes) {
-               return count_blocks(in.dtype, walk.mapping, path, team, shared_bytes);
+               return count_blocks(in.dtype, walk, path, team, shared_bytes);
              },
              wanted);
 }

@@ -25,7 +25,8 @@ namespace {
 //            dresidual, where asked for
 // Numerics   g, products and sums of four in the accumulation type, the rest in double; a thread
 //            whose sums are not finite gathers them again in double. Results are rounded once.
-// Requires   16-byte vectors; all blocks of a team resident at once; a mask only with a piecewise
+// Requires   16- or 32-bit values; all blocks of a team resident at once; a mask only with a
+// piecewise
 //            linear act
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kShares)
@@ -186,15 +187,15 @@ __global__ void __launch_bounds__(kThreads, kShares)
 }  // namespace
 
 cudaError_t launch_resident_backward(const ResidentBackwardParams& p, cudaStream_t stream) {
-  return with_resident_variant(p.dtype, p.plan.walk.mapping, [&](auto variant) {
+  return with_variant<kWidestOnChip>(p.dtype, p.plan.walk, [&](auto variant) {
     return launch_teams(resident_backward_kernel<decltype(variant)>, p, stream);
   });
 }
 
-int64_t resident_backward_blocks(DType dtype, Mapping mapping, Path path, int team,
+int64_t resident_backward_blocks(DType dtype, const WalkPlan& walk, Path path, int team,
                                  int shared_bytes) {
   int64_t count = 0;
-  with_resident_variant(dtype, mapping, [&](auto variant) {
+  with_variant<kWidestOnChip>(dtype, walk, [&](auto variant) {
     count = co_resident(resident_backward_kernel<decltype(variant)>, path, team, shared_bytes);
     return cudaSuccess;
   });

@@ -79,7 +79,8 @@ __device__ __forceinline__ void sum_on_chip(const Slots<typename V::T, V::kWidth
 // Numerics   The mean of the block's values in double, rounded; then the deviations from it, whose
 //            sum mends that rounding. Blocks meet in double about the channel's first value. Each y
 //            in the accumulation type, rounded once.
-// Requires   16-byte vectors; all blocks of a team resident at once; a ticket of 0 where there is
+// Requires   16- or 32-bit values; all blocks of a team resident at once; a ticket of 0 where there
+// is
 //            one
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kShares)
@@ -193,15 +194,15 @@ __global__ void __launch_bounds__(kThreads, kShares)
 }  // namespace
 
 cudaError_t launch_resident_forward(const ResidentForwardParams& p, cudaStream_t stream) {
-  return with_resident_variant(p.dtype, p.plan.walk.mapping, [&](auto variant) {
+  return with_variant<kWidestOnChip>(p.dtype, p.plan.walk, [&](auto variant) {
     return launch_teams(resident_forward_kernel<decltype(variant)>, p, stream);
   });
 }
 
-int64_t resident_forward_blocks(DType dtype, Mapping mapping, Path path, int team,
+int64_t resident_forward_blocks(DType dtype, const WalkPlan& walk, Path path, int team,
                                 int shared_bytes) {
   int64_t count = 0;
-  with_resident_variant(dtype, mapping, [&](auto variant) {
+  with_variant<kWidestOnChip>(dtype, walk, [&](auto variant) {
     count = co_resident(resident_forward_kernel<decltype(variant)>, path, team, shared_bytes);
     return cudaSuccess;
   });

@@ -37,8 +37,10 @@ struct ResidentPlan {
 struct SharedLayout {
   int team;     // [channels] sums that the team exchanges; before it those of a block
   int table;    // constants of the tile's channels, as if it were as wide as can be
-  int vectors;  // [tensors, vectors, kThreads] of 16 bytes each
+  int vectors;  // [tensors, vectors, kThreads], of 16 bytes each or of a value
 };
+// Bytes of a value, at most.
+constexpr int kWidestOnChip = 4;
 constexpr int kTableRows = 5;
 constexpr int kTableBytes = kTableRows * kWideColumns * 8 * 4;
 static_assert(kMostGrouped <= kWideColumns, "in ChannelGroups a row of the table is a group");
@@ -86,23 +88,19 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     return plan;
   };
   if (!wanted.any && wanted.path == Path::TwoPass) return refuse("two passes were asked for");
-  if (element_bytes > 4) return refuse("float64 is not kept on chip");
-  if (!aligned) return refuse("a tensor does not start at a multiple of 16 bytes");
-  constexpr int kNarrowest = 4;
-  const WalkPlan narrowest = plan_tiles(shape, element_bytes, aligned, last ? kNarrowest : 1);
-  if (narrowest.width * element_bytes != kVectorBytes) {
-    if (last) return refuse("rows of C values are not a multiple of 16 bytes");
-    return refuse(shape.S * element_bytes < kVectorBytes
-                      ? "rows of S values are less than 16 bytes"
-                      : "rows of S values, and of groups of channels, are not a multiple of 16 "
-                        "bytes");
-  }
+  if (element_bytes > kWidestOnChip) return refuse("float64 is not kept on chip");
+  // In ChannelsLast 256 bytes of a row are read best, 128 or 64 where only the smaller slab fits;
+  // of rows that are not of whole vectors, 32 or 16 values.
+  const bool narrow = plan_tiles(shape, element_bytes, aligned).width == 1;
+  const int widest = narrow ? kNarrowColumns : kWideColumns, least = narrow ? kWideColumns : 4;
+  const WalkPlan narrowest = plan_tiles(shape, element_bytes, aligned, least);
   const int64_t full = device.shared_per_block;
   const int64_t half = device.shared_per_multiprocessor / kShares - kReservedBytes;
   const int64_t shares[] = {half < full ? half : full, full};
+  const int64_t slot_bytes = int64_t{narrowest.width} * element_bytes;
   const auto bytes_of = [&](const WalkPlan& walk, int64_t vectors) {
     return shared_layout(walk.mapping, channels_per_tile(walk)).vectors +
-           vectors * tensors * kThreads * kVectorBytes;
+           vectors * tensors * kThreads * slot_bytes;
   };
   // A team is `parts` blocks for each piece.
   const auto fits = [&](const WalkPlan& walk, int64_t parts, int64_t share) {
@@ -117,11 +115,10 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     plan.shared_bytes = static_cast<int>(bytes_of(plan.walk, plan.vectors));
   };
 
-  // Teams as small as the share allows, or as large as fills the device. In ChannelsLast 256 bytes
-  // of a row are read best; 128 or 64 where only the smaller slab fits.
+  // Teams as small as the share allows, or as large as fills the device.
   const int64_t largest_team = wanted.may_be(Path::Cluster) ? device.max_cluster : 1;
   for (const int64_t share : shares) {
-    for (int columns = kWideColumns; columns >= kNarrowest; columns /= 2) {
+    for (int columns = widest; columns >= least; columns /= 2) {
       if (!wanted.may_be(Path::Block) && !wanted.may_be(Path::Cluster)) break;
       const WalkPlan walk = plan_tiles(shape, element_bytes, aligned, columns);
       const int64_t largest = largest_team / walk.pieces;
@@ -143,13 +140,13 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
   }
   for (const int64_t share : shares) {
     const int64_t vectors =
-        (share - bytes_of(narrowest, 0)) / (int64_t{tensors} * kThreads * kVectorBytes);
+        (share - bytes_of(narrowest, 0)) / (int64_t{tensors} * kThreads * slot_bytes);
     if (vectors < 1) continue;
-    const int64_t least = ceil_div(narrowest.length, vectors * narrowest.rows);
-    take(Path::Grid, narrowest, least);
+    const int64_t needed = ceil_div(narrowest.length, vectors * narrowest.rows);
+    take(Path::Grid, narrowest, needed);
     const int64_t blocks = co_resident(plan.walk, Path::Grid, 1, plan.shared_bytes);
     const int64_t parts = filling(narrowest, blocks);
-    if (parts > least) take(Path::Grid, narrowest, parts);
+    if (parts > needed) take(Path::Grid, narrowest, parts);
     if (plan.teams > blocks / plan.walk.chunks) plan.teams = blocks / plan.walk.chunks;
     if (plan.teams > 0) return plan;
   }

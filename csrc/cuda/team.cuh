@@ -2,6 +2,8 @@
 // memory, and sums over the blocks of a team.
 #pragma once
 
+#include <type_traits>
+
 #include "affine.cuh"
 #include "params.h"
 #include "reduce.cuh"
@@ -15,25 +17,48 @@ namespace cuda {
 template <typename T, int kWidth>
 class Slots {
  public:
+  static constexpr int kBytes = kWidth * static_cast<int>(sizeof(T));
+
   // number: of the tensor, of those that stay on chip
   __device__ __forceinline__ Slots(const SharedLayout& shared, const ResidentPlan& plan, int number)
-      : own_(dynamic_shared<uint4>(shared.vectors) + number * plan.vectors * kThreads +
+      : own_(dynamic_shared<Slot>(shared.vectors) + number * plan.vectors * kThreads +
              static_cast<int>(threadIdx.x)) {}
-  // All of the walk's vectors, under way until async_wait.
+  // All of the walk's vectors; those of 16 bytes are under way until async_wait.
   template <typename Walk>
   __device__ __forceinline__ void fetch(Walk walk, const WalkPlan& plan, const T* from) const {
-    for (int i = 0; walk.remaining > 0; ++i, walk.advance(plan)) {
-      async_copy16(own_ + i * kThreads, from + walk.offset);
+    if constexpr (kBytes == kVectorBytes) {
+      for (int i = 0; walk.remaining > 0; ++i, walk.advance(plan)) {
+        async_copy16(own_ + i * kThreads, from + walk.offset);
+      }
+    } else {
+      // As many bytes under way at least as where accesses are wide.
+      constexpr int kUnderWay = 16;
+      for (int i = 0; walk.remaining > 0; i += kUnderWay) {
+        Slot value[kUnderWay];
+        const int64_t left = walk.remaining;
+#pragma unroll
+        for (int u = 0; u < kUnderWay; ++u) {
+          if (u >= left) break;
+          value[u] = load_bytes<kBytes>(from + walk.offset);
+          walk.advance(plan);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnderWay; ++u) {
+          if (u < left) own_[(i + u) * kThreads] = value[u];
+        }
+      }
     }
   }
   __device__ __forceinline__ Values<T, kWidth> operator[](int i) const {
     Values<T, kWidth> values;
-    values.take(own_[i * kThreads]);
+    const Slot slot = own_[i * kThreads];
+    values.take(slot);
     return values;
   }
 
  private:
-  Shared<uint4> own_;
+  using Slot = std::conditional_t<kBytes == kVectorBytes, uint4, Bytes<kBytes>>;
+  Shared<Slot> own_;
 };
 
 // What a kernel on chip keeps of a tile's channels.

@@ -23,6 +23,7 @@ class Values {
     static_assert(sizeof(bytes_) == sizeof(all), "");
     bytes_ = {{all.x, all.y, all.z, all.w}};
   }
+  __device__ __forceinline__ void take(const Bytes<kWidth * sizeof(T)>& all) { bytes_ = all; }
   __device__ __forceinline__ void store(T* p) const { store_bytes<kWidth * sizeof(T)>(p, bytes_); }
 
   __device__ __forceinline__ Acc<T> operator[](int v) const {

@@ -177,22 +177,22 @@ const Generation kGenerations[] = {
 };
 
 void check_resident(const Shape& s, int bytes, int tensors, const DeviceLimits& device,
-                    const ResidentPlan& plan, bool whole) {
+                    const ResidentPlan& plan, bool aligned, bool whole) {
   if (plan.path == Path::TwoPass) {
     if (plan.reason[0] == '\0') fail(s, bytes, "no reason for two passes");
     return;
   }
   const WalkPlan& walk = plan.walk;
   const int64_t team = walk.chunks;
-  check_limits(s, bytes, /*aligned=*/true, walk);
-  if (walk.width * bytes != kVectorBytes) fail(s, bytes, "narrow accesses on chip");
+  check_limits(s, bytes, aligned, walk);
   if (plan.shared_bytes > device.shared_per_block)
     fail(s, bytes, "more shared memory than there is");
   const SharedLayout shared = shared_layout(walk.mapping, channels_per_tile(walk));
   if (shared.team % 16 != 0 || shared.table % 16 != 0 || shared.vectors % 16 != 0 ||
       shared.team < reduce_shared_bytes(walk) ||
       shared.table < shared.team + channels_per_tile(walk) * 16 ||
-      plan.shared_bytes < shared.vectors + int64_t{tensors} * plan.vectors * kThreads * 16) {
+      plan.shared_bytes <
+          shared.vectors + int64_t{tensors} * plan.vectors * kThreads * walk.width * bytes) {
     fail(s, bytes, "shared memory that overlaps");
   }
   if (int64_t{plan.vectors} * walk.rows < walk.chunk_length) fail(s, bytes, "too few slots");
@@ -214,6 +214,8 @@ void check_resident(const Shape& s, int bytes, int tensors, const DeviceLimits& 
       }
   }
   switch (walk.width) {
+    case 1:
+      return check_width<1>(s, bytes, walk, whole);
     case 4:
       return check_width<4>(s, bytes, walk, whole);
     default:
@@ -221,29 +223,35 @@ void check_resident(const Shape& s, int bytes, int tensors, const DeviceLimits& 
   }
 }
 
+int check_residency(const Shape& s, int bytes, bool aligned, int tensors, const DeviceLimits& d) {
+  const Wanted each[] = {{},
+                         {false, Path::TwoPass},
+                         {false, Path::Block},
+                         {false, Path::Cluster},
+                         {false, Path::Grid}};
+  for (const Wanted& wanted : each) {
+    const ResidentPlan plan = plan_resident(s, bytes, aligned, tensors, d, ByLimits{d}, wanted);
+    const bool as_wanted = wanted.any || plan.path == wanted.path || plan.walk.chunks == 1 ||
+                           plan.path == Path::TwoPass;
+    if (!as_wanted) fail(s, bytes, "another path than was asked for");
+    if (wanted.any) ++paths[static_cast<int>(plan.path)];
+    check_resident(s, bytes, tensors, d, plan, aligned, wanted.any && s.numel() <= 40000);
+  }
+  // A device that holds nothing of what it is asked to hold.
+  const ResidentPlan none = plan_resident(
+      s, bytes, aligned, tensors, d, [](const WalkPlan&, Path, int, int) { return int64_t{0}; });
+  if (none.path != Path::TwoPass) fail(s, bytes, "resident where nothing is");
+  return 5;
+}
+
 int check_residency(const Shape& s) {
   int plans = 0;
   for (const int bytes : {2, 4}) {
     for (const int tensors : {1, 2}) {
       for (const Generation& g : kGenerations) {
-        for (const Wanted& wanted :
-             {Wanted{}, Wanted{false, Path::TwoPass}, Wanted{false, Path::Block},
-              Wanted{false, Path::Cluster}, Wanted{false, Path::Grid}}) {
-          const ResidentPlan plan =
-              plan_resident(s, bytes, true, tensors, g.limits, ByLimits{g.limits}, wanted);
-          const bool as_wanted = wanted.any || plan.path == wanted.path || plan.walk.chunks == 1 ||
-                                 plan.path == Path::TwoPass;
-          if (!as_wanted) fail(s, bytes, "another path than was asked for");
-          if (wanted.any || !as_wanted) ++paths[static_cast<int>(plan.path)];
-          check_resident(s, bytes, tensors, g.limits, plan, wanted.any && s.numel() <= 40000);
-          ++plans;
-        }
-        // A device that holds nothing of what it is asked to hold.
-        const ResidentPlan none =
-            plan_resident(s, bytes, true, tensors, g.limits,
-                          [](const WalkPlan&, Path, int, int) { return int64_t{0}; });
-        if (none.path != Path::TwoPass) fail(s, bytes, "resident where nothing is");
+        plans += check_residency(s, bytes, true, tensors, g.limits);
       }
+      plans += check_residency(s, bytes, false, tensors, kGenerations[3].limits);
     }
   }
   return plans;
