@@ -23,7 +23,7 @@ class MaskCursor {
   static_assert(kByteBits % kWidth == 0, "no vector lies in two bytes");
   static_assert(kBatch * kByteBits == 32, "the bits of a batch are one word");
   static_assert(kThreads % kByteBits == 0, "a thread's vectors have their bits at the same place");
-  static_assert(kWideColumns * 2 % kByteBits == 0 && kNarrowColumns % kByteBits == 0,
+  static_assert(kWideColumns % kByteBits == 0 && kNarrowColumns % kByteBits == 0,
                 "tiles beside each other share no byte");
   static_assert(32 % (kByteBits / kWidth) == 0, "the lanes of one byte are in one warp");
 

@@ -39,8 +39,6 @@ struct SharedLayout {
   int table;    // constants of the tile's channels, as if it were as wide as can be
   int vectors;  // [tensors, vectors, kThreads], of 16 bytes each or of a value
 };
-// Bytes of a value, at most.
-constexpr int kWidestOnChip = 4;
 constexpr int kTableRows = 5;
 constexpr int kTableBytes = kTableRows * kWideColumns * 8 * 4;
 static_assert(kMostGrouped <= kWideColumns, "in ChannelGroups a row of the table is a group");
@@ -48,6 +46,9 @@ BNORM_HOST_DEVICE constexpr SharedLayout shared_layout(Mapping mapping, int chan
   const int team = reduce_shared_bytes(mapping, channels), table = team + channels * kPairBytes;
   return {team, table, table + kTableBytes};
 }
+
+// Bytes of a value that the kernels are compiled for, at most.
+constexpr int kWidestOnChip = 4;
 
 // The kernels are compiled for so many blocks per multiprocessor at least. That many shares of its
 // shared memory let one block load while another one computes or stores.
