@@ -57,6 +57,14 @@ struct RunningUpdate {
   bool cumulative = false;                 // 1 / (num_batches_tracked + 1) in its place
 };
 
+// The constant term of z = fma(x - mean, scale, shift): the bias, and what rounding the mean to the
+// accumulation type has left out of it, `rest`. That must be 0 where backward makes z again from
+// the rounded mean, since both have to see the same side of a kink.
+BNORM_HOST_DEVICE double shift_of(double bias, double rest, double scale) {
+  const double more = rest * scale;
+  return more - more == 0 ? bias - more : bias;  // an infinite weight leaves y infinite
+}
+
 struct ForwardParams {
   Shape shape;
   DType dtype = DType::Float;   // of x, y and residual

@@ -10,7 +10,17 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
-from helpers import DTYPES, Case, Results, assert_promise, case, kinds, normal, run
+from helpers import (
+    DTYPES,
+    Case,
+    Results,
+    assert_exact,
+    assert_promise,
+    case,
+    kinds,
+    normal,
+    run,
+)
 
 import bnorm_ext
 from bnorm_ext.reference import batch_norm_reference
@@ -118,10 +128,15 @@ def test_nothing_cancels(layout: str) -> None:
     sign = torch.where(normal((4, 3, 16, 24), seed=5) > 0, 1.0, -1.0).flatten(2)
     sign[..., ::2] = -sign[..., 1::2]
     c = case(1e5 + sign.view(4, 3, 16, 24).double(), torch.float32, layout=layout)
-    y = emulated.run(c)["y"].double()
-    right = batch_norm_reference(c.x, None, None, c.weight, c.bias, True, 0, c.eps).y
-    scale = c.weight.double().abs() + c.bias.double().abs()
-    assert ((y - right).abs().amax((0, 2, 3)) < 4 * 2**-24 * scale).all()
+    assert_exact(c, emulated.run(c)["y"])
+
+
+@pytest.mark.parametrize("path", ["two_pass", "block"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_is_known_beyond_float(layout: str, path: str) -> None:
+    """What rounding it leaves out would be 1e4 times as large in y."""
+    c = case(normal((4, 3, 16, 24), seed=6, mean=1e4), torch.float32, layout=layout)
+    assert_exact(c, emulated.run(c, path=path)["y"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

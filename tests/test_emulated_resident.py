@@ -181,6 +181,17 @@ def test_activation_and_residual(path: str, add: bool, act: str) -> None:
                     assert torch.equal(found["dx"], recomputed["dx"])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("path", [*PATHS, "two_pass"])
+def test_both_directions_see_the_same_side_of_a_kink(path: str, layout: str) -> None:
+    """Far from 0, where a mean that is known better moves many z across it."""
+    x = normal((8, 8, 32, 48), seed=6, mean=1e4)
+    c = case(x, torch.float32, layout=layout)
+    c = c.but(dy=torch.ones_like(c.x))
+    found = emulated.run(c, emulated.Epilogue("relu"), **PATHS.get(path, {"path": path}))
+    assert torch.equal(found["dbias"], (found["y"] > 0).sum((0, 2, 3)).float())
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("path", PATHS)
 def test_counter(path: str, momentum: float | None) -> None:

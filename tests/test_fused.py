@@ -332,3 +332,17 @@ def test_refused():
         with pytest.raises(ValueError, match=r"identity, relu, relu6, leaky_relu, silu, hardswish"):
             call(act=bad)
     assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_both_directions_see_the_same_side_of_a_kink(layout):
+    """Far from 0, where a mean that is known better moves many z across it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 6, 32, 48, generator=generator) + 1e4
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(6, generator=generator)
+    bias = torch.randn(6, generator=generator).requires_grad_()
+    y = bnorm_ext.batch_norm(x, None, None, weight, bias, True, act="relu")
+    y.sum().backward()
+    assert torch.equal(bias.grad, (y > 0).sum((0, 2, 3)).float())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, assert_promise, case, normal, threads
+from helpers import BOTH, DTYPES, assert_exact, assert_promise, case, normal, run, threads
 from torch import Tensor
 
 LAYOUTS = {
@@ -73,6 +73,15 @@ def test_means(layout, dtype, mean, training):
     assert_promise(
         case(normal(shape, 1, mean), dtype, layout=name, training=training, **statistics)
     )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 3, 16, 24), (2, 37, 1, 1), (1, 24, 1, 2)], ids=str)
+def test_mean_is_known_beyond_float(shape, layout) -> None:
+    """What rounding it leaves out would grow in y by |mean| / std."""
+    for mean in (1, 1e4):
+        c = case(normal(shape, seed=6, mean=mean), torch.float32, layout=layout)
+        assert_exact(c, run(BOTH["ours"], c)["y"])
 
 
 @pytest.mark.parametrize("parameters", ["data", "float32", "none", "weight", "bias"])

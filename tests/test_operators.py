@@ -86,12 +86,15 @@ def test_opcheck_pieces_of_synchronised_training(device):
 def test_pieces_make_the_whole(device):
     """Two processes with half a batch each, statistics merged, are one process with all of it.
     What sums in float lose depends on which values stand together: a unit in the last place of
-    the variance. Everything that follows from equal statistics is equal to the bit."""
+    the variance. Everything that follows from equal statistics is equal to the bit, but for y
+    without an activation: in one piece it knows the mean beyond float."""
     x, dy = torch.randn(6, 5, 7, 3, device=device) + 3, torch.randn(6, 5, 7, 3, device=device)
     weight, bias = torch.randn(5, device=device), torch.randn(5, device=device)
     whole = [torch.zeros(5, device=device), torch.ones(5, device=device)]
     merged = [t.clone() for t in whole]
-    y, mean, rstd, _ = ops.batch_norm_training(x, None, weight, bias, *whole, None, 0.1, 1e-5)
+    given = (x, None, weight, bias)
+    y, mean, rstd, _ = ops.batch_norm_training(*given, *whole, None, 0.1, 1e-5)
+    activated = ops.batch_norm_training(*given, None, None, None, 0.1, 1e-5, "relu")[0]
 
     halves = [half.contiguous() for half in x.chunk(2)]
     statistics = [ops.batch_norm_stats(half) for half in halves]
@@ -103,8 +106,12 @@ def test_pieces_make_the_whole(device):
     unit = torch.finfo(torch.float32).eps
     for one, two in ((mean, mean2), (rstd, rstd2), *zip(whole, merged, strict=True)):
         torch.testing.assert_close(one, two, rtol=unit, atol=0)
-    pieces = [ops.batch_norm_apply(h, None, weight, bias, mean, rstd)[0] for h in halves]
-    assert torch.equal(y, torch.cat(pieces))
+    for act, right in (("relu", activated), ("identity", y)):
+        pieces = torch.cat(
+            [ops.batch_norm_apply(h, None, weight, bias, mean, rstd, act)[0] for h in halves]
+        )
+        lost = unit * (mean * rstd * weight).abs().max() if act == "identity" else 0
+        assert (pieces - right).abs().max() <= lost
 
     dx, _, dweight, dbias = ops.batch_norm_backward(
         *(dy, x, None, weight, bias, mean, rstd, None, "identity", 0.0, [True, False, True, True])

@@ -90,7 +90,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
           mean_of[c] = static_cast<A>(batch_mean);
           rstd_of_c[c] = static_cast<A>(rstd_of<A>(var, eps));
           scale[c] = static_cast<A>(get_or(w, c, 1)) * rstd_of_c[c];
-          shift[c] = static_cast<A>(get_or(b, c, 0));
+          const bool is_seen_again = e.act != Activation::Identity;
+          shift[c] = static_cast<A>(
+              shift_of(get_or(b, c, 0), is_seen_again ? 0 : batch_mean - mean_of[c], scale[c]));
           running.update(c, batch_mean, var);
         },
         [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); }, true);

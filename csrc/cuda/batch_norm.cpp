@@ -129,8 +129,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
   p.mean = mean.data_ptr();
   p.rstd = rstd.data_ptr();
   p.running = running;
+  // What rounding the mean leaves out goes into y too, where backward does not make z again.
+  Tensor wide_mean;
+  if (c.epilogue.act == Activation::Identity && c.in.dtype != DType::Double) {
+    wide_mean = at::empty({x.size(1)}, x.options().dtype(at::kDouble));
+    p.wide_mean = wide_mean.data_ptr<double>();
+  }
   C10_CUDA_CHECK(launch_statistics(p, stream()));
-  normalise(c, known(mean, rstd), running.num_batches_tracked);
+  normalise(c, known(wide_mean.defined() ? wide_mean : mean, rstd), running.num_batches_tracked);
   return {c.y, mean, rstd, c.mask};
 }
 

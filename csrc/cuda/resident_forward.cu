@@ -146,7 +146,9 @@ __global__ void __launch_bounds__(kThreads, kShares)
       const A rstd = rstd_of<A>(var, p.eps);
       affine.mean = static_cast<A>(mean);
       affine.scale = get_or(p.weight, c, A{1}) * rstd;
-      affine.shift = get_or(p.bias, c, A{0});
+      const bool is_seen_again = p.epilogue.act != Activation::Identity;
+      affine.shift = static_cast<A>(
+          shift_of(get_or(p.bias, c, A{0}), is_seen_again ? 0 : mean - affine.mean, affine.scale));
       if (team.rank == 0) {
         store_one(static_cast<A*>(p.mean) + c, affine.mean);
         store_one(static_cast<A*>(p.rstd) + c, rstd);
