@@ -78,7 +78,8 @@ struct ForwardParams {
   Activation act = Activation::Identity;
   double slope = 0;         // of leaky_relu
   uint8_t* mask = nullptr;  // MaskRows of bits, written; or null
-  // CPU: whether y is written past the caches, and how many elements ahead x is fetched then.
+  // CPU: whether y is written past the caches, and how many elements ahead x and residual are
+  // fetched then.
   bool stream = false;
   int64_t ahead = 0;
 };
@@ -103,7 +104,8 @@ struct BackwardParams {
   double slope = 0;               // of leaky_relu
   const uint8_t* mask = nullptr;  // what forward wrote, in place of z; or null
   void* dresidual = nullptr;      // [N, C, S] the gradient of z, or null
-  // CPU: whether dx is written past the caches, and how far ahead dy and x are fetched then.
+  // CPU: whether dx and dresidual are written past the caches, and how far ahead dy, x and residual
+  // are fetched then.
   bool stream = false;
   int64_t ahead = 0;
 };

@@ -59,10 +59,11 @@ def test_same_bits_for_any_number_of_threads(name, dtype, training):
             assert again[key] == value, (count, key)
 
 
-def test_same_bits_by_slab_and_by_chunk():
-    """Outputs of 16 MB and more: a thread takes whole channels where each has four to take."""
-    c = case(normal((8, 16, 181, 183), 0, 3))
-    assert c.x.nbytes > 16 << 20
+@pytest.mark.parametrize("shape", [(8, 16, 181, 183), (70, 64, 29, 29), (900, 64, 7, 7)], ids=str)
+def test_same_bits_by_slab_and_by_chunk(shape):
+    """Large outputs: a thread takes whole channels where each has four to take."""
+    c = case(normal(shape, 0, 3))
+    assert c.x.nbytes > 10 << 20
     with threads(1):
         first = bits(c)
     for count in (4, 5):
@@ -97,36 +98,48 @@ def test_operators_of_synchronised_training_are_independent_of_threads():
 
 # ---- Large outputs ------------------------------------------------------------------------------
 
-# Over 16 MiB the CPU kernels write past the caches, whole aligned vectors only; rows of odd lengths
-# put the parts before and after them everywhere.
-LARGE = {"rows of channels": (67,), "planes": (3, 4099), "wide": (1031, 1)}
+# Where a call touches 20 MiB and more, the CPU kernels write past the caches, whole aligned vectors
+# only; rows of odd lengths put the parts before and after them everywhere, and where rows run into
+# each other, samples of a whole number of vectors, or not, are taken in other loops.
+LARGE = {
+    "rows of channels": (67,),
+    "planes": (3, 4099),
+    "wide": (1031, 1),
+    "rows that run into each other": (64, 7, 7),
+    "in samples that are not aligned": (67, 7, 7),
+}
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["plain", "added"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("tail", LARGE.values(), ids=LARGE.keys())
-def test_large_outputs_have_the_bits_of_small_ones(tail, dtype):
+def test_large_outputs_have_the_bits_of_small_ones(tail, dtype, added):
     row = torch.Size(tail).numel() * dtype.itemsize
-    rows = (16 << 20) // row + 3
+    rows = (12 << 20) // row + 3
     x = normal((101, *tail), 0, 3).to(dtype).repeat(-(-rows // 101), *[1] * len(tail))[:rows]
-    assert x.nbytes > 16 << 20
-    dy = x.flip(0)
+    dy, residual = x.flip(0), x.roll(1, 0)
     acc = accumulation_type(dtype)
-    vectors = [normal((tail[0],), seed).abs().to(acc) + 0.5 for seed in range(5)]
-    weight, mean, rstd, mean_dy, mean_dy_xhat = vectors
+    vectors = [normal((tail[0],), seed).abs().to(acc) + 0.5 for seed in range(6)]
+    weight, bias, mean, rstd, mean_dy, mean_dy_xhat = vectors
     ops = torch.ops.bnorm_ext
+    known, act = (weight, bias - 2, mean, rstd), "relu" if added else "identity"
 
-    def forward_and_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        y = ops.batch_norm_apply(x, None, weight, None, mean, rstd)[0]
-        return y, ops.batch_norm_backward_apply(
-            dy, x, None, weight, None, mean, rstd, None, mean_dy, mean_dy_xhat
-        )[0]
+    def forward_and_backward(x: Tensor, dy: Tensor, r: Tensor) -> list[Tensor]:
+        also = r if added else None
+        y, mask = ops.batch_norm_apply(x, also, *known, act, save_mask=added)
+        saved = mask if added else None
+        means = (mean_dy, mean_dy_xhat)
+        dx, dr = ops.batch_norm_backward_apply(dy, x, also, *known, saved, *means, act)
+        return [y, dx, dr] if added else [y, dx]
 
-    y, dx = forward_and_backward(x, dy)
-    for part in torch.arange(rows).tensor_split(3):
+    assert 2 * x.nbytes > 20 << 20
+    large = forward_and_backward(x, dy, residual)
+    for part in torch.arange(rows).tensor_split(4):
         few = slice(int(part[0]), int(part[-1]) + 1)
-        small_y, small_dx = forward_and_backward(x[few], dy[few])
-        assert torch.equal(y[few], small_y)
-        assert torch.equal(dx[few], small_dx)
+        assert 4 * x[few].nbytes < 20 << 20
+        small = forward_and_backward(x[few], dy[few], residual[few])
+        for a, b in zip(large, small, strict=True):
+            assert torch.equal(a[few], b)
 
 
 # ---- Instruction sets ---------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_same_bits_for_any_number_of_threads(shape, dtype, layout, act):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_enough_to_be_streamed(layout):
-    """Outputs of 16 MB and more are written past the caches: other loops, the same bits."""
+    """Large outputs are written past the caches: other loops, the same bits."""
     f = make((16, 72, 64, 61), torch.float32, layout, "relu", True, True)
     assert f.c.x.nbytes >= 16 << 20
     assert_close(f)

@@ -84,7 +84,8 @@ struct Backward {
       }
       // What is streamed must be aligned alike.
       p.stream =
-          streams(wants_dx ? dx : dresidual) &&
+          streams(wants_dx ? dx : dresidual,
+                  2 + (p.residual != nullptr) + wants_dx + wants_dresidual) &&
           (!wants_dx || !wants_dresidual ||
            reinterpret_cast<uintptr_t>(p.dx) % 64 == reinterpret_cast<uintptr_t>(p.dresidual) % 64);
       const auto set_coefficients = [&](int64_t c, double dy_mean, double dy_xhat_mean) {

@@ -144,6 +144,7 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   const A* scale = static_cast<const A*>(p.scale);
   const V zero = V::all(0);
   const bool training = p.mean_dy != nullptr;
+  const T* residual = static_cast<const T*>(p.residual);
   T* dresidual = static_cast<T*>(p.dresidual);
   const int64_t ahead = p.ahead;  // read once: the compiler must think that a store may change it
   if (p.act != Activation::Identity || dresidual != nullptr) {
@@ -160,6 +161,7 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
             const int64_t at = place.at;
             fetch_ahead(dy + at + ahead, how);
             fetch_ahead(x + at + ahead, how);
+            if (residual != nullptr) fetch_ahead(residual + at + ahead, how);
             const V d = load(x + at, part, zero) - k[0];
             const V g = gradient(load(dy + at, part, zero), d, place, part, k[2], k[3]);
             if (dresidual != nullptr) store(dresidual + at, part, g, how);

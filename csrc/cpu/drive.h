@@ -25,13 +25,15 @@ namespace cpu {
 constexpr int64_t kGrain = 32768;
 constexpr int64_t kFinishGrain = 1024;  // partials that are merged
 
-// Outputs of at least this many bytes are written past the caches: a store into a line that is not
-// cached would first read it, and evict the slab that the second pass is about to read. A constant,
-// since what the system reports as last-level cache may be shared by any number of machines.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+// Where a call touches at least this many bytes, its outputs are written past the caches: a store
+// into a line that is not cached would first read it, and evict what the second pass is about to
+// read. Half of a common last-level cache. A constant, since what the system reports as one may be
+// shared by any number of machines (bench/NOTES.md, 31).
+constexpr int64_t kStreamBytes = int64_t{20} << 20;
 
-inline bool streams(const at::Tensor& out) {
-  return out.defined() && static_cast<int64_t>(out.nbytes()) >= kStreamBytes;
+// tensors: how many of out's size are read and written.
+inline bool streams(const at::Tensor& out, int64_t tensors) {
+  return out.defined() && tensors * static_cast<int64_t>(out.nbytes()) >= kStreamBytes;
 }
 
 // The moments of one channel, from those of its chunks in index order. Deviations are taken from
@@ -72,7 +74,7 @@ constexpr int64_t kRun = 2048;  // values in a row of memory that are worth whil
 
 // Channels per slab, or 0 where chunks are the better way: linear passes through the last-level
 // cache are, up to the size from which the output is streamed (bench/NOTES.md, 16). bytes: per
-// position, of all that is read.
+// position, of what both passes read.
 inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream, bool masked = false) {
   if (shape.numel() <= kGrain) return std::min(shape.C, kSlabChannels);
   if (is_folded(shape) || !stream) return 0;
@@ -194,12 +196,12 @@ void two_passes(const Shape& shape, int64_t slab, First first, Finish finish, Se
 // second(span, c0, c1) over everything, for passes that need no totals: in the order of memory.
 template <typename Second>
 void one_pass(const Shape& shape, Second second) {
-  constexpr int64_t kUnit = 8;  // samples: of a mask, whole bytes
-  const int64_t units = ceil_div(shape.N, kUnit), shares = 4 * at::get_num_threads();
+  const int64_t unit = is_folded(shape) ? 8 : 1;  // samples: of a mask, whole bytes
+  const int64_t units = ceil_div(shape.N, unit), shares = 4 * at::get_num_threads();
   if (units >= shares) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / (shape.C * shape.S * kUnit));
+    const int64_t grain = std::max<int64_t>(1, kGrain / (shape.C * shape.S * unit));
     at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-      second(Span{begin * kUnit, std::min(end * kUnit, shape.N), 0, shape.S}, 0, shape.C);
+      second(Span{begin * unit, std::min(end * unit, shape.N), 0, shape.S}, 0, shape.C);
       kernels().fence();
     });
     return;

@@ -20,36 +20,30 @@ struct NoBits {
   BNORM_INLINE void finish() {}
 };
 
-// Short rows one after the other, as they lie in memory: what is left of a row makes one vector
-// with the beginning of the next, whose lanes have coefficients of either. Rows are no shorter than
-// V.
-template <typename V, typename Bits, typename A, int kCount, typename F>
-BNORM_INLINE void each_vector_of_rows(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
+// The short rows of channels [c0, c1) of a sample one after the other, as they lie in memory from
+// `place` on: what is left of a row makes one vector with the beginning of the next, whose lanes
+// have coefficients of either. Rows are no shorter than V.
+template <typename V, typename How, typename Bits, typename A, int kCount, typename F>
+BNORM_INLINE void each_vector_of_rows(int64_t S, Place place, int64_t c0, int64_t c1, How how,
                                       const A* const (&coefficients)[kCount], Bits& bits, F f) {
-  const MaskRows mask(shape);
-  for (int64_t n = span.n0; n < span.n1; ++n) {
-    const int64_t first = (n * shape.C + c0) * shape.S;
-    Place place{first, mask.bit(first, n, c0)};
-    bits.start(place.bit);
-    int64_t left = 0;  // of row c
-    for (int64_t c = c0; c < c1; ++c) {
-      V k[kCount];
-      for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c]);
-      for (left += shape.S; left >= V::W; left -= V::W, place = place + V::W) {
-        f(place, Full{}, Cached{}, k, bits);
-      }
-      if (left == 0 || c + 1 == c1) continue;
-      const auto own = lanes_of(V{}, (uint64_t{1} << left) - 1);
-      for (int i = 0; i < kCount; ++i) k[i] = select(own, k[i], V::all(coefficients[i][c + 1]));
-      f(place, Full{}, Cached{}, k, bits);
-      place = place + V::W;
-      left -= V::W;
-    }
-    if (left == 0) continue;
+  int64_t left = 0;  // of row c
+  for (int64_t c = c0; c < c1; ++c) {
     V k[kCount];
-    for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c1 - 1]);
-    f(place, Part{left}, Cached{}, k, bits);
+    for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c]);
+    for (left += S; left >= V::W; left -= V::W, place = place + V::W) {
+      f(place, Full{}, how, k, bits);
+    }
+    if (left == 0 || c + 1 == c1) continue;
+    const auto own = lanes_of(V{}, (uint64_t{1} << left) - 1);
+    for (int i = 0; i < kCount; ++i) k[i] = select(own, k[i], V::all(coefficients[i][c + 1]));
+    f(place, Full{}, how, k, bits);
+    place = place + V::W;
+    left -= V::W;
   }
+  if (left == 0) return;
+  V k[kCount];
+  for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c1 - 1]);
+  f(place, Part{left}, Cached{}, k, bits);
 }
 
 // Calls f(place, Full | Part, how, k, bits) for every vector of channels [c0, c1) of a span, where
@@ -61,9 +55,19 @@ BNORM_INLINE void each_vector_of_span(const Shape& shape, const Span& span, int6
                                       bool stream, uint8_t* mask, F f) {
   using V = VectorOf<T>;
   Bits bits(mask);
-  if (shape.S >= kTinyRow && shape.S >= V::W && shape.S < kFewVectors * V::W && !stream) {
+  if (shape.S >= kTinyRow && shape.S >= V::W && shape.S < kFewVectors * V::W) {
     static_assert(kFewVectors * V::W <= kShortRow, "a mask's bits lie as the elements do");
-    each_vector_of_rows<V>(shape, span, c0, c1, coefficients, bits, f);
+    const MaskRows rows(shape);
+    for (int64_t n = span.n0; n < span.n1; ++n) {
+      const int64_t first = (n * shape.C + c0) * shape.S;
+      const Place place{first, rows.bit(first, n, c0)};
+      bits.start(place.bit);
+      if (stream && is_aligned<V>(out + first)) {
+        each_vector_of_rows<V>(shape.S, place, c0, c1, Streamed{}, coefficients, bits, f);
+      } else {
+        each_vector_of_rows<V>(shape.S, place, c0, c1, Cached{}, coefficients, bits, f);
+      }
+    }
     bits.finish();
     return;
   }

@@ -35,7 +35,7 @@ ForwardParams forward_params(const Input& in, const Tensor& y, const Epilogue& e
   p.dtype = in.dtype;
   p.x = in.tensor.const_data_ptr();
   p.y = y.data_ptr();
-  p.stream = streams(y);
+  p.stream = streams(y, p.residual != nullptr ? 3 : 2);
   return p;
 }
 

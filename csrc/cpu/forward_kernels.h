@@ -158,6 +158,7 @@ void apply(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1) {
         [=](Place place, auto part, auto how, const V(&k)[3], BitWriter& bits) BNORM_INLINE_LAMBDA {
           const int64_t at = place.at;
           fetch_ahead(x + at + ahead, how);
+          fetch_ahead(residual + at + ahead, how);
           const V z = normalise(load(x + at, part, zero) - k[0], k[1], k[2]) +
                       load(residual + at, part, zero);
           const auto open = is_open(act, z);
@@ -172,8 +173,10 @@ void apply(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1) {
                                     const int64_t at = place.at;
                                     fetch_ahead(x + at + ahead, how);
                                     V z = normalise(load(x + at, part, zero) - k[0], k[1], k[2]);
-                                    if (residual != nullptr)
+                                    if (residual != nullptr) {
+                                      fetch_ahead(residual + at + ahead, how);
                                       z = z + load(residual + at, part, zero);
+                                    }
                                     store(y + at, part, activate(act, z, slope), how);
                                   });
 }

@@ -126,7 +126,7 @@ class Chunks {
       samples_ = ceil_div(ceil_div(N_, ceil_div(N_, most)), 8) * 8;
       positions_ = S_;
     } else if (S_ < kRowChunk) {
-      samples_ = kRowChunk / S_;
+      samples_ = ceil_div(N_, ceil_div(N_, kRowChunk / S_));  // equal pieces
       positions_ = S_;
     } else {
       // Equal pieces, so that no chunk is a sliver; multiples of 64 keep vectors whole.
