@@ -30,6 +30,8 @@ SHAPES = {
     "2-d, many channels": ((200, 257), "contiguous"),
     "small": ((4, 5, 3, 2), "contiguous"),
     "short rows": ((37, 61, 7, 7), "contiguous"),
+    "short rows, uneven shares": ((16, 160, 7, 7), "contiguous"),
+    "short rows, more channels than a block": ((5, 2500, 4, 4), "contiguous"),
     "short rows, several chunks": ((600, 7, 5, 5), "contiguous"),
     "channels_last, crowded": ((5, 512, 6, 7), "channels_last"),
 }

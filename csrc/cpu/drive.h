@@ -90,16 +90,27 @@ inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream, boo
   return !is_short(shape) && shape.C >= 4 * threads ? 1 : 0;
 }
 
-// Channels per task of a pass by chunks: all, so that memory is read in order, unless that leaves
-// threads without work, or rows are in pieces, each followed by the next one of its row.
-inline int64_t block_channels(const Shape& shape, const Chunks& chunks) {
-  if (is_folded(shape)) return shape.C;
-  if (chunks.pieces() > 1) return 1;
-  const int64_t unit = is_short(shape) ? tile_channels(shape.S) : 1;
-  const int64_t blocks = ceil_div(4 * at::get_num_threads(), chunks.size());
-  const int64_t fair = ceil_div(shape.C, blocks);
-  return std::min(ceil_div(fair, unit) * unit, kChannelBlock);
-}
+// The channels of a task of a pass by chunks: all, so that memory is read in order, unless that
+// leaves threads without work, or rows are in pieces, each followed by the next one of its row.
+class Blocks {
+ public:
+  Blocks(const Shape& shape, const Chunks& chunks) : C_(shape.C) {
+    if (is_short(shape)) unit_ = whole_vectors(shape.S);
+    units_ = ceil_div(C_, unit_);
+    if (is_folded(shape)) return;
+    const int64_t wanted = ceil_div(4 * at::get_num_threads(), chunks.size());
+    size_ = chunks.pieces() > 1
+                ? C_
+                : std::clamp(wanted, ceil_div(units_, kChannelBlock / unit_), units_);
+  }
+  int64_t size() const { return size_; }
+  // The first channel of a block, or the end: equal shares, in units that start aligned where the
+  // first one does and share no byte of a mask.
+  int64_t begin(int64_t block) const { return std::min(block * units_ / size_ * unit_, C_); }
+
+ private:
+  int64_t C_, unit_ = 1, units_, size_ = 1;
+};
 
 // Room for K * C partials, not initialised; on the stack for usual sizes.
 template <typename Partial>
@@ -122,15 +133,15 @@ class Partials {
 // share is the same in every call, and in the order of memory, or against it.
 template <typename F>
 void each_block(const Shape& shape, const Chunks& chunks, bool backwards, F f) {
-  const int64_t block = block_channels(shape, chunks), blocks = ceil_div(shape.C, block);
-  const int64_t tasks = chunks.size() * blocks, pieces = chunks.pieces();
+  const Blocks blocks(shape, chunks);
+  const int64_t tasks = chunks.size() * blocks.size(), pieces = chunks.pieces();
   const int64_t grain = std::max<int64_t>(1, kGrain * tasks / shape.numel());
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t task = backwards ? begin + (end - 1 - i) : i;
-      const int64_t samples = task / (blocks * pieces), piece = task % pieces;
-      const int64_t c0 = task / pieces % blocks * block;
-      f(samples * pieces + piece, c0, std::min(c0 + block, shape.C));
+      const int64_t samples = task / (blocks.size() * pieces), piece = task % pieces;
+      const int64_t block = task / pieces % blocks.size();
+      f(samples * pieces + piece, blocks.begin(block), blocks.begin(block + 1));
     }
     kernels().fence();
   });
