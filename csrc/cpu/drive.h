@@ -27,8 +27,8 @@ constexpr int64_t kFinishGrain = 1024;  // partials that are merged
 
 // Where a call touches at least this many bytes, its outputs are written past the caches: a store
 // into a line that is not cached would first read it, and evict what the second pass is about to
-// read. Half of a common last-level cache. A constant, since what the system reports as one may be
-// shared by any number of machines (bench/NOTES.md, 31).
+// read. Found beside a last-level cache of 32 MB (bench/NOTES.md, 31). A constant, since what the
+// system reports as one may be shared by any number of machines.
 constexpr int64_t kStreamBytes = int64_t{20} << 20;
 
 // tensors: how many of out's size are read and written.
@@ -74,7 +74,7 @@ constexpr int64_t kRun = 2048;  // values in a row of memory that are worth whil
 
 // Channels per slab, or 0 where chunks are the better way: linear passes through the last-level
 // cache are, up to the size from which the output is streamed (bench/NOTES.md, 16). bytes: per
-// position, of what both passes read.
+// position, of x, or of x and dy; a residual is not counted.
 inline int64_t slab_channels(const Shape& shape, int64_t bytes, bool stream, bool masked = false) {
   if (shape.numel() <= kGrain) return std::min(shape.C, kSlabChannels);
   if (is_folded(shape) || !stream) return 0;
