@@ -16,7 +16,7 @@ NAMES = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
 _KNOWN = frozenset(NAMES)
 
 # Exact types: a subclass may do something else.
-_NAME_OF: dict[type[nn.Module], str] = {
+MODULE_NAMES: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
@@ -42,15 +42,15 @@ def resolve(act: Activation, negative_slope: float) -> tuple[str, float]:
     elif isinstance(act, nn.Module):
         if type(act) is nn.LeakyReLU:
             return "leaky_relu", act.negative_slope
-        if type(act) in _NAME_OF:
-            return _NAME_OF[type(act)], negative_slope
+        if type(act) in MODULE_NAMES:
+            return MODULE_NAMES[type(act)], negative_slope
         act = type(act)
-    elif act in _NAME_OF:
-        return _NAME_OF[act], negative_slope
+    elif act in MODULE_NAMES:
+        return MODULE_NAMES[act], negative_slope
     given = act.__name__ if isinstance(act, type) else repr(act)
     raise ValueError(
         f"unknown activation {given}: expected None or one of {', '.join(NAMES)}, "
-        f"or one of the modules {', '.join(cls.__name__ for cls in _NAME_OF)}"
+        f"or one of the modules {', '.join(cls.__name__ for cls in MODULE_NAMES)}"
     )
 
 

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from . import modules, modules_act
-from .activations import resolve
+from . import modules, modules_timm
+from ._compat import tell_compiler
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
@@ -32,11 +32,6 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _NATIVE = {ours: native for native, ours in _OURS.items()}
 
-# timm's batch norm with activation is told by its name: timm need not be there.
-_TIMM = ("timm.layers.norm_act", "BatchNormAct2d")
-_TIMM_CHILDREN = {"drop", "act"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def convert_batchnorm(module: ModuleT) -> ModuleT:
     """Replaces every native batch norm in ``module`` (and ``module`` itself) by this package's.
@@ -48,13 +43,13 @@ def convert_batchnorm(module: ModuleT) -> ModuleT:
     in several places stays shared. A ``state_dict`` of either side loads on the other with
     ``strict=True``.
 
-    timm's ``BatchNormAct2d`` becomes :class:`bnorm_ext.BatchNormAct2d` if its ``drop`` is
-    ``nn.Identity`` and its ``act`` one of the activations known there. These two children, which
-    have no parameters, are put aside: :func:`revert_batchnorm` restores the module with them.
+    timm's ``BatchNormAct2d`` becomes a subclass of itself, ``bnorm_ext.modules_timm.BatchNormAct2d``,
+    with its children ``drop`` and ``act``. It is one call where ``drop`` is ``nn.Identity`` and
+    ``act`` an activation of :class:`bnorm_ext.BatchNormAct2d`.
 
     Already converted modules are left. Other subclasses of native batch norm
-    (``nn.SyncBatchNorm``, timm's with other activations, parametrised ones) are left too, since
-    their forward may do more, and are named in one ``UserWarning``.
+    (``nn.SyncBatchNorm``, parametrised ones) are left too, since their forward may do more, and are
+    named in one ``UserWarning``.
 
     The method is that of Ioffe & Szegedy 2015, arXiv:1502.03167; shapes and dtypes are those of
     :class:`bnorm_ext.BatchNorm1d`, ``2d`` and ``3d``.
@@ -83,9 +78,10 @@ def revert_batchnorm(module: ModuleT) -> ModuleT:
 
     Replaced is each module whose type is exactly one of this package's ``BatchNorm1d/2d/3d`` or
     their lazy forms, wherever it came from, and each ``BatchNormAct2d`` that was timm's;
-    everything that :func:`convert_batchnorm` keeps is kept here as well. Use it before tools that
-    look for native's exact types (ONNX export, quantisation, conv-bn folding in FX graphs). Other
-    subclasses of this package's modules are left and named in one ``UserWarning``.
+    everything that :func:`convert_batchnorm` keeps is kept here as well. A net made by
+    :func:`fuse_batchnorm_act` is unfused too. Use it before tools that look for native's exact
+    types (quantisation in eager mode, conv-bn folding in FX graphs). Other subclasses of this
+    package's modules are left and named in one ``UserWarning``.
 
     Args:
         module: a model, or a single batch norm; changed in place.
@@ -96,7 +92,10 @@ def revert_batchnorm(module: ModuleT) -> ModuleT:
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
+    from .fuse.module import unfuse  # imports this module
+
     _check_module(module, "revert_batchnorm")
+    unfuse(module)
     _warn_of(change_classes(module, to_ours=False), "revert_batchnorm")
     return module
 
@@ -113,54 +112,18 @@ def change_classes(module: nn.Module, to_ours: bool) -> dict[str, list[str]]:
         cls = type(child)
         if cls in replacements:
             child.__class__ = replacements[cls]
-            _tell_compiler(child)
-        elif to_ours and (cls.__module__, cls.__qualname__) == _TIMM and _convert_timm(child):
-            continue
-        elif not to_ours and "_unfused" in vars(child):
-            _revert_timm(child)
+            tell_compiler(child)
+        elif to_ours and (cls.__module__, cls.__qualname__) == modules_timm.NAME:
+            child.__class__ = modules_timm.ours(cls)
+            tell_compiler(child)
+        elif not to_ours and hasattr(cls, "timms"):
+            child.__class__ = cls.timms
+            tell_compiler(child)
         elif isinstance(child, nn.modules.batchnorm._BatchNorm) and to_ours is not isinstance(
             child, modules._OneCallForward
         ):
             left.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(name or "(root)")
     return left
-
-
-def _convert_timm(module: nn.Module) -> bool:
-    """Makes timm's BatchNormAct2d one of ours, if it does nothing that ours does not."""
-    children = dict(module._modules)
-    if children.keys() != _TIMM_CHILDREN or type(children["drop"]) is not nn.Identity:
-        return False
-    for child in children.values():
-        if "forward" in vars(child) or any(getattr(child, hooks) for hooks in _HOOKS):
-            return False
-    try:
-        act, slope = resolve(children["act"], 0.01)
-    except ValueError:
-        return False
-    vars(module)["_unfused"] = (type(module), children)
-    module._modules.clear()
-    module.__class__ = modules_act.BatchNormAct2d
-    module.act, module.negative_slope = act, slope  # type: ignore[assignment]
-    _tell_compiler(module)
-    return True
-
-
-def _revert_timm(module: nn.Module) -> None:
-    state = vars(module)
-    cls, children = state.pop("_unfused")
-    del state["act"], state["negative_slope"]
-    module.__class__ = cls
-    module._modules.update(children)
-    for child in children.values():
-        child.train(module.training)
-    _tell_compiler(module)
-
-
-def _tell_compiler(module: nn.Module) -> None:
-    """torch.compile guards a module by its type, but looks again only once the module's
-    dictionary has changed."""
-    module.__dict__["_class_changed"] = True
-    del module.__dict__["_class_changed"]
 
 
 def _check_module(module: nn.Module, caller: str) -> None:

@@ -44,20 +44,27 @@ class _OneCallForward(nn.modules.batchnorm._BatchNorm):
         if _is_scripting():
             return self._scripted_forward(input)
         else:
-            running_mean, running_var, weight, bias, training, momentum, counter = self._state(
-                input
-            )
-            return functional.batch_norm(
-                input,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                training,
-                momentum,
-                self.eps,
-                num_batches_tracked=counter,
-            )
+            return self._normalise(input, None, None, 0.01)
+
+    def _normalise(
+        self, input: Tensor, residual: Tensor | None, act: str | None, negative_slope: float
+    ) -> Tensor:
+        """``act(batch_norm(input) + residual)``, whatever activation the module has itself."""
+        running_mean, running_var, weight, bias, training, momentum, counter = self._state(input)
+        return functional.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            self.__dict__["eps"],
+            num_batches_tracked=counter,
+            residual=residual,
+            act=act,
+            negative_slope=negative_slope,
+        )
 
     def _state(self, input: Tensor) -> tuple[Any, ...]:
         """What this call normalises with: running_mean, running_var, weight, bias, training,

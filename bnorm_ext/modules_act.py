@@ -2,56 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
-from .activations import Activation, alike, compose, resolve
+from ._compat import is_hooked
+from .activations import MODULE_NAMES, Activation, resolve
 from .modules import _is_scripting, _OneCallForward
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
 
 
-def _get_qconfig(module: _ActForward) -> Any:
-    """Not there, and says so loudly: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` puts a
-    plain module in the place of every batch norm, and this is what it asks each for."""
-    if "qconfig" in module.__dict__:
-        return module.__dict__["qconfig"]
-    if module.__dict__.get("act", "identity") == "identity":
-        raise AttributeError("qconfig")
-    raise RuntimeError(
-        f"{type(module).__name__}({module.extra_repr()}) would lose its activation: "
-        "convert_sync_batchnorm (and quantisation) would put a batch norm without one in its "
-        "place. Convert before batch norms and activations are fused."
-    )
+# Whoever reads `eps` from these packages makes another layer of a batch norm, except for the tools
+# that only look.
+_REBUILDING = ("torch.", "torchvision.", "timm.", "torchao.")
+_OBSERVING = ("torch._", "torch.jit", "torch.fx", "torch.export", "torch.onnx", "torch.utils")
 
 
-def _set_qconfig(module: _ActForward, value: Any) -> None:
-    module.__dict__["qconfig"] = value
-
-
-_qconfig = property(_get_qconfig, _set_qconfig)
+def activation_of(module: nn.Module) -> tuple[str | None, float]:
+    """Name and slope of the activation that a module is; None where it is none of those known."""
+    name = MODULE_NAMES.get(type(module))
+    if name is None or is_hooked(module):
+        return None, 0.01
+    return name, module.negative_slope if name == "leaky_relu" else 0.01  # type: ignore[return-value]
 
 
 class _ActForward(_OneCallForward):
-    """Constructor and forward pass that all modules of this file share."""
-
-    # What becomes of a residual that is unlike the input in shape, dtype or device: an error, or
-    # what the addition did that was fused (`fuse_batchnorm_act` sets which): "add" is y + residual,
-    # "add_" y += residual, "radd_" residual += y.
-    _unlike = "error"
-
-    # For torch.jit.script: neither compiled nor looked at. It knows such properties in the very
-    # class of a module only, hence `__init_subclass__`.
-    __jit_unused_properties__ = ["qconfig"]  # noqa: RUF012
-    __jit_ignored_attributes__ = ["qconfig"]  # noqa: RUF012
+    """Constructor and forward pass that all batch norms with an activation share."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.qconfig = _qconfig  # type: ignore[attr-defined]
+        # TorchScript is not to compile the property; it looks for this in each class itself.
+        cls.__jit_unused_properties__ = ["eps"]  # type: ignore[attr-defined]
 
     def __init__(
         self,
@@ -64,51 +48,48 @@ class _ActForward(_OneCallForward):
         negative_slope: float = 0.01,
         device: Any = None,
         dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
         name, slope = resolve(act, negative_slope)
+        # kwargs: `bias`, in versions of torch that have it.
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs
         )
         # Annotated here, not in the class: torch.jit.script cannot read the latter as strings.
         self.act: str = name
         self.negative_slope: float = slope
 
+    def activation(self) -> tuple[str | None, float]:
+        """Name and slope of the activation; None where it is none of those known."""
+        return self.act, self.negative_slope
+
+    @property
+    def eps(self) -> float:  # type: ignore[override]
+        # Whoever rebuilds a batch norm from its attributes needs this one, and would drop the
+        # activation without a word.
+        name = sys._getframe(1).f_globals.get("__name__", "")
+        if name.startswith(_REBUILDING) and not name.startswith(_OBSERVING):
+            self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
+        return self.__dict__["eps"]
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.__dict__["eps"] = value
+
+    def _refuse_rebuilding(self, caller: str) -> None:
+        if self.activation()[0] != "identity":
+            raise RuntimeError(
+                f"{caller} makes another layer of {type(self).__name__}({self.extra_repr()}), "
+                "which would lose its activation. Use a batch norm and an activation as two "
+                "modules, or fuse them after that step (bnorm_ext.fuse_batchnorm_act)."
+            )
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         # TorchScript parses both branches but compiles the first only.
         if _is_scripting():
             return self._scripted_act_forward(input, residual)
-        elif residual is not None and self._unlike != "error" and not alike(input, residual):
-            return self._composed(input, residual)
         else:
-            running_mean, running_var, weight, bias, training, momentum, counter = self._state(
-                input
-            )
-            return functional.batch_norm(
-                input,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                training,
-                momentum,
-                self.eps,
-                num_batches_tracked=counter,
-                residual=residual,
-                act=self.act,
-                negative_slope=self.negative_slope,
-            )
-
-    def _composed(self, input: Tensor, residual: Tensor) -> Tensor:
-        """The separate operations, with all that an addition may do."""
-        y = _OneCallForward.forward(self, input)
-        if self._unlike == "add_":
-            y += residual
-        elif self._unlike == "radd_":
-            residual += y
-            y = residual
-        else:
-            y = torch.add(y, residual)
-        return compose(y, None, self.act, self.negative_slope)
+            return self._normalise(input, residual, self.act, self.negative_slope)
 
     def _scripted_act_forward(self, input: Tensor, residual: Tensor | None) -> Tensor:
         z = self._scripted_forward(input)

@@ -10,19 +10,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from . import modules, modules_act
-from ._fuse_memory import Aliases, fresh
-from ._fuse_module import dissolve
-from ._fuse_patterns import Act, Addition, as_act, as_addition, remove_identities
-from ._fuse_shapes import propagate
-from ._fuse_trace import has_forward, hooks_of
+from .aliasing import Aliases, fresh
+from .call import batch_norm_add_act, is_ours, own_act
+from .modules import hooks_of
+from .patterns import Act, Addition, as_act, as_addition, remove_identities
+from .shapes import propagate
 
-_WITH_ACT: dict[type[nn.Module], type[nn.Module]] = {
-    modules.BatchNorm1d: modules_act.BatchNormAct1d,
-    modules.BatchNorm2d: modules_act.BatchNormAct2d,
-    modules.BatchNorm3d: modules_act.BatchNormAct3d,
-}
-_FUSABLE = {*_WITH_ACT, *_WITH_ACT.values()}
 _KEEPS_RESIDUAL = ("silu", "hardswish")  # for backward
 
 Fused = tuple[str, str, bool]
@@ -41,6 +34,7 @@ class Unit:
     root: nn.Module
     graph: fx.Graph
     example_inputs: tuple[Any, ...] | None
+    removed: set[str] = field(default_factory=set)  #: modules that the graph calls no longer
     fused: list[Fused] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
 
@@ -61,8 +55,8 @@ class Usage:
 
 
 def fuse_unit(unit: Unit, usage: Usage) -> None:
-    """Rewrites the graph of ``unit`` and the classes of the modules it calls."""
-    remove_identities(unit.graph, unit.root)
+    """Rewrites the graph of ``unit``; the modules stay as they are."""
+    unit.removed = remove_identities(unit.graph, unit.root)
     known = propagate(unit.graph, unit.root, unit.example_inputs)
     # Backwards: where two batch norms are added, the later one takes the addition.
     for node, module in reversed(unit.norms()):
@@ -92,59 +86,70 @@ def _fuse_one(
     act: Act | None = next((a for user in users if (a := as_act(user, root, node))), None)
     addition: Addition | None = next((a for user in users if (a := as_addition(user, node))), None)
     has_residual = len(node.args) > 1 or "residual" in node.kwargs
-    if getattr(module, "act", "identity") != "identity" or (has_residual and act is None):
+    if own_act(module)[0] != "identity" or (has_residual and act is None):
         return None
     if act is None and addition is None:
         return None
-    _check_module(unit, usage, node, module)
+    _check_module(module)
     if len(users) > 1:
         raise _Refusal("its output has several users")
+    input = node.args[0] if node.args else node.kwargs.get("input")
+    residual, kind = None, "none"
     if addition is None:
         assert act is not None
         if act.refusal:
             raise _Refusal(act.refusal)
-        replaced, args, kwargs = [node, act.node], node.args, node.kwargs
-        place = node
+        if has_residual:
+            residual = node.args[1] if len(node.args) > 1 else node.kwargs["residual"]
+            kind = "residual"
+        replaced, place = [node, act.node], node
     else:
-        input = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(input, fx.Node):
             raise _Refusal("its input is a constant")
+        _check_order(unit, usage, node, module)
         aliases = Aliases(unit.graph, root)
         _check_addition(addition, aliases, known, root, node, input)
         act, left = _act_of_sum(addition, aliases, root)
         if left is not None:
             unit.refused.append((name, left))
-        replaced, args, kwargs = [node, addition.node], (input, addition.residual), {}
+        residual, kind = addition.residual, addition.kind
+        replaced, place = [node, addition.node], addition.node
         if act is not None:
             replaced.append(act.node)
-        place = addition.node
-        module._unlike = addition.unlike  # type: ignore[assignment]
     with unit.graph.inserting_before(place):
-        call = unit.graph.call_module(str(node.target), args, dict(kwargs))
+        arguments: list[Any] = [unit.graph.get_attr(str(node.target)), input, residual, kind]
+        if act is not None and act.node.op == "call_module":
+            arguments.append(unit.graph.get_attr(str(act.node.target)))
+        elif act is not None:
+            arguments += [act.name, act.negative_slope]
+        call = unit.graph.call_function(batch_norm_add_act, tuple(arguments))
     call.meta = dict(replaced[-1].meta)
     replaced[-1].replace_all_uses_with(call)
     for old in reversed(replaced):
         unit.graph.erase_node(old)
-    _set_act(module, act)
-    _dissolve_containers(root, str(node.target))
-    return name, module.act, addition is not None or has_residual  # type: ignore[return-value]
+    return name, "identity" if act is None else act.name, kind != "none"
 
 
-def _check_module(unit: Unit, usage: Usage, node: fx.Node, module: nn.Module) -> None:
-    """Refuses modules whose calls are not all seen here, or seen by others."""
+def _check_module(module: nn.Module) -> None:
+    """Refuses modules whose calls are not those of a batch norm alone."""
     cls = type(module)
     if isinstance(module, _LazyNormBase):
         raise _Refusal("it is not initialised: call the model once before")
-    if cls not in _FUSABLE:
+    if not is_ours(module):
         raise _Refusal(f"{cls.__module__}.{cls.__qualname__} may do more than batch normalisation")
-    if usage.calls[id(module)] > 1:
-        raise _Refusal("it is called more than once")
-    if len(usage.names[id(module)]) > 1:
-        raise _Refusal(f"it has several names: {', '.join(usage.names[id(module)])}")
     if hooks_of(module):
         raise _Refusal(f"it has {hooks_of(module)}")
     if "forward" in vars(module):
         raise _Refusal("its forward was replaced on the instance")
+
+
+def _check_order(unit: Unit, usage: Usage, node: fx.Node, module: nn.Module) -> None:
+    """The batch norm moves to where the addition is: refuses it where others may look at its
+    running statistics, or move them, in between."""
+    if usage.calls[id(module)] > 1:
+        raise _Refusal("it is called more than once")
+    if len(usage.names[id(module)]) > 1:
+        raise _Refusal(f"it has several names: {', '.join(usage.names[id(module)])}")
     for other in unit.graph.nodes:
         if other.op == "get_attr" and str(other.target).startswith(f"{node.target}."):
             raise _Refusal(f"its tensor {other.target} is used elsewhere")
@@ -176,7 +181,7 @@ def _check_addition(
             raise _Refusal(
                 f"the addition is of {x.dtype} on {x.device} and {r.dtype} on {r.device}"
             )
-    if addition.unlike == "radd_":
+    if addition.kind == "radd":
         if not fresh(residual, root):
             raise _Refusal(
                 f"the addition changes {residual.name} in place, which may be an input of the "
@@ -204,31 +209,15 @@ def _act_of_sum(
         return None, what + "the sum has several users"
     if act.refusal:
         return None, what + act.refusal
-    if act.name in _KEEPS_RESIDUAL:
-        # The activation may be in place on the sum, which is the residual after residual += y.
+    if act.name in _KEEPS_RESIDUAL or act.node.op == "call_module":
+        # A module may be replaced by one of these. The activation may be in place on the sum, which is the residual after residual += y.
         culprit = aliases.changed_between(addition.residual, addition.node, but=act.node)
         if culprit is not None:
             return None, f"{what}{culprit.name} may change the residual in place afterwards"
     return act, None
 
 
-def _set_act(module: nn.Module, act: Act | None) -> None:
-    """As ``convert_batchnorm`` does: the class changes, the object stays."""
-    module.__class__ = _WITH_ACT.get(type(module), type(module))
-    module.act = "identity" if act is None else act.name  # type: ignore[assignment]
-    module.negative_slope = 0.01 if act is None else act.negative_slope  # type: ignore[assignment]
-    # It is no longer what `revert_batchnorm` would make of it.
-    vars(module).pop("_unfused", None)
-
-
 def _containers(path: str) -> list[str]:
     """The modules that the one at ``path`` lies in, innermost first, without the root."""
     parts = path.split(".")
     return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
-
-
-def _dissolve_containers(root: nn.Module, path: str) -> None:
-    for container in _containers(path):
-        module = root.get_submodule(container)
-        if has_forward(module):
-            dissolve(module)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ._fuse_trace import hooks_of
-from .activations import _NAME_OF
+from ..activations import MODULE_NAMES
+from .modules import hooks_of
 
 _ADD = frozenset({operator.add, torch.add})
 _ADD_METHODS = frozenset({"add", "__add__", "__radd__"})
@@ -43,7 +43,7 @@ class Act:
 class Addition:
     node: fx.Node
     residual: Any  # a node, or a number
-    unlike: str  #: see ``_ActForward._unlike``
+    kind: str  #: see ``call.batch_norm_add_act``
     refusal: str | None
 
 
@@ -52,7 +52,7 @@ def as_act(node: fx.Node, root: nn.Module, operand: fx.Node) -> Act | None:
     arguments = {**dict(zip(("input", "negative_slope"), node.args, strict=False)), **node.kwargs}
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        name = _NAME_OF.get(type(module))
+        name = MODULE_NAMES.get(type(module))
         if name is None or name == "identity":
             return None
         reason = None
@@ -93,7 +93,7 @@ def as_addition(node: fx.Node, operand: fx.Node) -> Addition | None:
     second = positional.pop(0) if positional else named.pop("other", None)
     alpha = named.pop("alpha", 1)
     residual = second if first is operand else first
-    unlike = "add" if not in_place else "add_" if first is operand else "radd_"
+    kind = "add" if not in_place else "iadd" if first is operand else "radd"
     refusal = None
     if not (isinstance(alpha, int | float) and alpha == 1):
         refusal = f"the addition multiplies by alpha={alpha}"
@@ -105,11 +105,12 @@ def as_addition(node: fx.Node, operand: fx.Node) -> Addition | None:
         refusal = "its output has several users"
     elif residual.op == "get_attr":
         refusal = f"what is added is the tensor {residual.target} of the module, which broadcasts"
-    return Addition(node, residual, unlike, refusal)
+    return Addition(node, residual, kind, refusal)
 
 
-def remove_identities(graph: fx.Graph, root: nn.Module) -> None:
-    """Takes calls of ``nn.Identity`` out of the graph."""
+def remove_identities(graph: fx.Graph, root: nn.Module) -> set[str]:
+    """Takes calls of ``nn.Identity`` out of the graph; the paths of these modules."""
+    removed = set()
     for node in list(graph.nodes):
         if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
             module = root.get_submodule(node.target)
@@ -121,3 +122,5 @@ def remove_identities(graph: fx.Graph, root: nn.Module) -> None:
             ):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
+                removed.add(str(node.target))
+    return removed

@@ -15,9 +15,9 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ._fuse_memory import is_torchs_function
-from ._fuse_trace import hooks_of
-from .modules import _OneCallForward
+from ..modules import _OneCallForward
+from .aliasing import is_torchs_function
+from .modules import hooks_of
 
 # Images of the usual size: large enough that no layer of a net for them runs out of pixels.
 _GUESSED_SIZES = {1: (256,), 2: (224, 224), 3: (32, 112, 112)}

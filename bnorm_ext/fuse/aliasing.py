@@ -14,7 +14,8 @@ from torch.fx.graph import inplace_methods
 from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
 
-from .modules import _OneCallForward
+from ..modules import _OneCallForward
+from .call import batch_norm_add_act
 
 # Results that share memory with nothing. Whatever is not listed may be a view of its arguments.
 _FRESH_MODULES = (_ConvNd, nn.Linear, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -28,6 +29,7 @@ _FRESH_FUNCTIONS = frozenset(
 )  # fmt: skip
 _FRESH_METHODS = frozenset({"add", "mul", "sub", "div", "clone", "relu", "sigmoid", "mean", "sum"})
 _IN_PLACE_OPERATORS = {getattr(operator, name) for name in (*inplace_methods, "setitem")}
+_RESIDUAL, _ADDITION = 2, 3  # the places of its arguments
 _KNOWN_PACKAGES = ("torch", "_operator", "builtins", "math")
 
 
@@ -40,6 +42,8 @@ def fresh(node: fx.Node, root: nn.Module) -> bool:
     """Whether the result of ``node`` surely has memory of its own."""
     if "out" in node.kwargs:
         return False
+    if node.target is batch_norm_add_act:
+        return node.args[_ADDITION] != "radd"
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         layer = isinstance(module, _FRESH_MODULES) and type(module).__module__.startswith(
@@ -54,6 +58,8 @@ def fresh(node: fx.Node, root: nn.Module) -> bool:
 
 def changed_by(node: fx.Node, root: nn.Module) -> list[fx.Node]:
     """The arguments that ``node`` may change in place."""
+    if node.target is batch_norm_add_act:
+        return [node.args[_RESIDUAL]] if node.args[_ADDITION] == "radd" else []  # type: ignore[list-item]
     out = [value for name, value in node.kwargs.items() if name == "out"]
     nodes = [value for value in out if isinstance(value, fx.Node)]
     if _changes_first(node, root):

@@ -1,0 +1,223 @@
+"""Fusing batch norms with the additions and activations after them, by ``torch.fx``."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import convert
+from .chains import Fused, Refused, Unit, Usage, fuse_unit
+from .module import FusedModule, Fusion, be_undoable, inside_of, run_graph, unfuse
+from .modules import has_forward, is_compiled, is_torchs
+from .program import Program
+from .trace import Traced, copy_of, trace
+
+__all__ = ["FusedModule", "FusionReport", "fuse_batchnorm_act"]
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What :func:`fuse_batchnorm_act` did."""
+
+    #: Name of the batch norm, name of the activation (``"identity"``: none), whether an addition
+    #: was fused.
+    fused: list[tuple[str, str, bool]] = field(default_factory=list)
+    #: Name of the batch norm and why it, or the activation after its addition, was not fused.
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    #: Name of the module that keeps its own forward, and why it was not traced.
+    not_traced: list[tuple[str, str]] = field(default_factory=list)
+    #: Names of the batch norms that no graph calls: what calls them was not traced, or nothing does.
+    not_called: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} batch norms fused"]
+        for name, act, residual in self.fused:
+            parts = (["addition"] if residual else []) + ([act] if act != "identity" else [])
+            lines.append(f"  {name}: with {' and '.join(parts)}")
+        for title, entries in (("refused", self.refused), ("not traced", self.not_traced)):
+            if entries:
+                lines.append(f"{len(entries)} {title}")
+                lines += [f"  {name}: {reason}" for name, reason in entries]
+        if self.not_called:
+            lines.append(f"{len(self.not_called)} not called by a traced forward")
+            lines += [f"  {name}" for name in self.not_called]
+        return "\n".join(lines)
+
+
+def fuse_batchnorm_act(
+    model: nn.Module, example_inputs: Tensor | Sequence[Any] | None = None
+) -> tuple[nn.Module, FusionReport]:
+    """A copy of ``model`` that does batch norm, addition and activation in one call, and a report.
+
+    Fused are ``act(bn(x))``, ``act(bn(x) + residual)`` and ``bn(x) + residual``. Known activations
+    are ReLU, ReLU6, LeakyReLU, SiLU and Hardswish, as modules, functions or methods, in place or
+    not. All batch norms of the copy are converted as by :func:`bnorm_ext.convert_batchnorm`.
+
+    In the copy every module stays what and where it was, with its hooks, its class and its methods;
+    ``bn1`` is a batch norm, ``relu`` a ReLU. Only what calls them changes: a module whose forward
+    could be traced by ``torch.fx`` runs a graph with one call in the place of several (its class
+    becomes a subclass of its own). The call looks at the modules when it runs. If one of them was
+    replaced, has got hooks or another activation, or if shapes or dtypes do not fit, it does what
+    the separate calls do. If a module whose forward went into the graph was changed or has got
+    hooks, or while a tool traces or exports the model, the modules' own forwards run.
+    ``fused.unfuse()`` or :func:`bnorm_ext.revert_batchnorm` undoes fusing.
+
+    The copy has the very same parameters and buffers, under the same names and in the same order:
+    an optimizer that was built before goes on, checkpoints load both ways with ``strict=True``,
+    training one trains the other. ``model`` is not changed. ``copy.deepcopy(fused)`` separates them
+    (do so before changing dtype or device of one).
+
+    Modules keep their own forward, and are fused inside their children, if it cannot be traced, or
+    if it differs between training and evaluation, draws random numbers, changes the module or
+    something outside of it, switches gradients, enters autocast, checkpoints, uses autograd
+    functions, asks for the type of its input or takes optional arguments. Modules with hooks are
+    traced by themselves.
+
+    A chain is refused, and named in the report, if an intermediate value has several users; a hook
+    sees the batch norm or the activation; the addition broadcasts, promotes or writes into a
+    tensor that may be seen elsewhere; or the input of the batch norm is changed in place before the
+    addition.
+
+    Shapes and dtypes are those of :class:`bnorm_ext.BatchNormAct1d`, ``2d`` and ``3d``; the method
+    is that of Ioffe & Szegedy 2015, arXiv:1502.03167.
+
+    Args:
+        model: any module.
+        example_inputs: what ``model`` is called with, a tensor or a sequence of positional
+            arguments. Only shapes, dtypes and devices are used, nothing is computed. Without it
+            they are guessed from the first layer where there is one input.
+
+    Returns:
+        The copy, and a :class:`FusionReport`; ``print(report)`` shows it.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``; ``example_inputs`` is neither a tensor
+            nor a sequence of arguments.
+        ValueError: there are more ``example_inputs`` than ``model`` takes, or fewer.
+
+    Example::
+
+        >>> model, report = bnorm_ext.fuse_batchnorm_act(torchvision.models.resnet50())
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse_batchnorm_act expects a torch.nn.Module, got {type(model).__name__}")
+    inputs = _checked(model, example_inputs)
+    copied, _ = copy_of(model)
+    unfuse(copied)
+    left = convert.change_classes(copied, to_ours=True)
+    units = _Units()
+    units.visit(copied, "", inputs)
+    usage = Usage(
+        Counter(id(module) for unit in units.found for _, module in unit.norms()),
+        _names(copied),
+        units.kept,
+    )
+    fused: list[Fused] = []
+    refused: list[Refused] = []
+    seen: set[int] = set()
+    for unit in units.found:
+        seen |= {id(module) for _, module in unit.norms()}
+        fuse_unit(unit, usage)
+        fused += unit.fused
+        refused += unit.refused
+    # From the inside out: what a graph calls has its final class when the graph is made.
+    for unit in reversed(units.found):
+        if unit.fused:
+            traced = units.traced[id(unit.root)]
+            watched = traced.inlined | unit.removed | _around(unit)
+            program = Program(unit.graph, dict(unit.root.named_modules()))
+            called = {path: number for number, path in enumerate(program.modules)}
+            inside = inside_of(unit.root, watched, called, traced.names)
+            run_graph(unit.root, Fusion(program, inside))
+    be_undoable(copied)
+    named = {name for name, _ in refused}
+    for cls, names in left.items():
+        reason = f"{cls} may do more than batch normalisation"
+        refused += [(name, reason) for name in names if name not in named]
+    named |= {name for names in left.values() for name in names}
+    not_called: list[str] = []
+    for name, module in copied.named_modules():
+        if isinstance(module, _BatchNorm) and id(module) not in seen and name not in named:
+            not_called.append(name or "(root)")
+    return copied, FusionReport(fused, refused, units.not_traced, not_called)
+
+
+def _checked(model: nn.Module, example_inputs: Any) -> tuple[Any, ...] | None:
+    if example_inputs is None:
+        return None
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, Sequence) or isinstance(example_inputs, str | bytes):
+        raise TypeError(
+            "example_inputs must be a tensor or a sequence of positional arguments, got "
+            f"{type(example_inputs).__name__}"
+        )
+    try:
+        inspect.signature(type(model).forward).bind(model, *example_inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"example_inputs are not what {type(model).__name__} takes: {error}"
+        ) from None
+    return tuple(example_inputs)
+
+
+def _around(unit: Unit) -> set[str]:
+    """The containers of what the graph of ``unit`` calls."""
+    targets = [
+        str(node.target) for node in unit.graph.nodes if node.op in ("call_module", "get_attr")
+    ]
+    parts = [target.split(".") for target in targets]
+    return {".".join(names[:end]) for names in parts for end in range(1, len(names))}
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """The names that each module is registered under; those in a shared container count once."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, child in module._modules.items():
+            names.setdefault(id(child), []).append(f"{path}.{name}".strip("."))
+    names.setdefault(id(model), []).append("(root)")
+    return names
+
+
+class _Units:
+    """The modules of a model that are traced: it as a whole where possible, then the modules that
+    stay single calls in its graph, and what is in them."""
+
+    def __init__(self) -> None:
+        self.found: list[Unit] = []
+        self.traced: dict[int, Traced] = {}
+        self.kept: dict[int, str] = {}
+        self.not_traced: list[tuple[str, str]] = []
+        self._seen: set[int] = set()
+
+    def visit(
+        self, module: nn.Module, path: str, example_inputs: tuple[Any, ...] | None = None
+    ) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        reason = is_compiled(module)
+        if reason is not None:
+            self.not_traced.append((path or "(root)", reason))
+            return
+        traced = None
+        if any(module.children()) and has_forward(module) and not is_torchs(module):
+            traced = trace(module, self.kept)
+        if id(module) in self.kept:
+            self.not_traced.append((path or "(root)", self.kept[id(module)]))
+        if traced is None:
+            inside = list(module.named_children())
+        else:
+            self.found.append(Unit(path, module, traced.graph, example_inputs))
+            self.traced[id(module)] = traced
+            targets = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+            inside = [(target, module.get_submodule(target)) for target in targets]
+        for name, child in inside:
+            self.visit(child, f"{path}.{name}".strip("."))

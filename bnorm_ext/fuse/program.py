@@ -1,0 +1,114 @@
+"""A graph as a function, that can be copied and pickled."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Stands for the node of that number in a pickled graph."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """``torch.ops.<path>``, which cannot be pickled itself."""
+
+    path: str
+
+
+class Program:
+    """What ``graph`` says, as a function ``run(root, *modules, *inputs)``. It holds no tensor and no
+    module and never changes: copies of a model share it."""
+
+    def __init__(self, graph: fx.Graph, paths: Iterable[str]) -> None:
+        """``paths``: of all modules in the root, of which the graph names some."""
+        self.graph = graph
+        self.code: str = graph.python_code(root_module="self").src
+        known = set(paths)
+        named = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+        #: The modules that ``run`` takes, by path.
+        self.modules = tuple(dict.fromkeys(path for path in named if path in known))
+        code = _with_modules(graph, self.modules).python_code(root_module="self")
+        # A file name of its own lets tracebacks and debuggers show the lines.
+        name = f"<bnorm_ext fused graph {next(_numbers)}>"
+        linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
+        scope: dict[str, Any] = dict(code.globals)
+        exec(compile(code.src, name, "exec"), scope)
+        self.run: Callable[..., Any] = scope["forward"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        number = {node: _Result(i) for i, node in enumerate(self.graph.nodes)}
+        rows = [
+            (
+                node.op,
+                node.name,
+                _Operator(str(node.target)) if _is_operator(node.target) else node.target,
+                map_arg(node.args, number.__getitem__),
+                map_arg(node.kwargs, number.__getitem__),
+            )
+            for node in self.graph.nodes
+        ]
+        return _load, (rows, self.modules)
+
+
+def _with_modules(graph: fx.Graph, modules: tuple[str, ...]) -> fx.Graph:
+    """``graph`` with its modules as its first inputs: looking them up by name costs as much host
+    time as a small layer."""
+    made = fx.Graph()
+    place = {path: made.placeholder(f"module_{path.replace('.', '_')}") for path in modules}
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.target not in place or node.op not in ("call_module", "get_attr"):
+            copies[node] = made.node_copy(node, copies.__getitem__)
+        elif node.op == "get_attr":
+            copies[node] = place[node.target]
+        else:
+            args = map_arg(node.args, copies.__getitem__)
+            kwargs = map_arg(node.kwargs, copies.__getitem__)
+            arguments = (place[node.target], *args)
+            copies[node] = made.call_method("__call__", arguments, kwargs)
+    return made
+
+
+def _is_operator(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+
+
+def _load(rows: list[tuple[Any, ...]], modules: tuple[str, ...]) -> Program:
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+
+    def found(value: Any) -> Any:
+        if isinstance(value, _Result):
+            return nodes[value.number]
+        if type(value) in (list, tuple):
+            return type(value)(found(v) for v in value)
+        if type(value) is dict:
+            return {key: found(v) for key, v in value.items()}
+        if type(value) is slice:
+            return slice(found(value.start), found(value.stop), found(value.step))
+        return value
+
+    for op, name, target, args, kwargs in rows:
+        if isinstance(target, _Operator):
+            target = operator.attrgetter(target.path)(torch.ops)
+        args, kwargs = found(tuple(args)), found(dict(kwargs))
+        nodes.append(graph.create_node(op, target, args, kwargs, name=name))
+    return Program(graph, modules)

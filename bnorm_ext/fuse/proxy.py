@@ -1,0 +1,81 @@
+"""What a forward is given in place of tensors while it is traced.
+
+torch's own proxies let some questions about a value pass that only the value itself can answer: its
+type, its text, attributes that it may not have. The answer would be frozen into the graph. Here
+each such question is a fault that the tracer remembers, whatever the forward makes of it.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import Tensor, fx
+
+_OWN_NAMES = ("tracer", "node", "root", "attr", "_node")
+_KNOWN_ATTRIBUTES = frozenset({*dir(Tensor), *dir(list), *dir(dict)})
+
+
+class Unfit(Exception):
+    """A forward does what a graph cannot stand for; the text says what."""
+
+
+def _asked_by_torch() -> bool:
+    name = sys._getframe(2).f_globals.get("__name__", "")
+    return name.split(".")[0] == "torch" or name.startswith(__package__)
+
+
+class Value(fx.Proxy):
+    """A tensor that is computed when the graph runs."""
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise self.tracer.fault(what)  # type: ignore[attr-defined]
+
+    def __getattr__(self, k: str) -> Attribute:
+        if k not in _KNOWN_ATTRIBUTES:
+            self._refuse(f"asks whether a tensor has an attribute {k}, which tracing would decide")
+        return Attribute(self, k)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN_NAMES:
+            self._refuse(f"assigns to the attribute {name} of a tensor")
+        super().__setattr__(name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        if not _asked_by_torch():
+            self._refuse("asks for the type of a value (isinstance), which tracing would decide")
+        return type(self)
+
+    def __str__(self) -> str:
+        if not _asked_by_torch():
+            self._refuse("prints or formats a tensor, which a graph would not do")
+        return super().__repr__()
+
+    __repr__ = __str__
+
+    def __len__(self) -> int:
+        self._refuse("asks for the length of a tensor, which tracing would freeze")
+
+    def __int__(self) -> int:
+        self._refuse("makes a Python number of a tensor, which tracing would freeze")
+
+    __index__ = __float__ = __complex__ = __int__  # type: ignore[assignment]
+
+
+class Attribute(Value, fx.proxy.Attribute):
+    """An attribute of a traced tensor."""
+
+
+def _define(name: str, function: Callable[..., Any]) -> None:
+    def in_place(self: fx.Proxy, *others: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, *others), {})
+
+    setattr(Value, f"__{name}__", in_place)
+
+
+# torch's proxies lack these: their ``x += y`` is recorded as ``x = x + y``.
+for _name in fx.graph.inplace_methods:
+    _define(_name, getattr(operator, _name))

@@ -1,0 +1,107 @@
+"""What a forward does beside computing, seen while it runs: a graph would not do it.
+
+Python's profiler hook reports every call, of this thread alone; nothing of torch is replaced, so
+that other threads may train, trace or draw random numbers meanwhile.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import random
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+_GRADIENTS = "switches gradients on or off"
+_RANDOM = "draws random numbers that tracing would freeze"
+
+
+def _code(function: Any) -> types.CodeType | None:
+    function = getattr(function, "__wrapped__", function)
+    return getattr(function, "__code__", None)
+
+
+# What is entered or called, by the code that runs then -> what the forward does.
+_CALLS: dict[types.CodeType | None, str] = {
+    _code(torch.autocast.__enter__): "enters the context autocast",
+    _code(saved_tensors_hooks.__enter__): "checkpoints, or hooks the tensors saved for backward",
+    _code(torch.no_grad.__enter__): _GRADIENTS,
+    _code(torch.enable_grad.__enter__): _GRADIENTS,
+    _code(torch.set_grad_enabled.__init__): _GRADIENTS,
+    _code(torch.inference_mode.__enter__): _GRADIENTS,
+    _code(logging.Logger._log): "logs, which a graph would not do",
+}
+_CALLS.pop(None, None)
+_BUILTINS: dict[Any, str] = {
+    builtins.print: "prints, which a graph would not do",
+    builtins.open: "opens a file, which a graph would not do",
+    builtins.input: "reads input, which a graph would not do",
+}
+# Functions of torch that draw from its generators.
+RANDOM_FUNCTIONS = frozenset(
+    {
+        "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal",
+        "normal_", "uniform_", "random_", "bernoulli", "bernoulli_", "exponential_", "geometric_",
+        "cauchy_", "log_normal_", "multinomial", "poisson", "binomial", "dropout", "alpha_dropout",
+        "feature_dropout", "feature_alpha_dropout", "dropout_", "alpha_dropout_",
+    }
+)  # fmt: skip
+
+
+@contextmanager
+def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[None]:
+    """Raises what ``fault`` makes of a text, before the code that runs here does what that says.
+
+    Raising ends the watching: the fault has been noted, even if the code catches it. ``names`` takes
+    up the names that the code outside of torch uses."""
+    functions = {_code(cls.forward): cls.__name__ for cls in _subclasses(torch.autograd.Function)}
+
+    def watch(frame: types.FrameType, event: str, called: Any) -> None:
+        if event == "call":
+            what = _CALLS.get(frame.f_code)
+            if what is not None:
+                raise fault(what)
+            if frame.f_code in functions:
+                raise fault(f"uses the autograd function {functions[frame.f_code]}")
+            if not frame.f_globals.get("__name__", "").startswith("torch."):
+                names.update(frame.f_code.co_names)
+        elif event == "c_call":
+            owner = getattr(called, "__self__", None)
+            if isinstance(owner, random.Random):
+                raise fault(_RANDOM)
+            if owner is builtins and called in _BUILTINS:
+                raise fault(_BUILTINS[called])
+            # From torch 2.14 on, `apply` is no Python code.
+            if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+                raise fault(f"uses the autograd function {owner.__name__}")
+
+    numpy = sys.modules.get("numpy")
+    before = None if numpy is None else numpy.random.get_state()
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        # numpy's functions are not reported. Another thread may have drawn, too: its numbers are
+        # not taken back.
+        if numpy is not None and _differ(before, numpy.random.get_state()):
+            fault(_RANDOM)
+            if threading.active_count() <= 2:
+                numpy.random.set_state(before)
+
+
+def _subclasses(cls: type) -> Iterator[Any]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return (a[1].tobytes(), *a[2:]) != (b[1].tobytes(), *b[2:])

@@ -1,0 +1,59 @@
+"""timm's batch norm with activation on this package's kernels.
+
+The class exists once timm is there: ``bnorm_ext.modules_timm.BatchNormAct2d``. It is a subclass of
+timm's own, with timm's children ``drop`` and ``act``, so that timm's tools (freezing, splitting,
+folding) treat it as theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._compat import has_global_module_hooks, is_hooked
+from .modules import _OneCallForward
+from .modules_act import _ActForward, activation_of
+
+#: timm's class is told by its name: timm need not be there.
+NAME = ("timm.layers.norm_act", "BatchNormAct2d")
+
+
+class _TimmForward(_ActForward):
+    """``act(drop(batch_norm(input)))``, in one call where ``drop`` does nothing."""
+
+    def activation(self) -> tuple[str | None, float]:
+        drop = self.drop
+        if type(drop) is not nn.Identity or is_hooked(drop):
+            return None, 0.01
+        return activation_of(self.act)
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        name, slope = self.activation()
+        if name is None or has_global_module_hooks():
+            return self.act(self.drop(_OneCallForward.forward(self, input)))
+        return self._normalise(input, None, name, slope)
+
+
+@functools.cache
+def ours(cls: type[nn.Module]) -> Any:
+    """The subclass of timm's ``cls``."""
+    body = {
+        "__module__": __name__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": f"{NAME[0]}.{NAME[1]} on this package's kernels; see {__name__}.",
+        "timms": cls,
+        "__init__": cls.__init__,
+        "extra_repr": cls.extra_repr,
+    }
+    return type(cls.__name__, (_TimmForward, cls), body)
+
+
+def __getattr__(name: str) -> Any:
+    # For unpickling.
+    if name != NAME[1]:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from timm.layers.norm_act import BatchNormAct2d as timms
+
+    return ours(timms)
