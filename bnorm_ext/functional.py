@@ -27,6 +27,9 @@ _training_op: Any = _ops.batch_norm_training.default if KERNEL_DEVICES else None
 _inference_op: Any = _ops.batch_norm_inference.default if KERNEL_DEVICES else None
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+import os
+
+COMPILE = os.environ.get("BNORM_EXT_COMPILE", "op")
 _MOMENTUM_TYPES = (float, int, NoneType)
 _PLAIN_TORCH_FUNCTIONS = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]  # a classmethod
@@ -107,7 +110,20 @@ def batch_norm(
             _transforms_active()
             or input.device.type not in KERNEL_DEVICES
             or type(input) not in (Tensor, Parameter)
+            or torch.compiler.is_exporting()
         )
+        if COMPILE == "aten" and momentum is not None:
+            native = True
+        if (
+            COMPILE == "mixed"
+            and momentum is not None
+            and (residual is not None or act == "identity")
+        ):
+            native = True
+        if COMPILE == "opadd" and residual is not None and not native:
+            return compose(
+                _call_op(*arguments[:9], None, "identity", 0.01), residual, act, negative_slope
+            )
         return _native(*arguments) if native else _call_op(*arguments)
     try:
         if type(input) is not Tensor and isinstance(input, Proxy):
@@ -116,6 +132,8 @@ def batch_norm(
             return input.tracer.create_proxy("call_function", batch_norm, arguments[:8], named)
         if (
             _takes_native_path(input)
+            or torch.jit.is_tracing()
+            or torch.compiler.is_exporting()
             # Which eps is too small differs between versions of torch: native knows.
             or eps <= 0
             # Arguments of other types are for native's parser to refuse.

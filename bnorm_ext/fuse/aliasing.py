@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
 
 from ..modules import _OneCallForward
-from .call import batch_norm_add_act
+from .call import CHANGES_RESIDUAL, batch_norm_add_act
 
 # Results that share memory with nothing. Whatever is not listed may be a view of its arguments.
 _FRESH_MODULES = (_ConvNd, nn.Linear, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -43,7 +43,7 @@ def fresh(node: fx.Node, root: nn.Module) -> bool:
     if "out" in node.kwargs:
         return False
     if node.target is batch_norm_add_act:
-        return node.args[_ADDITION] != "radd"
+        return node.args[_ADDITION] not in CHANGES_RESIDUAL
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         layer = isinstance(module, _FRESH_MODULES) and type(module).__module__.startswith(
@@ -59,7 +59,7 @@ def fresh(node: fx.Node, root: nn.Module) -> bool:
 def changed_by(node: fx.Node, root: nn.Module) -> list[fx.Node]:
     """The arguments that ``node`` may change in place."""
     if node.target is batch_norm_add_act:
-        return [node.args[_RESIDUAL]] if node.args[_ADDITION] == "radd" else []  # type: ignore[list-item]
+        return [node.args[_RESIDUAL]] if node.args[_ADDITION] in CHANGES_RESIDUAL else []  # type: ignore[list-item]
     out = [value for name, value in node.kwargs.items() if name == "out"]
     nodes = [value for value in out if isinstance(value, fx.Node)]
     if _changes_first(node, root):

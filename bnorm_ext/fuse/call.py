@@ -9,6 +9,8 @@ broadcast. So a graph stays right whatever becomes of the modules.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,21 @@ from .._compat import has_global_module_hooks, is_hooked
 from ..activations import alike, compose
 from ..modules import _PACKAGE, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..modules_act import _ActForward, activation_of
+
+#: The ways to add, as they are written; they differ in what they change, and in their errors.
+ADDITIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "y + r": lambda y, r: y + r,
+    "r + y": lambda y, r: r + y,
+    "y += r": operator.iadd,
+    "r += y": lambda y, r: operator.iadd(r, y),
+    "torch.add(y, r)": torch.add,
+    "torch.add(r, y)": lambda y, r: torch.add(r, y),
+    "y.add(r)": lambda y, r: y.add(r),
+    "r.add(y)": lambda y, r: r.add(y),
+    "y.add_(r)": lambda y, r: y.add_(r),
+    "r.add_(y)": lambda y, r: r.add_(y),
+}
+CHANGES_RESIDUAL = ("r += y", "r.add_(y)")
 
 _PLAIN = frozenset({BatchNorm1d, BatchNorm2d, BatchNorm3d})
 
@@ -36,8 +53,8 @@ def batch_norm_add_act(
         bn: a batch norm, or whatever has taken its place.
         input: what the batch norm is called with.
         residual: what is added; any value that the addition takes.
-        addition: "none"; "add" for ``y + residual``; "iadd" for ``y += residual``; "radd" for
-            ``residual += y``; "residual" for ``bn(input, residual)``.
+        addition: how they are added, one of ``ADDITIONS`` (``y`` is ``bn(input)``, ``r`` the
+            residual); "none"; or "bn(x, r)" for a batch norm that adds itself.
         act: a module; the name of an activation that was called as a function; or None.
         negative_slope: of "leaky_relu", where ``act`` is a name.
     """
@@ -85,17 +102,10 @@ def _separate(
     act: nn.Module | str | None,
     negative_slope: float,
 ) -> Tensor:
-    if addition == "residual":
-        y = bn(input, residual)
-    else:
-        y = bn(input)
-    if addition == "add":
-        y = torch.add(y, residual)
-    elif addition == "iadd":
-        y += residual
-    elif addition == "radd":
-        residual += y
-        y = residual
+    y = bn(input, residual) if addition == "bn(x, r)" else bn(input)
+    add = ADDITIONS.get(addition)
+    if add is not None:
+        y = add(y, residual)
     if act is None:
         return y
     return compose(y, None, act, negative_slope) if isinstance(act, str) else act(y)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from .aliasing import Aliases, fresh
-from .call import batch_norm_add_act, is_ours, own_act
+from .call import CHANGES_RESIDUAL, batch_norm_add_act, is_ours, own_act
 from .modules import hooks_of
 from .patterns import Act, Addition, as_act, as_addition, remove_identities
 from .shapes import propagate
@@ -101,7 +101,7 @@ def _fuse_one(
             raise _Refusal(act.refusal)
         if has_residual:
             residual = node.args[1] if len(node.args) > 1 else node.kwargs["residual"]
-            kind = "residual"
+            kind = "bn(x, r)"
         replaced, place = [node, act.node], node
     else:
         if not isinstance(input, fx.Node):
@@ -181,7 +181,7 @@ def _check_addition(
             raise _Refusal(
                 f"the addition is of {x.dtype} on {x.device} and {r.dtype} on {r.device}"
             )
-    if addition.kind == "radd":
+    if addition.kind in CHANGES_RESIDUAL:
         if not fresh(residual, root):
             raise _Refusal(
                 f"the addition changes {residual.name} in place, which may be an input of the "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._compat import is_hooked, tell_compiler
+from .._compat import has_global_module_hooks, is_hooked, tell_compiler
 from .program import Program
 from .trace import INTERNALS, copy_of
 
@@ -168,7 +168,7 @@ def fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
         @functools.wraps(own_forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             fusion = self.__dict__.get(_FUSION)
-            if fusion is None or _is_traced(args, kwargs):
+            if fusion is None or has_global_module_hooks() or _is_traced(args, kwargs):
                 return own_forward(self, *args, **kwargs)
             called: list[Any] = [None] * len(fusion.program.modules)
             if not fusion.inside.find(self, called):

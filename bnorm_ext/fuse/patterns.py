@@ -13,9 +13,19 @@ from torch import fx, nn
 from ..activations import MODULE_NAMES
 from .modules import hooks_of
 
-_ADD = frozenset({operator.add, torch.add})
-_ADD_METHODS = frozenset({"add", "__add__", "__radd__"})
-_ADD_IN_PLACE_METHODS = frozenset({"add_", "__iadd__"})
+# How an addition of a and b is written, in the terms of ``call.ADDITIONS``.
+_ADD_FUNCTIONS = {
+    operator.add: "{} + {}",
+    torch.add: "torch.add({}, {})",
+    operator.iadd: "{} += {}",
+}
+_ADD_METHODS = {
+    "add": "{}.add({})",
+    "__add__": "{} + {}",
+    "__radd__": "{1} + {0}",
+    "add_": "{}.add_({})",
+    "__iadd__": "{} += {}",
+}
 _FUNCTIONS: dict[Any, str] = {
     torch.relu: "relu",
     torch.relu_: "relu",
@@ -80,12 +90,11 @@ def as_act(node: fx.Node, root: nn.Module, operand: fx.Node) -> Act | None:
 
 def as_addition(node: fx.Node, operand: fx.Node) -> Addition | None:
     """What ``node`` adds to ``operand``; None where it is no addition."""
-    in_place = False
-    if node.op == "call_function" and node.target in _ADD | {operator.iadd}:
-        in_place = node.target is operator.iadd
-    elif node.op == "call_method" and node.target in _ADD_METHODS | _ADD_IN_PLACE_METHODS:
-        in_place = node.target in _ADD_IN_PLACE_METHODS
-    else:
+    forms: dict[Any, str] = {"call_function": _ADD_FUNCTIONS, "call_method": _ADD_METHODS}.get(
+        node.op, {}
+    )
+    form = forms.get(node.target)
+    if form is None:
         return None
     named = dict(node.kwargs)
     positional = list(node.args)
@@ -93,7 +102,7 @@ def as_addition(node: fx.Node, operand: fx.Node) -> Addition | None:
     second = positional.pop(0) if positional else named.pop("other", None)
     alpha = named.pop("alpha", 1)
     residual = second if first is operand else first
-    kind = "add" if not in_place else "iadd" if first is operand else "radd"
+    kind = form.format(*("y", "r") if first is operand else ("r", "y"))
     refusal = None
     if not (isinstance(alpha, int | float) and alpha == 1):
         refusal = f"the addition multiplies by alpha={alpha}"
