@@ -1,7 +1,7 @@
 """The private names of torch that this package uses, each with what happens where it is missing.
 
-No other module touches a private name of torch. torch may rename or remove any of these in any
-release; then what depends on it becomes slower or is refused with a reason, and nothing else breaks.
+torch may rename or remove any of these in any release; then what depends on it becomes slower or is
+refused with a reason, and nothing else breaks.
 """
 
 from __future__ import annotations

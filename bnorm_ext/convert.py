@@ -43,8 +43,8 @@ def convert_batchnorm(module: ModuleT) -> ModuleT:
     in several places stays shared. A ``state_dict`` of either side loads on the other with
     ``strict=True``.
 
-    timm's ``BatchNormAct2d`` becomes a subclass of itself, ``bnorm_ext.modules_timm.BatchNormAct2d``,
-    with its children ``drop`` and ``act``. It is one call where ``drop`` is ``nn.Identity`` and
+    timm's ``BatchNormAct2d`` becomes a subclass of itself,
+    ``bnorm_ext.modules_timm.BatchNormAct2d``, with its children ``drop`` and ``act``. It is one call where ``drop`` is ``nn.Identity`` and
     ``act`` an activation of :class:`bnorm_ext.BatchNormAct2d`.
 
     Already converted modules are left. Other subclasses of native batch norm

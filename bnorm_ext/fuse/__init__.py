@@ -32,7 +32,8 @@ class FusionReport:
     refused: list[tuple[str, str]] = field(default_factory=list)
     #: Name of the module that keeps its own forward, and why it was not traced.
     not_traced: list[tuple[str, str]] = field(default_factory=list)
-    #: Names of the batch norms that no graph calls: what calls them was not traced, or nothing does.
+    #: Names of the batch norms that no graph calls: what calls them was not traced, or nothing
+    #: does.
     not_called: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:

@@ -209,8 +209,9 @@ def _act_of_sum(
         return None, what + "the sum has several users"
     if act.refusal:
         return None, what + act.refusal
+    # A module may be replaced by one that keeps the residual.
     if act.name in _KEEPS_RESIDUAL or act.node.op == "call_module":
-        # A module may be replaced by one of these. The activation may be in place on the sum, which is the residual after residual += y.
+        # The activation may be in place on the sum, which is the residual after residual += y.
         culprit = aliases.changed_between(addition.residual, addition.node, but=act.node)
         if culprit is not None:
             return None, f"{what}{culprit.name} may change the residual in place afterwards"

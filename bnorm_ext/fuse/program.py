@@ -31,15 +31,17 @@ class _Operator:
 
 
 class Program:
-    """What ``graph`` says, as a function ``run(root, *modules, *inputs)``. It holds no tensor and no
-    module and never changes: copies of a model share it."""
+    """What ``graph`` says, as a function ``run(root, *modules, *inputs)``.
+
+    It holds no tensor and no module and never changes: copies of a model share it."""
 
     def __init__(self, graph: fx.Graph, paths: Iterable[str]) -> None:
         """``paths``: of all modules in the root, of which the graph names some."""
         self.graph = graph
         self.code: str = graph.python_code(root_module="self").src
         known = set(paths)
-        named = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+        nodes = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
+        named = [str(node.target) for node in nodes]
         #: The modules that ``run`` takes, by path.
         self.modules = tuple(dict.fromkeys(path for path in named if path in known))
         code = _with_modules(graph, self.modules).python_code(root_module="self")

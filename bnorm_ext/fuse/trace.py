@@ -25,14 +25,15 @@ from .compare import compare
 from .modules import is_leaf
 from .proxy import Unfit, Value
 from .state import Outside, same
-from .watch import RANDOM_FUNCTIONS, watching
+from .watch import RANDOM_FUNCTIONS, NumpyRandom, watching
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # Of a tensor's attributes and methods, those that say what it is, not what is in it.
 _DESCRIBING = frozenset(
     {
-        "shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf", "grad_fn",
+        "shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf",
+        "grad_fn",
         "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "is_mps",
         "itemsize", "nbytes", "output_nr", "_version", "size", "dim", "ndimension", "numel",
         "nelement", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex",
@@ -133,11 +134,11 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
     outside = Outside(root)
     leaves = {c for c, o in original.items() if id(o) in kept or (o is not root and is_leaf(o))}
     unfit: dict[nn.Module, str] = {}
-    traced, tracer = [], Tracer(leaves)
+    traced, tracer = [], Tracer(leaves, outside)
     for training in (True, False):
         for module in original:
             module.training = training
-        tracer = Tracer(leaves)
+        tracer = Tracer(leaves, outside)
         try:
             tracer.trace(copied)
         except Exception as error:
@@ -146,10 +147,7 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
                 unfit[tracer.culprit or copied] = text
         unfit |= tracer.faults
         traced.append(tracer)
-        changed = outside.restore()
-        if changed:
-            unfit.setdefault(copied, f"its forward changes {changed[0]}, outside of the module")
-        _check_state(copied, original, unfit)
+        _check_state(tracer, original, unfit)
         if unfit:
             break
     else:
@@ -176,9 +174,10 @@ def copy_of(root: ModuleT) -> tuple[ModuleT, dict[nn.Module, nn.Module]]:
 
 
 def _check_state(
-    copied: nn.Module, original: dict[nn.Module, nn.Module], unfit: dict[nn.Module, str]
+    tracer: Tracer, original: dict[nn.Module, nn.Module], unfit: dict[nn.Module, str]
 ) -> None:
     """Finds the modules whose attributes, at any depth, a forward has changed."""
+    ran = {tracer.submodule_paths[module]: module for module in tracer.running[0].modules()}
 
     def skip(module: nn.Module, name: str) -> bool:
         return name in INTERNALS
@@ -189,7 +188,11 @@ def _check_state(
             for name, child in module._modules.items()
         )
         if not same_children or not same(module, before, skip):
-            unfit.setdefault(module, "its forward changes attributes of the module")
+            # The forward that did it is that of the module or of one around it.
+            path = tracer.submodule_paths[module]
+            while path not in ran:
+                path = path.rpartition(".")[0]
+            unfit.setdefault(ran[path], "its forward changes attributes of the module")
 
 
 def _one_line(error: BaseException) -> str:
@@ -200,8 +203,10 @@ class Tracer(fx.Tracer):
     """Records one run of a forward. The modules of the root are reached by an attribute of each
     instance, so the root must be a copy that nobody else uses."""
 
-    def __init__(self, leaves: set[nn.Module]) -> None:
+    def __init__(self, leaves: set[nn.Module], outside: Outside) -> None:
         super().__init__()
+        self.outside = outside
+        self.numpy_random = NumpyRandom()
         self.leaves = leaves  # called by the graph
         self.names: set[str] = set()  # in the code that ran
         self.faults: dict[nn.Module, str] = {}  # what forwards did that a graph cannot do
@@ -222,10 +227,19 @@ class Tracer(fx.Tracer):
         forward, args = self.create_args_for_root(type(root).forward, True)
         with self._calls_caught(root), _Tensors(self), watching(self.fault, self.names):
             self.running[0].result = forward(*args)
+            self._check_outside()
         self.create_node("output", "output", (self.create_arg(self.running[0].result),), {})
         for node in self.graph.nodes:
             node.type = None  # an annotation, which may not be picklable
         return self.graph
+
+    def _check_outside(self) -> None:
+        drawn = self.numpy_random.was_used(self.names)
+        if drawn is not None:
+            raise self.fault(drawn)
+        changed = self.outside.restore()
+        if changed:
+            raise self.fault(f"changes {changed[0]}, outside of the module")
 
     @contextlib.contextmanager
     def _calls_caught(self, root: nn.Module) -> Iterator[None]:
@@ -256,6 +270,7 @@ class Tracer(fx.Tracer):
             self.running.append(recorded)
             try:
                 recorded.result = module.forward(*args, **kwargs)
+                self._check_outside()
             except Exception:
                 self.culprit = self.culprit or module
                 raise

@@ -39,6 +39,7 @@ _CALLS: dict[types.CodeType | None, str] = {
     _code(logging.Logger._log): "logs, which a graph would not do",
 }
 _CALLS.pop(None, None)
+_NOT_THE_FORWARDS = ("torch.", "bnorm_ext.")
 _BUILTINS: dict[Any, str] = {
     builtins.print: "prints, which a graph would not do",
     builtins.open: "opens a file, which a graph would not do",
@@ -59,8 +60,8 @@ RANDOM_FUNCTIONS = frozenset(
 def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[None]:
     """Raises what ``fault`` makes of a text, before the code that runs here does what that says.
 
-    Raising ends the watching: the fault has been noted, even if the code catches it. ``names`` takes
-    up the names that the code outside of torch uses."""
+    Raising ends the watching: the fault has been noted, even if the code catches it. ``names``
+    takes up the names that the code outside of torch uses."""
     functions = {_code(cls.forward): cls.__name__ for cls in _subclasses(torch.autograd.Function)}
 
     def watch(frame: types.FrameType, event: str, called: Any) -> None:
@@ -70,7 +71,7 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
                 raise fault(what)
             if frame.f_code in functions:
                 raise fault(f"uses the autograd function {functions[frame.f_code]}")
-            if not frame.f_globals.get("__name__", "").startswith("torch."):
+            if not frame.f_globals.get("__name__", "").startswith(_NOT_THE_FORWARDS):
                 names.update(frame.f_code.co_names)
         elif event == "c_call":
             owner = getattr(called, "__self__", None)
@@ -82,19 +83,11 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
             if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
                 raise fault(f"uses the autograd function {owner.__name__}")
 
-    numpy = sys.modules.get("numpy")
-    before = None if numpy is None else numpy.random.get_state()
     sys.setprofile(watch)
     try:
         yield
     finally:
         sys.setprofile(None)
-        # numpy's functions are not reported. Another thread may have drawn, too: its numbers are
-        # not taken back.
-        if numpy is not None and _differ(before, numpy.random.get_state()):
-            fault(_RANDOM)
-            if threading.active_count() <= 2:
-                numpy.random.set_state(before)
 
 
 def _subclasses(cls: type) -> Iterator[Any]:
@@ -103,5 +96,23 @@ def _subclasses(cls: type) -> Iterator[Any]:
         yield from _subclasses(sub)
 
 
-def _differ(a: Any, b: Any) -> bool:
-    return (a[1].tobytes(), *a[2:]) != (b[1].tobytes(), *b[2:])
+class NumpyRandom:
+    """numpy's global generator, whose functions the profiler hook does not report."""
+
+    def __init__(self) -> None:
+        self.random = getattr(sys.modules.get("numpy"), "random", None)
+        self.functions = {name for name in dir(self.random) if not name.startswith("_")}
+        self.before = None if self.random is None else self.random.get_state()
+
+    def was_used(self, names: set[str]) -> str | None:
+        """What the code with these names did. Another thread may have drawn meanwhile: then the
+        code names no function of numpy.random. Numbers drawn by this code alone are taken back."""
+        if self.random is None or names.isdisjoint(self.functions):
+            return None
+        now = self.random.get_state()
+        if (now[1].tobytes(), *now[2:]) == (self.before[1].tobytes(), *self.before[2:]):
+            return None
+        if threading.active_count() <= 2:
+            self.random.set_state(self.before)
+        self.before = self.random.get_state()
+        return _RANDOM
