@@ -43,9 +43,9 @@ def convert_batchnorm(module: ModuleT) -> ModuleT:
     in several places stays shared. A ``state_dict`` of either side loads on the other with
     ``strict=True``.
 
-    timm's ``BatchNormAct2d`` becomes a subclass of itself,
-    ``bnorm_ext.modules_timm.BatchNormAct2d``, with its children ``drop`` and ``act``. It is one call where ``drop`` is ``nn.Identity`` and
-    ``act`` an activation of :class:`bnorm_ext.BatchNormAct2d`.
+    timm's ``BatchNormAct2d`` becomes a subclass of itself, ``BatchNormAct2d`` of
+    ``bnorm_ext.modules_timm``, with its children ``drop`` and ``act``. It is one call where
+    ``drop`` is ``nn.Identity`` and ``act`` an activation of :class:`bnorm_ext.BatchNormAct2d`.
 
     Already converted modules are left. Other subclasses of native batch norm
     (``nn.SyncBatchNorm``, parametrised ones) are left too, since their forward may do more, and are
