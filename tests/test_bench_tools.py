@@ -6,20 +6,15 @@ import json
 import os
 import platform
 import signal
-import sys
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from bench import __main__ as cli  # noqa: E402
-from bench import machine, measure, nets, packages, profile, report, run, train  # noqa: E402
-from bench.measure import Work, describe, percentile, sample, within_noise  # noqa: E402
+from bnorm_ext.bench import __main__ as cli
+from bnorm_ext.bench import machine, measure, nets, packages, profile, report, run, train
+from bnorm_ext.bench.measure import Work, describe, percentile, sample, within_noise
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 

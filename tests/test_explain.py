@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import cost_model
 from bnorm_ext import explain
+from bnorm_ext.bench import cost_model
 from bnorm_ext.explain import _GPUS
 
 

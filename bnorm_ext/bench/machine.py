@@ -20,7 +20,8 @@ from torch import Tensor
 
 import bnorm_ext
 
-ROOT = Path(__file__).parent.parent
+#: The folder that bnorm_ext lies in: of a checkout, or of installed packages.
+ROOT = Path(bnorm_ext.__file__).resolve().parent.parent
 FRESH_BYTES = 4 << 20  # outputs of this size and more come from the system in a cold run
 MADV_HUGEPAGE = 14  # Linux's mman.h
 # glibc's malloc.h
@@ -133,7 +134,10 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout; None outside of one."""
+    """Of the checkout that is measured; None for an installed package, even where some checkout
+    contains the environment that it is installed in."""
+    if _output("git", "rev-parse", "--show-toplevel") != str(ROOT):
+        return None
     head = _output("git", "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return f"{head}, with changes" if head and changed else head

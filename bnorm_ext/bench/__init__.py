@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench`, `python -m bench.train`, `python -m bench.profile`."""
