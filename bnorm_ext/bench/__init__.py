@@ -1,1 +1,2 @@
-"""Benchmarks: `python -m bench`, `python -m bench.train`, `python -m bench.profile`."""
+"""Benchmarks. Installed: `bnorm-bench`, `bnorm-bench train`, `bnorm-bench profile`, `bnorm-bench
+cost_model`; in the checkout also `python -m bench`, `python -m bench.train` and so on."""
