@@ -180,7 +180,7 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fits = False
     if not fits:
-        raise ValueError(f"{path}: not a file that --json wrote")
+        raise ValueError(f"{path}: not a file that --json wrote, or not one of the microbenchmarks")
     return header, rows
 
 
