@@ -1,7 +1,7 @@
 # Every target does its own set-up in $(VENV), created when it is absent and reused when present.
 #
 #   make test                  compile, and run the tests but the slow ones
-#   make demo                  compile, and train on real data, native batch norm against this one
+#   make demo                  compile, and train on real data with torch's batch norm and this one
 #   make test VENV=            the same in the current environment: python3 and the torch it has
 #   make test TORCH=torch==2.11.0 VENV=.venv-2.11        with another torch
 #   make bench                 measure it beside torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,15 +41,24 @@ _SHARED = {
 _GPUS = {
     "T4": (40, (7, 5)),
     "A100": (108, (8, 0)),
+    "A30": (56, (8, 0)),
     "A10": (72, (8, 6)),
     "RTX 3090": (82, (8, 6)),
     "RTX 4090": (128, (8, 9)),
+    "L4": (58, (8, 9)),
+    "L40": (142, (8, 9)),
     "L40S": (142, (8, 9)),
     "H100": (132, (9, 0)),
+    "H100 PCIe": (114, (9, 0)),
     "H200": (132, (9, 0)),
     "B200": (148, (10, 0)),
     "RTX 5090": (170, (12, 0)),
 }
+
+# Words of the names that CUDA reports which say nothing of the multiprocessors: vendor, memory, and
+# how the board is connected.
+_VENDOR = re.compile(r"nvidia|tesla|geforce|graphics|\d+gb|hbm3e?")
+_BOARD = re.compile(r"pcie|sxm\d*|nvl")
 
 
 def explain(
@@ -69,8 +79,8 @@ def explain(
         input: a tensor (N, C, ...) of any device, or its shape.
         dtype: of the tensor; its own, or float32.
         memory_format: its own, or contiguous.
-        device: a GPU's name (A100, H200, RTX 4090, ...), or a CUDA device that is here. Default:
-            the tensor's device, or the current one.
+        device: a GPU's name (A100, H200, RTX 4090, ..., or as CUDA reports it: NVIDIA H100 80GB
+            HBM3), or a CUDA device that is here. Default: the tensor's device, or the current one.
 
     Raises:
         ValueError: a shape without channels, or a device that is neither known nor here.
@@ -116,24 +126,42 @@ def launch_plan(x: Tensor, tensors: int, gpu: _Device) -> dict[str, Any]:
 
 
 def resolve_device(device: str | torch.device | None) -> _Device:
-    """A GPU by name, or one that is here."""
-    names = {name.lower().replace(" ", ""): name for name in _GPUS}
+    """A GPU by name, as here or as CUDA reports it, or one that is here."""
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if isinstance(device, str):
-        key = device.lower().replace("nvidia", "").replace("geforce", "").replace(" ", "")
-        if key in names:
-            multiprocessors, capability = _GPUS[names[key]]
+        for index in range(here):
+            if torch.cuda.get_device_name(index) == device:
+                return _measured(torch.device("cuda", index))
+        name = _known_name(device)
+        if name is not None:
+            multiprocessors, capability = _GPUS[name]
             return _Device(
-                names[key], multiprocessors, capability, *(n * _KB for n in _SHARED[capability])
+                name, multiprocessors, capability, *(n * _KB for n in _SHARED[capability])
             )
     known = ", ".join(_GPUS)
     try:
         wanted = torch.device(device if device is not None else "cuda")
     except RuntimeError as error:
         raise ValueError(f"explain: unknown device {device!r}; known are {known}") from error
-    if wanted.type != "cuda" or not torch.cuda.is_available():
+    if wanted.type != "cuda" or (wanted.index or 0) >= here:
         raise ValueError(
             f"explain: {str(wanted)!r} is no CUDA device of this machine; name one: {known}"
         )
+    return _measured(wanted)
+
+
+def _known_name(text: str) -> str | None:
+    """The GPU of the table that is meant. A word that is left over, as in RTX 4090 Laptop GPU or
+    H100 80GB HBM3 MIG 1g.10gb, makes it another GPU."""
+    names = {name.lower().replace(" ", ""): name for name in _GPUS}
+    words = [w for w in re.split(r"[\s,_-]+", text.lower()) if w and not _VENDOR.fullmatch(w)]
+    for given in (words, [w for w in words if not _BOARD.fullmatch(w)]):
+        if "".join(given) in names:
+            return names["".join(given)]
+    return None
+
+
+def _measured(wanted: torch.device) -> _Device:
     p = torch.cuda.get_device_properties(wanted)
     return _Device(
         p.name,

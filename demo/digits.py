@@ -1,88 +1,94 @@
-"""Trains a small ResNet on scikit-learn's handwritten digits twice: with torch's batch norm, and
-after ``bnorm_ext.convert_batchnorm(model)``.
+"""Trains a small MobileNetV2 on scikit-learn's handwritten digits with three batch norms: torch's,
+bnorm_ext's after ``convert_batchnorm``, and bnorm_ext's with the activation or the addition behind
+it in the same call, after ``fuse_batchnorm_act``.
 
-Both runs start from the same weights and see the same batches. They advance step by step in turn,
-so that whatever else the machine does slows both alike; neither run's numbers depend on that. At
-the end stand a table (time, accuracy, how far the losses are apart) and a plot of the losses.
+For each seed all three start from the same weights and see the same batches. They advance step by
+step in turn, so that whatever else the machine does slows all alike; no variant's numbers depend on
+the others. Several seeds show how much of a difference is chance.
 
-Usage: ``python demo/digits.py [--epochs N] [--output FILE.png] [--seed N] [--device cpu|cuda]``
+Usage: ``python demo/digits.py``; ``--help`` lists the options.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import platform
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file is written; no display is needed
-
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from show import plot, reading, table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import bnorm_ext
+from bnorm_ext.bench.options import DAY, Parser, device_of, positive, threads, whole
+from bnorm_ext.bench.report import check_picture
 
 BATCH_SIZE = 64
 TEST_SIZE = 360
+IMAGE_SIZE = 16
 LEARNING_RATE = 0.05
-# Losses are compared over the first steps. Sooner or later a rounding difference flips one ReLU and
-# is amplified from there on, as it is between two native runs that round differently.
-COMPARED_STEPS = 10
 WARM_UP_STEPS = 5  # left out of the timing: allocator and thread pool start up
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"  # Okabe and Ito, safe for the colour-blind
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm, and a shortcut around them."""
+def conv_norm(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list:
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(c_out)]
 
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+
+class Inverted(nn.Module):
+    """MobileNetV2's block (arXiv:1801.04381): widen, filter each channel by itself, narrow. Little
+    is multiplied, so that batch norm and activation are much of the time."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, widen: int = 6) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
-            )
+        width = widen * c_in
+        self.layers = nn.Sequential(
+            *conv_norm(c_in, width, 1),
+            nn.ReLU6(inplace=True),
+            *conv_norm(width, width, 3, stride, groups=width),
+            nn.ReLU6(inplace=True),
+            *conv_norm(width, c_out, 1),
+        )
+        self.shortcut = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        return x + self.layers(x) if self.shortcut else self.layers(x)
 
 
 class DigitNet(nn.Module):
-    """ResNet for ``(N, 1, 8, 8)`` images: three stages of one block, 8 batch norms."""
+    """For ``(N, 1, 16, 16)`` images: 17 batch norms, 12 with a ReLU6 behind, 3 with an addition."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 12) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        self.stages = nn.Sequential(
-            Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 2 * width, 1)
+        self.layers = nn.Sequential(
+            *conv_norm(1, width, 3),
+            nn.ReLU6(inplace=True),
+            Inverted(width, width, 1),
+            Inverted(width, 2 * width, 2),
+            Inverted(2 * width, 2 * width, 1),
+            Inverted(2 * width, 3 * width, 2),
+            Inverted(3 * width, 3 * width, 1),
+            *conv_norm(3 * width, 8 * width, 1),
+            nn.ReLU6(inplace=True),
         )
-        self.fc = nn.Linear(2 * width, 10)
+        self.fc = nn.Linear(8 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(F.relu(self.bn(self.stem(x))))
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.layers(x).mean((2, 3)))
 
 
 @dataclass
 class Run:
-    """One of the two trainings."""
+    """One training: of one variant, with one seed."""
 
     name: str
     model: nn.Module
@@ -122,9 +128,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def digits(seed: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images ``(N, 1, 8, 8)`` in [-1, 1] and labels, split at random: train, then test."""
+    """Images ``(N, 1, 16, 16)`` in [-1, 1] and labels, split at random: train, then test."""
     data = load_digits()
     images = torch.from_numpy(data.images.astype(np.float32))[:, None] / 8 - 1
+    images = F.interpolate(images, size=IMAGE_SIZE, mode="bilinear")
     labels = torch.from_numpy(data.target.astype(np.int64))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     images, labels = images[order].to(device), labels[order].to(device)
@@ -139,138 +146,97 @@ def batches(count: int, epochs: int, seed: int) -> Iterator[Tensor]:
         yield from order[: count - count % BATCH_SIZE].split(BATCH_SIZE)
 
 
-def train(epochs: int, seed: int, device: torch.device, *, progress: bool = True) -> list[Run]:
-    """Both trainings, native first in the list."""
+def variants(seed: int, device: torch.device) -> dict[str, nn.Module]:
+    """The three models, with the same weights; torch's first."""
     torch.manual_seed(seed)
     native = DigitNet().to(device)
-    converted = bnorm_ext.convert_batchnorm(copy.deepcopy(native))
+    fused, _ = bnorm_ext.fuse_batchnorm_act(copy.deepcopy(native))
+    return {
+        "torch.nn": native,
+        "bnorm_ext": bnorm_ext.convert_batchnorm(copy.deepcopy(native)),
+        "bnorm_ext, fused": fused,
+    }
+
+
+def steps_of(epochs: int) -> int:
+    return epochs * ((len(load_digits().target) - TEST_SIZE) // BATCH_SIZE)
+
+
+def train(epochs: int, seed: int, device: torch.device, bar: tqdm | None = None) -> list[Run]:
+    """One training of each variant."""
     images, labels, test_images, test_labels = digits(seed, device)
-    steps = epochs * (len(labels) // BATCH_SIZE)
     runs = []
-    for name, model in (("torch.nn", native), ("bnorm_ext", converted)):
+    for name, model in variants(seed, device).items():
         optimizer = torch.optim.SGD(
             model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
-        # Up during the first fifth, then down: the usual for ResNets.
+        # Up during the first fifth, then down.
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2, cycle_momentum=False
+            optimizer,
+            LEARNING_RATE,
+            total_steps=steps_of(epochs),
+            pct_start=0.2,
+            cycle_momentum=False,
         )
         runs.append(Run(name, model, optimizer, schedule))
-    bar = tqdm(total=steps, desc="training both", unit="step", disable=not progress)
-    with bar:
-        for index, batch in enumerate(batches(len(labels), epochs, seed)):
-            batch = batch.to(device)
-            # Taking turns in going first: whoever is second finds the images in the cache.
-            for run in runs if index % 2 == 0 else reversed(runs):
-                run.step(images[batch], labels[batch])
+    # Whoever is second finds the images in the cache, and whoever follows a slow one finds less of
+    # its own: every order comes equally often.
+    orders = itertools.cycle(itertools.permutations(runs))
+    for batch, order in zip(batches(len(labels), epochs, seed), orders, strict=False):
+        batch = batch.to(device)
+        for run in order:
+            run.step(images[batch], labels[batch])
+        if bar is not None:
             bar.update()
-            losses = ", ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs)
-            bar.set_postfix_str(f"loss {losses}", refresh=False)
+            bar.set_postfix_str(f"seed {seed}, loss {runs[0].losses[-1]:.4f}", refresh=False)
     for run in runs:
         run.evaluate(test_images, test_labels)
     return runs
 
 
-def largest_difference(runs: Sequence[Run]) -> float:
-    """Of the two losses, over the first steps."""
-    native, ours = runs
-    pairs = zip(native.losses[:COMPARED_STEPS], ours.losses[:COMPARED_STEPS], strict=True)
-    return max(abs(a - b) for a, b in pairs)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def kernel_path(device: torch.device) -> str:
-    """Which of the extension's kernels serve this device."""
-    info = bnorm_ext.build_info()
-    if device.type == "cpu" and info["cpu_capability"]:
-        return f"cpu, {info['cpu_capability']}"
-    if device.type == "cuda" and info["cuda_kernels"]:
-        return f"cuda, {' '.join(info['archs'])}"
-    return "none: torch's own operators"
-
-
-def table(runs: Sequence[Run], device: torch.device) -> str:
-    native, ours = runs
-    ratio = native.step_time / ours.step_time
-    steps = min(COMPARED_STEPS, len(native.losses))
-    rows = [
-        ("", native.name, ours.name),
-        ("device", device_name(device), ""),
-        ("kernel path", "torch", kernel_path(device)),
-        (
-            "step time (median)",
-            f"{native.step_time * 1e3:.2f} ms",
-            f"{ours.step_time * 1e3:.2f} ms",
-        ),
-        ("step time, torch.nn / bnorm_ext", "", f"{ratio:.2f}"),
-        (f"test accuracy ({TEST_SIZE} images)", f"{native.accuracy:.2%}", f"{ours.accuracy:.2%}"),
-        (f"largest loss difference, {steps} steps", "", f"{largest_difference(runs):.1e}"),
-    ]
-    first = max(len(row[0]) for row in rows)
-    second = max(len(row[1]) for row in rows[2:] + rows[:1])
-    lines = [f"{a:<{first}}  {b:<{second}}  {c}".rstrip() for a, b, c in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
-
-
-def plot(runs: Sequence[Run], output: Path) -> None:
-    """Both losses over the steps, and below them how far apart they are."""
-    native, ours = runs
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+def parser() -> Parser:
+    p = Parser(
+        description=__doc__.rpartition("\n\nUsage")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    steps = np.arange(1, len(native.losses) + 1)
-    label = "{} ({:.1%} test accuracy)"
-    top.plot(
-        steps,
-        native.losses,
-        color=ORANGE,
-        linewidth=4,
-        label=label.format("torch.nn.BatchNorm2d", native.accuracy),
-    )
-    top.plot(
-        steps,
-        ours.losses,
-        color=BLUE,
-        linewidth=1.3,
-        label=label.format("bnorm_ext.BatchNorm2d", ours.accuracy),
-    )
-    top.set_yscale("log")
-    top.set_ylabel("training loss (log scale)")
-    top.set_title("Handwritten digits, one net, two batch norms: same seed, same batches")
-    top.legend(frameon=False)
-    difference = np.abs(np.subtract(native.losses, ours.losses))
-    bottom.plot(steps, np.where(difference > 0, difference, np.nan), ".", color=GREY, markersize=3)
-    bottom.set_yscale("log")
-    bottom.set_ylabel("|difference|")
-    bottom.set_xlabel("optimisation step")
-    for axes in (top, bottom):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
-    plt.close(figure)
+    p.add_argument("--seeds", type=whole(1, 1000), default=5, help="how many; default: 5")
+    p.add_argument("--first-seed", type=whole(0, 1 << 32), default=0, help="default: 0")
+    p.add_argument("--epochs", type=whole(1, 1000), default=6, help="default: 6")
+    p.add_argument("--time-budget", type=positive(DAY), default=200.0, metavar="SECONDS",
+                   help="no further seed is begun that would end later; default: 200")  # fmt: skip
+    p.add_argument("--output", type=Path, default=Path("build/demo/digits.png"), help="the plot")
+    p.add_argument("--threads", type=threads, default=1, metavar="K",
+                   help="of the CPU; default: 1, since more get in each other's way where other "
+                   "work is running")  # fmt: skip
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    return p
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Run]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path("build/demo/digits.png"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=torch.device, default=None, help="default: cuda if any")
-    options = parser.parse_args(arguments)
-    if options.epochs < 1:
-        parser.error("--epochs must be at least 1")
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runs = train(options.epochs, options.seed, device)
-    plot(runs, options.output)
-    print(f"\n{table(runs, device)}\n\nloss curves: {options.output.resolve()}")
-    return runs
+def main(arguments: Sequence[str] | None = None) -> list[list[Run]]:
+    """The runs, by seed."""
+    p = parser()
+    options = p.parse_args(arguments)
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        check_picture(options.output, "--output")
+        device = device_of(options.device)
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    torch.set_num_threads(options.threads)
+    total = options.seeds * steps_of(options.epochs)
+    found: list[list[Run]] = []
+    start = time.perf_counter()
+    with tqdm(total=total, desc="training three variants", unit="step", dynamic_ncols=True) as bar:
+        while len(found) < options.seeds:
+            found.append(train(options.epochs, options.first_seed + len(found), device, bar))
+            spent = time.perf_counter() - start
+            if spent + spent / len(found) > options.time_budget:
+                break
+    if len(found) < options.seeds:
+        print(f"{len(found)} of {options.seeds} seeds: the time budget has no room for another")
+    plot(found, device, options.output)
+    print(f"\n{table(found)}\n\n{reading(found, device)}\n\nplot: {options.output.resolve()}")
+    return found
 
 
 if __name__ == "__main__":

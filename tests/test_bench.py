@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from bench import cases, compare, correct, nets, packages, report, run  # noqa: E402
-from bench.cases import Case  # noqa: E402
-from bench.providers import Provider, Unavailable, functional_layer  # noqa: E402
+from bnorm_ext.bench import cases, compare, correct, nets, packages, report, run
+from bnorm_ext.bench.cases import Case
+from bnorm_ext.bench.providers import Provider, Unavailable, functional_layer
 
 CPU = torch.device("cpu")
 SMALL = (4, 3, 5, 6)

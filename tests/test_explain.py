@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from bench import cost_model
 from bnorm_ext import explain
+from bnorm_ext.bench import cost_model
 from bnorm_ext.explain import _GPUS
 
 
@@ -47,6 +49,66 @@ def test_every_known_gpu(device: str) -> None:
     # Clusters are there from 9.0 on; a cooperative grid everywhere.
     text = explain((64, 64, 56, 56), device=device)
     assert ("clusters" in text) == (_GPUS[device][1] >= (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 NVL", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),  # with fewer multiprocessors
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("A100-PCIE-40GB", "A100"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+    ],
+)
+def test_names_as_cuda_reports_them(reported: str, name: str) -> None:
+    multiprocessors, (major, minor) = _GPUS[name]
+    expected = f"on {name} (sm_{major}{minor}, {multiprocessors} multiprocessors)"
+    assert expected in explain((8, 16, 4, 4), device=reported)
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA",
+        "80GB",
+        "",
+    ],
+)
+def test_another_gpu_is_not_taken_for_its_namesake(reported: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown device '{reported}'; known are T4, A100"):
+        explain((8, 16, 4, 4), device=reported)
+
+
+def test_a_gpu_that_is_here_is_known_by_its_name(monkeypatch) -> None:
+    """Also one that is not in the table; and its own figures go before the table's."""
+    found = ["NVIDIA XYZ 9", "NVIDIA A100-SXM4-40GB"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: found[index])
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(
+            name=found[device.index], multi_processor_count=7, major=9, minor=0,
+            shared_memory_per_multiprocessor=228 << 10, shared_memory_per_block_optin=227 << 10,
+        ),
+    )  # fmt: skip
+    for name in found:
+        assert f"on {name} (sm_90, 7 multip" in explain((8, 16, 4, 4), device=name)
+    with pytest.raises(ValueError, match="'cuda:2' is no CUDA device of this machine"):
+        explain((8, 16, 4, 4), device="cuda:2")
 
 
 def test_groups_of_channels() -> None:
@@ -90,7 +152,7 @@ def test_errors() -> None:
             explain(shape, device="A100")
 
 
-def test_cost_model(capsys, monkeypatch) -> None:
+def test_cost_model(capsys) -> None:
     """Bytes by the path."""
     assert cost_model.predict((8, 64, 9, 9), torch.float64, "contiguous", 2, "H200") == (
         "two_pass",
@@ -98,8 +160,7 @@ def test_cost_model(capsys, monkeypatch) -> None:
         3 * 8 * 64 * 81 * 8,
     )
     arguments = "--bandwidth 1e12 --net resnet18 --batch 8 --dtype bfloat16 --layout contiguous"
-    monkeypatch.setattr("sys.argv", ["cost_model", *arguments.split()])
-    cost_model.main()
+    assert cost_model.main([*arguments.split(), "--device", "NVIDIA H200"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (large,) = [x for x in lines if "8x64x112x112" in x and "fwd" in x]
     assert large.split()[4:7] == ["cluster", "25.7", "MB"]

@@ -236,17 +236,45 @@ def test_isolated_build_without_torch_names_the_command(clean_venv, sdist):
     assert "No module named" not in output
 
 
-@pytest.mark.slow
-def test_sdist_in_a_clean_environment(clean_venv, sdist, tmp_path):
-    missing = python("import bnorm_ext", tmp_path, clean_venv)
+@pytest.fixture(scope="module")
+def installed(clean_venv: str, sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same Python, with bnorm_ext built from the sdist."""
+    missing = python("import bnorm_ext", tmp_path_factory.mktemp("empty"), clean_venv)
     assert "No module named 'bnorm_ext'" in missing.stderr, "the environment is not clean"
 
     done = pip_install(clean_venv, "--verbose", "--no-build-isolation", "--no-index", str(sdist))
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = re.findall(r"bnorm_ext: torch .*CUDA kernels: .+", done.stdout + done.stderr)[:1]
     assert torch.__version__ in line
+    return clean_venv
 
+
+@pytest.mark.slow
+def test_sdist_in_a_clean_environment(installed, tmp_path):
     shutil.copy(ROOT / ".ci" / "check_install.py", tmp_path / "check_install.py")
     code = "import check_install as c; c.main(); import bnorm_ext; print(bnorm_ext.__file__)"
-    installed = build_info_of(python(code, tmp_path, clean_venv)).splitlines()[-1]
-    assert installed.startswith(str(Path(clean_venv).parents[1]))
+    found = build_info_of(python(code, tmp_path, installed)).splitlines()[-1]
+    assert found.startswith(str(Path(installed).parents[1]))
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_an_installed_package(installed, sdist, tmp_path):
+    """`bnorm-bench` from anywhere, and `python -m bench` in the checkout that it was installed
+    from, whose source folder would hide the installed package."""
+    checkout, script = sdist.parent / "tree", str(Path(installed).parent / "bnorm-bench")
+    assert not list(checkout.glob("bnorm_ext/_C.*"))
+    quickly = ["--shape", "4,3,5,6", "--device", "cpu", "--threads", "1"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("BNORM_EXT_", "PYTHON"))}
+    for folder in (tmp_path, checkout):
+        ways = [[script], *([[installed, "-m", "bench"]] if folder == checkout else [])]
+        for way in ways:
+            for arguments, printed in (
+                ([*quickly, "--time-budget", "0.01"], "geometric mean, torch / provider"),
+                (["profile", *quickly], "bnorm_ext::batch_norm_training"),
+                (["train", "--help"], "usage: "),
+            ):
+                done = subprocess.run(
+                    [*way, *arguments], cwd=folder, env=clean, capture_output=True, text=True
+                )
+                assert done.returncode == 0, done.stderr
+                assert printed in done.stdout

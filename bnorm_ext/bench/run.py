@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import machine
-from .cases import DTYPES, Case, ImpossibleCase, bytes_floor, ceiling, ceiling_bytes
+from .cases import DTYPES, Case, bytes_floor, ceiling, ceiling_bytes
 from .correct import CHECKED, Inputs, Results, make_inputs, reference, wrong
 from .measure import CpuTimer, CudaTimer, Sampled, Stats, Timer, Work, sample, within_noise
-from .providers import BASELINE, Layer, Provider, Unavailable, first_line
+from .options import first_line
+from .providers import BASELINE, Layer, Provider, Unavailable
 
 COPY = "copy"  #: stands where a provider's name does, for the ceiling
 Row = dict[str, Any]
@@ -32,14 +33,10 @@ class Verdict:
 
 
 def check_memory(case: Case, device: torch.device, providers: int) -> None:
-    """Raises ImpossibleCase where tensors and float64 reference would not fit."""
+    """Raises ValueError where tensors and float64 reference would not fit."""
     elements = math.prod(case.shape)
     needed = elements * (8 * 8 + DTYPES[case.dtype].itemsize * (4 + 2 * providers))
-    there = machine.memory_bytes(device)
-    if needed > 0.8 * there:
-        raise ImpossibleCase(
-            f"{case}: needs about {needed / 1e9:.1f} GB, and there are {there / 1e9:.1f}"
-        )
+    machine.check_memory(str(case), needed, device)
 
 
 def _leaves(i: Inputs, *, gradients: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""`python -m bench.profile`: for one shape, where the time of a module's call goes.
+"""For one shape, where the time of a module's call goes.
 
 host: what a call keeps Python and the dispatcher busy, taken with a layer of the same rank that has
 next to nothing to compute (2 samples, 8 channels, 4 in each further dimension), in blocks of calls,
@@ -27,8 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 import bnorm_ext
 
 from . import machine, report
-from .__main__ import Parser, device_of, listed, shape_of
 from .cases import DTYPES, LAYOUTS, Case, ImpossibleCase, check
+from .options import Parser, device_of, first_line, names, shape_of, threads
 
 MODULES: dict[str, dict[int, type[nn.Module]]] = {
     name: {2: m.BatchNorm1d, 3: m.BatchNorm1d, 4: m.BatchNorm2d, 5: m.BatchNorm3d}
@@ -169,34 +169,44 @@ def table(found: dict[str, list[Found]]) -> str:
     return "\n".join(text)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    p = Parser(prog="python -m bench.profile", description=__doc__,
+def parser(command: str) -> Parser:
+    p = Parser(prog=command, description=__doc__,
                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("--shape", default="32,64,56,56", metavar="N,C,H,W")
     p.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
     p.add_argument("--layout", default=LAYOUTS[0], choices=LAYOUTS)
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     p.add_argument("--provider", nargs="+", metavar="P", help=", ".join(MODULES))
-    p.add_argument("--threads", type=int, default=1, metavar="K", help="default: 1")
+    p.add_argument("--threads", type=threads, default=1, metavar="K", help="default: 1")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = command or f"python -m {__package__}.profile"
+    p = parser(command)
     o = p.parse_args(arguments)
     try:
-        names = listed(o.provider) or list(MODULES)
-        for name in names:
-            if name not in MODULES:
-                raise ValueError(f"--provider: unknown {name!r}; there are {', '.join(MODULES)}")
-        device = device_of(o.device)
+        chosen = names(o.provider, "--provider", tuple(MODULES)) or list(MODULES)
         case = Case(shape_of(o.shape), o.dtype, o.layout, pass_="fwd+bwd")
         check(case)
         if len(case.shape) > 5:
             raise ImpossibleCase(f"shape {o.shape}: modules take 2 to 5 dimensions")
-        if o.threads < 1:
-            raise ValueError("--threads: at least 1")
+        device = device_of(o.device)
+        # x, dy, their float32 originals, and for each module y and the gradient of x.
+        tensors = 6 + 2 * len(chosen)
+        machine.check_memory(str(case), tensors * case.tensor_bytes, device)
     except ValueError as error:
         p.error(str(error))
     torch.set_num_threads(o.threads)
-    header = machine.header(device, "bench.profile", arguments)
-    print(report.title(header), table(examine(case, names, device)), sep="\n\n")
+    try:
+        found = examine(case, chosen, device)
+    except (MemoryError, RuntimeError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        p.error(f"out of memory: {first_line(error)}")
+    header = machine.header(device, command, arguments)
+    print(report.title(header), table(found), sep="\n\n")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cases import Case
 from .correct import EPS, MOMENTUM, Inputs
+from .options import first_line
 from .providers import (
     Compiled,
     Layer,
@@ -22,7 +23,6 @@ from .providers import (
     TorchWithoutCudnn,
     Unavailable,
     Unfused,
-    first_line,
     module_layer,
 )
 
@@ -114,9 +114,23 @@ ALL: tuple[type[Provider], ...] = (
 NAMES = tuple(cls.name for cls in ALL)
 
 
-def make(names: list[str]) -> list[Provider]:
+def make(names: Sequence[str]) -> list[Provider]:
     by_name = {cls.name: cls for cls in ALL}
     return [by_name[name]() for name in names]
+
+
+def absent(names: Sequence[str], device: str) -> list[str]:
+    """Of these providers those that cannot be measured on this device, each with the reason."""
+    found = []
+    for provider in make(names):
+        if device not in provider.devices:
+            found.append(f"{provider.name} is for {', '.join(provider.devices)}")
+            continue
+        try:
+            provider.version()
+        except Unavailable as why:
+            found.append(f"{provider.name}: {why}")
+    return found
 
 
 def available(device: str, ops: Collection[str] = ("bn",)) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m bench.train`: a training step end to end, with torch's batch norm and with ours.
+"""A training step end to end, with torch's batch norm and with ours.
 
 Variants: native (nn.BatchNorm2d), converted (bnorm_ext.convert_batchnorm), fused (activation and
 addition taken into it too). All start from the same weights and take the same step in turn, so
@@ -11,8 +11,8 @@ of kernels.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,18 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import bnorm_ext
 
 from . import machine, nets, report
-from .__main__ import Parser, device_of, listed
 from .measure import Stats, describe, within_noise
-from .providers import Unavailable, first_line
+from .options import (
+    DAY,
+    Parser,
+    check_output,
+    device_of,
+    first_line,
+    names,
+    positive,
+    threads,
+    whole,
+)
+from .profiled import peak_bytes, share
+from .providers import Unavailable
 
 WARM_UP, MIN_STEPS = 2, 5
-_MEASURED = "measured step"
-BATCH_NORM = ("batch_norm", "batchnorm")  # in the names of operators and autograd nodes
 
 
 def convert(variant: str, model: nn.Module) -> nn.Module:
@@ -87,76 +95,22 @@ def make_step(
     return step
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Of tensors, in one step, over what was there before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()  # what it leaves behind is known to the profiler when the next one frees it
-        with record_function(_MEASURED):
-            step()
-    return peak_of(profiler.profiler.kineto_results.events())
+def warm_up(runs: list[Run], device: torch.device, reasons: dict[str, str]) -> None:
+    """First steps, memory and shares. What fails leaves the runs and gets a reason."""
+    for run in list(runs):
+        try:
+            for _ in range(WARM_UP):
+                run.step()
+            run.peak_bytes = peak_bytes(run.step, device)
+            run.share = share(run.step, device)
+            print(f"{run.name}: warmed up", file=sys.stderr)
+        except Exception as why:  # a compiler that is missing, memory that is not enough, ...
+            reasons[run.name] = first_line(why)
+            runs.remove(run)
 
 
-def peak_of(events: Sequence[Any]) -> int:
-    """The most bytes that tensors held at once while what is named _MEASURED ran, over what they
-    held before, of a profiler's raw events."""
-    start = next(e.start_ns() for e in events if e.name() == _MEASURED)
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    before = sum(change for when, change in changes if when < start)
-    held = peak = before
-    for when, change in changes:
-        if when >= start:
-            held += change
-            peak = max(peak, held)
-    return peak - before
-
-
-def _is_batch_norm(name: str) -> bool:
-    return any(part in name.lower() for part in BATCH_NORM)
-
-
-def share(step: Callable[[], None], device: torch.device) -> float:
-    """Of batch norm in a step, 0 to 1: outermost operators of that name over all outermost ones."""
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        step()
-    return share_of(profiler.events(), on_device=device.type == "cuda")
-
-
-def share_of(events: Sequence[Any], *, on_device: bool) -> float:
-    """Of profiler events. What lies within a batch norm counts as batch norm, once."""
-
-    def own(event: Any) -> float:
-        if on_device:
-            return event.self_device_time_total
-        return event.self_cpu_time_total
-
-    mine = everything = 0.0
-    for event in events:
-        if str(event.device_type).endswith("CUDA"):
-            continue  # kernels are counted with the operators that launched them
-        ancestor = event
-        while ancestor is not None and not _is_batch_norm(ancestor.name):
-            ancestor = ancestor.cpu_parent
-        everything += own(event)
-        mine += own(event) if ancestor is not None else 0
-    return mine / everything if everything else 0.0
-
-
-def measure(runs: Sequence[Run], device: torch.device, seconds: float, say: Callable) -> None:
+def measure(runs: Sequence[Run], seconds: float) -> None:
     """Fills the runs; steps are taken in turns until the time is up."""
-    for run in runs:
-        for _ in range(WARM_UP):
-            run.step()
-        run.peak_bytes = peak_bytes(run.step, device)
-        run.share = share(run.step, device)
-        say(f"{run.name}: warmed up")
     end = time.perf_counter() + seconds
     while len(runs[0].seconds) < MIN_STEPS or time.perf_counter() < end:
         # Whoever goes first changes, as in the microbenchmark.
@@ -216,38 +170,44 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*text, *(f"{r['variant']}: {r['reason']}" for r in found if r["reason"])])
 
 
-def parser() -> Parser:
-    p = Parser(prog="python -m bench.train", description=__doc__,
+def parser(command: str) -> Parser:
+    p = Parser(prog=command, description=__doc__,
                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = p.add_argument
     add("--model", choices=tuple(nets.NETS), default="resnet18")
     add("--variant", nargs="+", metavar="V", help=f"{', '.join(VARIANTS)}; default: all")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--batch", type=int, help="images in a step; default: 64, on the CPU 8")
-    add("--size", type=int, default=224, help="height and width of an image; default: 224")
+    add("--batch", type=whole(1), help="images in a step; default: 64, on the CPU 8")
+    add("--size", type=whole(32), default=224, help="height and width of an image; default: 224")
     add("--amp", action="store_true", help="autocast: float16, on the CPU bfloat16")
     add("--channels-last", action="store_true")
     add("--compile", action="store_true", help="torch.compile(model)")
-    add("--threads", type=int, metavar="K")
-    add("--time-budget", type=float, default=60.0, metavar="SECONDS", help="of timed steps")
+    add("--threads", type=threads, metavar="K", help="of the CPU; default: torch's")
+    add("--time-budget", type=positive(DAY), default=60.0, metavar="SECONDS",
+        help="of timed steps; default: 60")  # fmt: skip
     add("--json", type=Path, metavar="FILE")
     return p
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def check(model: str, batch: int, size: int, device: torch.device) -> None:
+    """Raises ValueError where the net cannot take such a batch, or the memory cannot."""
+    kept = sum(math.prod(shape) for _, shape in nets.batch_norm_inputs(model, batch, size))
+    # At the least: what goes into each batch norm, as float32, and as much that comes out.
+    what = f"{model} with {batch} images of {size}x{size}"
+    machine.check_memory(what, 2 * 4 * kept, device)
+
+
+def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    p = parser()
+    command = command or f"python -m {__package__}.train"
+    p = parser(command)
     o = p.parse_args(arguments)
     try:
-        names = listed(o.variant) or list(VARIANTS)
-        for name in names:
-            if name not in VARIANTS:
-                raise ValueError(f"--variant: unknown {name!r}; there are {', '.join(VARIANTS)}")
+        chosen = names(o.variant, "--variant", VARIANTS) or list(VARIANTS)
+        check_output(o.json, "--json")
         device = device_of(o.device)
         batch = o.batch if o.batch is not None else 64 if device.type == "cuda" else 8
-        if batch < 1 or o.size < 32 or (o.threads is not None and o.threads < 1):
-            raise ValueError("--batch and --threads: at least 1; --size: at least 32")
-        report.check_folder(o.json, "--json")
+        check(o.model, batch, o.size, device)
     except ValueError as error:
         p.error(str(error))
     if o.threads is not None:
@@ -260,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         last: Any = {"memory_format": torch.channels_last}
         net, images = net.to(**last), images.to(**last)
     runs, reasons = [], {}
-    for name in names:
+    for name in chosen:
         try:
             step = make_step(convert(name, net), images, labels, amp=o.amp, compiled=o.compile)
             runs.append(Run(name, step))
@@ -268,20 +228,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reasons[name] = str(why) if isinstance(why, Unavailable) else first_line(why)
     interrupted = False
     try:
+        warm_up(runs, device, reasons)
         if runs:
-            measure(runs, device, o.time_budget, lambda text: print(text, file=sys.stderr))
+            measure(runs, o.time_budget)
     except KeyboardInterrupt:
         interrupted = True
     found = rows(runs, reasons, batch, o.compile)
-    header = machine.header(device, "bench.train", arguments)
+    header = machine.header(device, command, arguments)
     header |= {"model": o.model, "net_from": source, "batch": batch, "size": o.size}
     header |= {"method": __doc__, "interrupted": interrupted}
     print(f"{o.model} ({source}), {batch} images of {o.size}x{o.size}\n{report.title(header)}\n")
     print(table(found))
     if o.json is not None:
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             report.write_json(o.json, header, found)
-    return 130 if interrupted else 0
+        except OSError as error:  # a full disk: what was measured is on the screen
+            print(f"{command}: {error}", file=sys.stderr)
+            return 1
+    return 130 if interrupted else 0 if runs else 1
 
 
 if __name__ == "__main__":

@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+import bnorm_ext
 from bnorm_ext.explain import launch_plan, resolve_device
 
+from .cases import DTYPES
 from .nets import NETS, batch_norm_inputs
+from .options import Parser, names, positive, whole
 
+SHOWN = ("resnet50", "mobilenet_v2")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -35,23 +41,40 @@ def predict(
     return plan["path"], (reads + 1) * tensor_bytes, (tensors + 1) * tensor_bytes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="H200", help="a GPU that bnorm_ext.explain knows")
-    parser.add_argument("--bandwidth", type=float, required=True, help="of a copy, bytes a second")
-    parser.add_argument("--net", nargs="+", default=["resnet50", "mobilenet_v2"], choices=NETS)
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 64, 256])
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--layout", nargs="+", default=list(FORMATS), choices=FORMATS)
-    parser.add_argument("--sums", action="store_true", help="only the sums over each net")
-    o = parser.parse_args()
+def parser(command: str) -> Parser:
+    p = Parser(prog=command, description=__doc__,
+               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = p.add_argument
+    add("--device", default="H200", help="a GPU that bnorm_ext.explain knows; default: H200")
+    add("--bandwidth", type=positive(1e18), required=True, help="of a copy, bytes a second")
+    add("--net", nargs="+", metavar="NET", help=f"{', '.join(NETS)}; default: {', '.join(SHOWN)}")
+    add("--batch", type=whole(1), nargs="+", default=[32, 64, 256])
+    add("--dtype", nargs="+", metavar="D", help=f"{', '.join(DTYPES)}; default: bfloat16, float32")
+    add("--layout", nargs="+", metavar="L", help=f"{', '.join(FORMATS)}; default: both")
+    add("--sums", action="store_true", help="only the sums over each net")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
+    p = parser(command or f"python -m {__package__}.cost_model")
+    o = p.parse_args(arguments)
+    try:
+        if bnorm_ext.build_info()["cpu_capability"] is None:
+            raise ValueError("BNORM_EXT_DISABLE is set: there are no kernels to predict")
+        resolve_device(o.device)
+        chosen = names(o.net, "--net", tuple(NETS)) or SHOWN
+        dtypes = names(o.dtype, "--dtype", tuple(DTYPES)) or ["bfloat16", "float32"]
+        layouts = names(o.layout, "--layout", tuple(FORMATS)) or FORMATS
+        shapes = {(n, b): batch_norm_inputs(n, b) for n in chosen for b in o.batch}
+    except ValueError as error:
+        p.error(str(error))
     print(f"{o.device}, {o.bandwidth / 1e12:.2f} TB/s; us, passes one after the other")
-    for net in o.net:
-        for batch in o.batch:
-            layers = Counter(shape for _, shape in batch_norm_inputs(net, batch))
-            for dtype in o.dtype:
-                for layout in o.layout:
-                    sums(o, net, layers, getattr(torch, dtype), layout)
+    for (net, _), inputs in shapes.items():
+        layers = Counter(shape for _, shape in inputs)
+        for dtype in dtypes:
+            for layout in layouts:
+                sums(o, net, layers, DTYPES[dtype], layout)
+    return 0
 
 
 def sums(o: Any, net: str, layers: Counter, dtype: torch.dtype, layout: str) -> None:
@@ -78,4 +101,4 @@ def sums(o: Any, net: str, layers: Counter, dtype: torch.dtype, layout: str) -> 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

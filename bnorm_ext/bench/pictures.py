@@ -1,10 +1,9 @@
-"""Pictures for a slide, 1200 pixels wide. `python -m bench.plots FILE.json FILE.png` draws anew."""
+"""Pictures for a slide, 1200 pixels wide."""
 
 from __future__ import annotations
 
 import io
 import math
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +20,15 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from PIL import Image  # which matplotlib brings
 
 from .cases import DTYPES
+from .options import write
 from .providers import BASELINE
-from .report import SHORT, geometric_mean, read_json, threads_of
+from .report import SHORT, geometric_mean, source_of, threads_of
 from .run import COPY, Row
 
 # Okabe and Ito: told apart by the colour-blind; the markers and lines differ too, for print.
 STYLES = {
     "bnorm_ext": ("#0072B2", "o", "-"),
+    "bnorm_ext-unfused": ("#0072B2", "o", "--"),
     "torch": ("#E69F00", "s", "-"),
     "torch-nocudnn": ("#56B4E9", "v", "--"),
     "torch.compile": ("#009E73", "^", "--"),
@@ -56,10 +57,15 @@ def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
         else:
             figure = roofline(header, rows)
         drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=100, format="png")
+        form = path.suffix.lower().removeprefix(".")
+        figure.savefig(drawn, dpi=100, format=form)
         plt.close(figure)
-    # 64 colours are enough, and a quarter of the bytes: the pictures live in git.
-    Image.open(drawn).convert("RGB").quantize(64).save(path, format="png", optimize=True)
+    if form == "png":
+        # 64 colours are enough, and a quarter of the bytes: the pictures live in git.
+        image = Image.open(drawn).convert("RGB").quantize(64)
+        drawn = io.BytesIO()
+        image.save(drawn, format="png", optimize=True)
+    write(path, drawn.getvalue())
 
 
 def _timed(rows: Sequence[Row]) -> list[Row]:
@@ -90,7 +96,7 @@ def _figure(
     versions = header["versions"]
     text = (
         f"{header['device_name']}{threads}, torch {versions['torch']}, bnorm_ext "
-        f"{versions['bnorm_ext']} ({header['commit']}), {header['date'][:10]}. Medians, "
+        f"{versions['bnorm_ext']} ({source_of(header)}), {header['date'][:10]}. Medians, "
         f"{_variants(rows, ('cache',)) or 'cold and warm'} caches. {header['command']}"
     )
     wrapped = textwrap.fill(text, 150, break_on_hyphens=False)
@@ -253,19 +259,3 @@ def _is_16_bit(variant: str) -> bool:
 
 def _megabytes(row: Row) -> float:
     return math.prod(row["shape"]) * DTYPES[row["dtype"]].itemsize / 1e6
-
-
-def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 2:
-        print("python -m bench.plots: needs FILE.json FILE.png", file=sys.stderr)
-        return 2
-    try:
-        draw(*read_json(Path(arguments[0])), Path(arguments[1]))
-    except (ValueError, OSError) as error:
-        print(f"python -m bench.plots: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -18,12 +18,7 @@ import bnorm_ext
 
 from .cases import Case
 from .correct import EPS, MOMENTUM, Inputs
-
-
-def first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+from .options import first_line
 
 
 class Unavailable(Exception):

@@ -8,6 +8,7 @@ import datetime
 import functools
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from torch import Tensor
 
 import bnorm_ext
 
-ROOT = Path(__file__).parent.parent
+#: The folder that bnorm_ext lies in: of a checkout, or of installed packages.
+ROOT = Path(bnorm_ext.__file__).resolve().parent.parent
 FRESH_BYTES = 4 << 20  # outputs of this size and more come from the system in a cold run
 MADV_HUGEPAGE = 14  # Linux's mman.h
 # glibc's malloc.h
@@ -101,11 +103,35 @@ def cpu_flush_bytes() -> int:
     return min(max(2 * _cache_bytes(), 16 << 20), 256 << 20)
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Free on the GPU; physical on the CPU."""
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that tensors may take; on the CPU no more than a container is limited to."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo") or "")
+    found = [int(free[1]) << 10 if free else _physical_bytes()]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = _text(file) or ""
+        found += [int(limit)] if limit.isdigit() else []
+    return min(found)
+
+
+def check_memory(what: str, needed: int, device: torch.device) -> None:
+    """Raises ValueError where that many bytes would not fit."""
+    there = free_bytes(device)
+    if needed > 0.8 * there:
+        raise ValueError(
+            f"{what}: needs about {needed / 1e9:.1f} GB, and {there / 1e9:.1f} GB are free"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has a type for GPUs alone; on the CPU the text has to do."""
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "can't allocate memory" in str(error)
 
 
 def cpu_name() -> str:
@@ -133,7 +159,10 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout; None outside of one."""
+    """Of the checkout that is measured; None for an installed package, even where some checkout
+    contains the environment that it is installed in."""
+    if _output("git", "rev-parse", "--show-toplevel") != str(ROOT):
+        return None
     head = _output("git", "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return f"{head}, with changes" if head and changed else head
@@ -152,7 +181,7 @@ def _hardware(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "last_level_cache_bytes": _cache_bytes(),
-        "memory_bytes": memory_bytes(torch.device("cpu")),
+        "memory_bytes": _physical_bytes(),
         "huge_pages": _text("/sys/kernel/mm/transparent_hugepage/enabled"),
         "load_average_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
@@ -170,8 +199,9 @@ def _hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def header(device: torch.device, module: str, arguments: list[str]) -> dict[str, Any]:
-    """Who measured what, when and on what; the same for every tool of this package."""
+def header(device: torch.device, command: str, arguments: list[str]) -> dict[str, Any]:
+    """Who measured what, when and on what; the same for every program. `command`: how it was
+    started."""
     info = bnorm_ext.build_info()
     return {
         "versions": {
@@ -186,7 +216,7 @@ def header(device: torch.device, module: str, arguments: list[str]) -> dict[str,
         },
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *arguments]),
+        "command": shlex.join([*command.split(), *arguments]),
         "device": device.type,
         "device_name": device_name(device),
         "threads": torch.get_num_threads(),

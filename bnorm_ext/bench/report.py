@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .options import check_output, write
 from .providers import BASELINE
 from .run import COPY, Row
 
@@ -131,13 +131,24 @@ def _legend(rows: Sequence[Row], notes: dict[str, str]) -> list[str]:
     return lines + [f"unavailable: {name}: {reason}" for name, reason in absent.items()]
 
 
-def check_folder(path: Path | None, what: str) -> None:
-    if path is not None and not path.resolve().parent.is_dir():
-        raise ValueError(f"{what} {path}: there is no folder {path.parent}")
+#: Formats of pictures, by the suffix of the file.
+PICTURES = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
+
+
+def check_picture(path: Path, option: str) -> None:
+    """Raises ValueError where no picture can be written there."""
+    if path.suffix.lower().removeprefix(".") not in PICTURES:
+        raise ValueError(f"{option} {path}: the name must end in .{', .'.join(PICTURES)}")
+    check_output(path, option)
 
 
 def threads_of(header: dict[str, Any]) -> str:
     return f"{header['threads']} thread{'s' if header['threads'] > 1 else ''}"
+
+
+def source_of(header: dict[str, Any]) -> str:
+    """Which bnorm_ext was measured, besides its version."""
+    return f"commit {header['commit']}" if header.get("commit") else "as installed"
 
 
 def title(header: dict[str, Any]) -> str:
@@ -146,32 +157,50 @@ def title(header: dict[str, Any]) -> str:
     threads = f", {threads_of(header)}" if header["device"] == "cpu" else ""
     text = (
         f"{header['device_name']}{threads}; torch {v['torch']}, bnorm_ext {v['bnorm_ext']}, "
-        f"commit {header['commit']}, {header['date'][:10]}; {header['command']}"
+        f"{source_of(header)}, {header['date'][:10]}; {header['command']}"
     )
     return textwrap.fill(text, 110, break_on_hyphens=False)
 
 
 def write_json(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Whole or not at all: an interruption leaves no half of a file."""
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     text = f'{{"header": {json.dumps(header, indent=1)},\n"rows": [\n{lines}\n]}}\n'
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write(path, text.encode())
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Raises ValueError, with one line, where it is not such a file."""
+    """Raises ValueError, with one line, where it is no result of the microbenchmarks."""
     try:
         content = json.loads(path.read_text())
         header, rows = content["header"], content["rows"]
-        for row in rows:
-            case_key(row), row["provider"], row["median_us"]
+        fits = isinstance(header.get("versions", {}), dict) and isinstance(rows, list)
+        fits = fits and all(map(_is_row, rows))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not a file that --json wrote") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path}: not a file that --json wrote, or not one of the microbenchmarks")
     return header, rows
+
+
+def _is_row(row: Row) -> bool:
+    """Whether comparisons and pictures can be made of it."""
+    texts = ("device", "cache", "layout", "op", "pass", "provider", "layer")
+    times = [row[name] for name in ("median_us", "p10_us", "p90_us", "first_half_us",
+                                    "second_half_us")]  # fmt: skip
+    numbers = [row[name] for name in ("ratio", "copy_fraction")] + times
+    return (
+        all(isinstance(row[name], str) for name in texts)
+        and row["dtype"] in SHORT
+        and all(isinstance(size, int) and size > 0 for size in row["shape"])
+        and len(row["shape"]) > 1
+        and isinstance(row["count"], int)
+        and all(n is None or 0 < n < math.inf for n in numbers)
+        and len({n is None for n in times}) == 1  # timed or not
+        and row["correct"] in (None, True, False)
+        and "reason" in row
+    )
 
 
 class Progress:

@@ -1,13 +1,17 @@
-"""What changed between two JSON files, and which of it is more than noise."""
+"""What changed between two results of the microbenchmarks, and which of it is more than noise:
+`python -m bench.compare OLD.json NEW.json`."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .report import SHORT, aligned, case_key, geometric_mean, number
+from .options import Parser
+from .report import SHORT, aligned, case_key, geometric_mean, number, read_json
 from .run import COPY, Row
 
 LEAST = 0.02  # smaller changes are never called real
@@ -88,7 +92,7 @@ def report(
         times = [number(c.old["median_us"]), number(r["median_us"]), f"{c.factor:.2f}"]
         noise = f"{100 * c.noise / c.old['median_us']:.0f} %"
         lines.append([case, r["provider"], *times, noise, verdict.strip()])
-    text += ["", *aligned(lines, left=2), ""]
+    text += ["", *(aligned(lines, left=2) if found else ["No case was timed in both."]), ""]
     for provider in dict.fromkeys(c.new["provider"] for c in found):
         mine = [c for c in found if c.new["provider"] == provider]
         mean = geometric_mean(c.factor for c in mine)
@@ -109,3 +113,20 @@ def report(
         if other and r["median_us"] is not None and other["median_us"] is None:
             text.append(f"no longer measured: {r['provider']} {r['shape']}: {other['reason']}")
     return "\n".join(text)
+
+
+def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
+    p = Parser(prog=command or f"python -m {__package__}.compare", description=__doc__)
+    p.add_argument("old", type=Path, metavar="OLD.json")
+    p.add_argument("new", type=Path, metavar="NEW.json")
+    options = p.parse_args(arguments)
+    try:
+        files = [read_json(path) for path in (options.old, options.new)]
+    except ValueError as error:
+        p.error(str(error))
+    print(report(*files))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

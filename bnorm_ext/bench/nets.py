@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .options import first_line
+
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
@@ -165,18 +167,22 @@ def build(name: str) -> tuple[nn.Module, str]:
 
 
 def batch_norm_inputs(name: str, batch: int, size: int = 224) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and input shape of each batch norm of a net, in order of execution.
+    """Name and input shape of each batch norm of a net in training, in order of execution.
 
-    Run on the meta device: shapes alone, nothing is computed.
+    Run on the meta device: shapes alone, nothing is computed. Raises ValueError where the net
+    cannot be trained on such a batch: images that are too small, one value per channel.
     """
     with torch.device("meta"):
         net = NETS[name]()
-        images = torch.empty(batch, 3, size, size)
     seen: list[tuple[str, tuple[int, ...]]] = []
     for path, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_pre_hook(
                 lambda _, args, path=path: seen.append((path, tuple(args[0].shape)))
             )
-    net(images)
+    try:
+        net(torch.empty(batch, 3, size, size, device="meta"))
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        what = f"{batch} image{'s' * (batch > 1)} of {size}x{size}"
+        raise ValueError(f"{name} cannot be trained on {what}: {first_line(error)}") from None
     return seen
