@@ -17,8 +17,7 @@ __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
 
 # Whoever reads `eps` from these packages makes another layer of a batch norm, except for the tools
 # that only look.
-_REBUILDING = ("torch.", "torchvision.", "timm.", "torchao.")
-_OBSERVING = ("torch._", "torch.jit", "torch.fx", "torch.export", "torch.onnx", "torch.utils")
+_OBSERVING = ("torch._", "torch.jit", "torch.fx", "torch.export", "torch.onnx")
 
 
 def activation_of(module: nn.Module) -> tuple[str | None, float]:
@@ -31,6 +30,8 @@ def activation_of(module: nn.Module) -> tuple[str | None, float]:
 
 class _ActForward(_OneCallForward):
     """Constructor and forward pass that all batch norms with an activation share."""
+
+    _rebuilding = ("torch.", "torchvision.", "timm.", "torchao.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,7 +69,7 @@ class _ActForward(_OneCallForward):
         # Whoever rebuilds a batch norm from its attributes needs this one, and would drop the
         # activation without a word.
         name = sys._getframe(1).f_globals.get("__name__", "")
-        if name.startswith(_REBUILDING) and not name.startswith(_OBSERVING):
+        if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
             self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
         return self.__dict__["eps"]
 

@@ -23,6 +23,8 @@ NAME = ("timm.layers.norm_act", "BatchNormAct2d")
 class _TimmForward(_ActForward):
     """``act(drop(batch_norm(input)))``, in one call where ``drop`` does nothing."""
 
+    _rebuilding = ("torch.", "torchvision.", "torchao.")  # timm's own tools know what they do
+
     def activation(self) -> tuple[str | None, float]:
         drop = self.drop
         if type(drop) is not nn.Identity or is_hooked(drop):
