@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _refusals
 from ._plain import Normalised, accumulation_type, fold, fold_vector, per_channel, unfold
 from .activations import check_residual, compose
 
@@ -65,16 +66,9 @@ def _normalise(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    y, mean, rstd = _Forward.apply(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked if training else None,
-        training,
-        momentum,
-        eps,
+    counter = num_batches_tracked if training else None
+    y, mean, rstd = _forward(
+        input, weight, bias, running_mean, running_var, counter, training, momentum, eps
     )
     if not _is_forward_over_forward():
         return y
@@ -83,6 +77,12 @@ def _normalise(
     n = Normalised(input, mean, rstd, training, eps)
     y = n.xhat * per_channel(weight, input)
     return (y if bias is None else y + per_channel(bias, input)).to(input.dtype)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`_Forward`, which itself would take buffers that require gradients for constants."""
+    _refusals.gradients(*args[3:5])
+    return _Forward.apply(*args)
 
 
 def _is_forward_over_forward() -> bool:
@@ -139,8 +139,16 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def jvp(
-        ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any
+        ctx: Any,
+        dx: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        drunning_mean: Tensor | None,
+        drunning_var: Tensor | None,
+        *_: Any,
     ) -> Any:
+        if not ctx.training:
+            _refusals.tangents((dx, dweight, dbias), (drunning_mean, drunning_var))
         x, weight, _, mean, rstd = ctx.saved_tensors
         n = Normalised(x, mean, rstd, ctx.training, ctx.eps)
         dy = torch.zeros_like(n.xhat)
@@ -156,24 +164,25 @@ class _Forward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         x, _, _, *buffers, training, momentum, eps = args
         B = info.batch_size
-        _refuse_shared_buffers(buffers, in_dims[3:6], training)
         counter = buffers[2]
+        # Where nothing that they are updated by is mapped, shared buffers are updated once.
+        if training and (in_dims[0] is not None or (momentum is None and in_dims[5] is not None)):
+            _refusals.shared_buffers(buffers, in_dims[3:6])
         if momentum is None and counter is not None:
             # Each of the B batch norms has its own count, hence its own momentum.
             slices = [
                 [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
                 for i in range(B)
             ]
-            outputs = [_Forward.apply(*one) for one in slices]
+            outputs = [_forward(*one) for one in slices]
             return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0, 0, 0)
         folded = [fold_vector(t, d, B) for t, d in zip(args[1:5], in_dims[1:5], strict=True)]
-        y, mean, rstd = _Forward.apply(
-            fold(x, in_dims[0], B), *folded, None, training, momentum, eps
-        )
+        y, mean, rstd = _forward(fold(x, in_dims[0], B), *folded, None, training, momentum, eps)
         if training:
             for t, new, d in zip(buffers[:2], folded[2:], in_dims[3:5], strict=True):
                 if t is not None:
-                    t.movedim(d, 0).copy_(new.reshape(B, -1))
+                    all_new = new.reshape(B, -1)
+                    t.copy_(all_new[0]) if d is None else t.movedim(d, 0).copy_(all_new)
             if counter is not None:
                 counter.add_(1)
         return (unfold(y, B), mean.reshape(B, -1), rstd.reshape(B, -1)), (1, 0, 0)
@@ -297,22 +306,3 @@ class _Backward(torch.autograd.Function):
             None if dweight is None else dweight.reshape(B, -1),
             None if dbias is None else dbias.reshape(B, -1),
         ), (1, 0, 0)
-
-
-def _refuse_shared_buffers(buffers: list[Any], dims: tuple[Any, ...], training: bool) -> None:
-    """Many batches cannot update one buffer; native's text."""
-    if not training:
-        return
-    if any(t is not None and d is None for t, d in zip(buffers[:2], dims[:2], strict=True)):
-        raise RuntimeError(
-            "Batch norm got a batched tensor as input while the running_mean or running_var, which "
-            "will be updated in place, were not batched.\nIf you are using a module and do not "
-            "need eval mode, please set `track_running_stats` to be False.If you are using a "
-            "prebuilt module and do not need eval mode, please see the functorch website for "
-            "resources on how to patch your module to work with vmap"
-        )
-    if buffers[2] is not None and dims[2] is None:
-        raise RuntimeError(
-            "vmap: num_batches_tracked would be updated in place but is not batched, while the "
-            "input is."
-        )

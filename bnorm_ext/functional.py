@@ -7,7 +7,6 @@ Internal Covariate Shift", 2015, arXiv:1502.03167.
 from __future__ import annotations
 
 import sys
-from types import NoneType
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 import os
 
 COMPILE = os.environ.get("BNORM_EXT_COMPILE", "op")
-_MOMENTUM_TYPES = (float, int, NoneType)
 _PLAIN_TORCH_FUNCTIONS = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]  # a classmethod
     torch._C._disabled_torch_function_impl,
@@ -71,7 +69,8 @@ def batch_norm(
         momentum: weight of the new batch in the running statistics. None gives each batch the
             same weight (cumulative average) and needs ``num_batches_tracked``.
         eps: added to the variance; positive in training, not negative in inference.
-        num_batches_tracked: one int64 value, incremented in training. It is read on its device.
+        num_batches_tracked: incremented in training. One int64 value is read on its device; any
+            other tensor counts as that of :class:`torch.nn.BatchNorm2d` does, read on the host.
         residual: added to the normalised input, before ``act``: of the shape, dtype and device of
             ``input``, best in its memory format (another one costs a copy).
         act: None (or ``"identity"``), ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"`` or
@@ -111,6 +110,7 @@ def batch_norm(
             or input.device.type not in KERNEL_DEVICES
             or type(input) not in (Tensor, Parameter)
             or torch.compiler.is_exporting()
+            or (training and _counts_apart(num_batches_tracked, input))
         )
         if COMPILE == "aten" and momentum is not None:
             native = True
@@ -130,23 +130,73 @@ def batch_norm(
             names = ("num_batches_tracked", "residual", "act", "negative_slope")
             named = dict(zip(names, arguments[8:], strict=True))
             return input.tracer.create_proxy("call_function", batch_norm, arguments[:8], named)
+        if type(eps) is not float or type(momentum) is not float:
+            momentum, eps = _as_floats(training, momentum, eps, num_batches_tracked)
+            arguments = (*arguments[:6], momentum, eps, *arguments[8:])
         if (
             _takes_native_path(input)
             or torch.jit.is_tracing()
             or torch.compiler.is_exporting()
             # Which eps is too small differs between versions of torch: native knows.
             or eps <= 0
-            # Arguments of other types are for native's parser to refuse.
+            # Other types are for native's parser to refuse.
             or (training is not True and training is not False)
-            or type(momentum) not in _MOMENTUM_TYPES
         ):
+            if training is True and _counts_apart(num_batches_tracked, input):
+                return _count_apart(*arguments)
             return _native(*arguments)
         if _transforms_active() or forward_ad._current_level >= 0:
             return _transforms.batch_norm(*arguments)
         return _call_op(*arguments)
     except Exception:
+        if training is True and _counts_apart(num_batches_tracked, input):
+            return _count_apart(*arguments)
         _raise_as_native(*arguments)
         raise
+
+
+def _as_floats(training: bool, momentum: Any, eps: Any, counter: Any) -> tuple[Any, Any]:
+    """Both as native reads them; raises where it does."""
+    cumulative = momentum is None and counter is not None
+    given = (0.0 if cumulative else momentum, eps)
+    if not all(isinstance(value, (int, float)) for value in given):
+        F.batch_norm(torch.empty(0, 1), None, None, None, None, training, *given)
+    # An eps that is too small is named as it was given.
+    return None if cumulative else float(momentum), eps if eps <= 0 else float(eps)
+
+
+def _counts_apart(counter: Any, input: Any) -> bool:
+    """Whether this counter is none that the operator takes."""
+    return (isinstance(counter, Tensor) and isinstance(input, Tensor)) and not (
+        counter.dtype is torch.int64 and counter.numel() == 1 and counter.device == input.device
+    )
+
+
+def _count_apart(*arguments: Any) -> Tensor:
+    """Counts as ``nn.BatchNorm2d`` does, but last: what fails has not counted."""
+    *leading, momentum, eps, counter, residual, act, negative_slope = arguments
+    counted = _counted(counter)
+    if momentum is None:
+        momentum = 1.0 / float(counted)
+    output = batch_norm(
+        *leading, momentum, eps, residual=residual, act=act, negative_slope=negative_slope
+    )
+    counter.add_(1)
+    return output
+
+
+def _counted(counter: Tensor) -> Tensor:
+    """What ``counter.add_(1)`` will make of it, in the counter's own dtype; raises what that will
+    raise."""
+    if (counter.is_inference() and not torch.is_inference_mode_enabled()) or (
+        counter.requires_grad and counter.is_leaf and torch.is_grad_enabled()
+    ):
+        return counter.add_(1)
+    given = counter.detach()
+    if given.layout is not torch.strided:
+        return given.clone().add_(1)
+    alike = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
+    return alike.copy_(given).add_(1)
 
 
 def _call_op(
@@ -211,7 +261,7 @@ def _native(
     if residual is not None:
         check_residual(input, residual)
     if training and momentum is None and num_batches_tracked is not None:
-        momentum = 1.0 / (float(num_batches_tracked) + 1.0)
+        momentum = 1.0 / float(num_batches_tracked.detach().clone().add_(1))
     output = F.batch_norm(
         input,
         running_mean,

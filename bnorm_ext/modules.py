@@ -78,7 +78,8 @@ class _OneCallForward(nn.modules.batchnorm._BatchNorm):
         parameters = self._parameters
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        training = self.training
+        # By truth value, as native takes it; the function takes nothing but a bool.
+        training = True if self.training else False  # noqa: SIM210  (bool() costs a call)
         momentum = self.momentum
         counter = None
         if training and not self.track_running_stats:

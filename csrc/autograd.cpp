@@ -75,14 +75,34 @@ void save(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual,
        has_mask ? Tensor() : or_undefined(residual), has_mask ? mask : Tensor()});
 }
 
+// In the place of an input that was not kept by the node at work: zeros of its shape without its
+// storage, that depend on what it depended on.
+Tensor stand_in(size_t edge_number) {
+  const auto node = torch::autograd::get_current_node();
+  if (node == nullptr) return {};
+  const torch::autograd::Edge& edge = node->next_edge(edge_number);
+  if (!edge.is_valid()) return {};
+  const auto& metadata = edge.function->input_metadata(edge.input_nr);
+  Tensor t = at::zeros({}, metadata.options()).expand_symint(metadata.shape_as_dim_vector());
+  torch::autograd::impl::set_gradient_edge(t, edge);
+  return t;
+}
+
 // And gives it back, with which gradients are wanted.
 struct Saved {
   explicit Saved(AutogradContext* ctx) : t(ctx->get_saved_variables()) {
-    WantedGradients wanted(ctx, ctx->saved_data["given"].toInt());
+    const int64_t given = ctx->saved_data["given"].toInt();
+    WantedGradients wanted(ctx, given);
     output_mask = {wanted.next(), wanted.next(), wanted.next(), wanted.next()};
     if (t.size() > 4) {
       act = static_cast<Activation>(ctx->saved_data["act"].toInt());
       slope = ctx->saved_data["slope"].toDouble();
+      if (t[6].defined() && at::GradMode::is_enabled()) {
+        // What the mask replaced takes part in the second derivative, with zeros.
+        const bool has_weight = (given >> 2) & 1, has_bias = (given >> 3) & 1;
+        t[5] = stand_in(1);
+        if (has_bias) t[4] = stand_in(has_weight ? 3 : 2);
+      }
     } else if (output_mask[1]) {
       // The gradient of an addition is that of the sum.
       output_mask[1] = false;

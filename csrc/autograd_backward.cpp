@@ -25,15 +25,16 @@ struct BackwardCall {
   const Tensor* running_var = nullptr;
   double eps = 0;
 
-  Gradients run(const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
-                const OptionalTensor& weight, const OptionalTensor& bias) const {
+  Gradients run(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                const OptionalTensor& bias) const {
     const char* act = activation_name(in.act);
+    const OptionalTensor r = in.residual_to_read();
     if (running_var == nullptr) {
-      return backward_op().call(dy, x, residual, weight, bias, in.mean, in.rstd, in.mask, act,
-                                in.slope, output_mask);
+      return backward_op().call(dy, x, r, weight, bias, in.mean, in.rstd, in.mask, act, in.slope,
+                                output_mask);
     }
-    return inference_backward_op().call(dy, x, residual, weight, bias, *running_mean, *running_var,
-                                        eps, in.mask, act, in.slope, output_mask);
+    return inference_backward_op().call(dy, x, r, weight, bias, *running_mean, *running_var, eps,
+                                        in.mask, act, in.slope, output_mask);
   }
 };
 
@@ -45,7 +46,7 @@ struct Backward : torch::autograd::Function<Backward> {
                                const OptionalTensor& residual, const OptionalTensor& weight,
                                const OptionalTensor& bias, const BackwardCall& call) {
     at::AutoDispatchBelowAutograd guard;
-    auto [dx, dresidual, dweight, dbias] = call.run(dy, x, residual, weight, bias);
+    auto [dx, dresidual, dweight, dbias] = call.run(dy, x, weight, bias);
     ctx->save_for_backward({dy, x, or_undefined(residual), or_undefined(weight), or_undefined(bias),
                             call.in.mean, call.in.rstd, or_undefined(call.in.mask)});
     ctx->saved_data["training"] = call.in.training;
@@ -80,8 +81,16 @@ struct Backward : torch::autograd::Function<Backward> {
          saved[6], optional(saved[7]), static_cast<Activation>(ctx->saved_data["act"].toInt()),
          ctx->saved_data["slope"].toDouble(), ctx->saved_data["training"].toBool()});
     WantedGradients wanted(ctx, ctx->saved_data["given"].toInt());
+    // The derivative of a piecewise linear activation is a function with the derivative 0: torch's
+    // own activations send zeros to all that z is made of, where others send nothing.
+    const bool zeros = gradients[0].defined() &&
+                       is_piecewise(static_cast<Activation>(ctx->saved_data["act"].toInt()));
     variable_list out;
-    for (const Tensor& g : gradients) out.push_back(wanted.next() ? g : Tensor());
+    for (size_t i = 0; i < gradients.size(); ++i) {
+      const bool is_wanted = wanted.next();
+      const bool is_zero = is_wanted && zeros && !gradients[i].defined();
+      out.push_back(is_zero ? at::zeros_like(saved[i]) : is_wanted ? gradients[i] : Tensor());
+    }
     out.emplace_back();  // of BackwardCall
     return out;
   }

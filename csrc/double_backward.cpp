@@ -89,10 +89,14 @@ Tensor piecewise_slope(const BackwardInputs& in, at::ScalarType type) {
   // 1 on the open side and 0 beyond, which any dtype holds exactly.
   const char* act = in.act == Activation::Relu6 ? "relu6" : "relu";
   const Tensor open = std::get<1>(backward_op().call(
-      at::ones_like(in.x), in.x.detach(), detached(in.residual), detached(in.weight),
+      at::ones_like(in.x), in.x.detach(), detached(in.residual_to_read()), detached(in.weight),
       detached(in.bias), in.mean, in.rstd, in.mask, act, 0.0, {false, true, false, false}));
-  return in.act == Activation::LeakyRelu ? at::where(open > 0, 1.0, in.slope).to(type)
-                                         : open.to(type);
+  if (in.act != Activation::LeakyRelu) return open.to(type);
+  // In double: two numbers would make a float tensor.
+  const auto number = [&](double value) {
+    return at::full({}, value, open.options().dtype(at::kDouble));
+  };
+  return at::where(open > 0, number(1), number(in.slope)).to(type);
 }
 
 // act'(z) and act''(z).

@@ -20,6 +20,11 @@ struct BackwardInputs {
   Activation act;
   double slope;
   bool training;
+
+  // Beside a mask the residual may be a stand-in without content, which kernels would copy.
+  OptionalTensor residual_to_read() const {
+    return given(mask) && mask->sym_numel() != 0 ? std::nullopt : residual;
+  }
 };
 
 // Gradients of what the backward pass returned; absent where nothing flows.

@@ -28,6 +28,10 @@ ForwardOutputs training_in_place(const Tensor& x, const OptionalTensor& residual
                                  const OptionalTensor& num_batches_tracked,
                                  std::optional<double> momentum, double eps, std::string_view act,
                                  double negative_slope, bool save_mask) {
+  // Native's addition refuses such a counter, in these words.
+  if (given(num_batches_tracked) && num_batches_tracked->is_inference()) {
+    torch::autograd::increment_version(*num_batches_tracked);
+  }
   ForwardOutputs out;
   {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -235,11 +235,9 @@ def test_ranks_that_native_functions_take(training):
 @pytest.mark.parametrize(
     "counter",
     [
-        torch.tensor(0.0),
-        torch.tensor(0, dtype=torch.int32),
-        torch.tensor([0, 0]),
-        torch.zeros(0, dtype=torch.int64),
-        torch.tensor(0, device="meta"),
+        torch.tensor(False),
+        torch.tensor(0.0, requires_grad=True),
+        torch.tensor([0]).expand(2),
         torch.tensor([0]).to_sparse(),
         3,
     ],

@@ -192,8 +192,8 @@ def test_float64_sums(layout):
     assert ours < native / 4
 
 
-def test_two_forwards_before_one_backward_with_buffers_broadcast_between():
-    """What DistributedDataParallel does: it writes the buffers in place before each forward pass.
+def test_two_forwards_before_one_backward_with_buffers_written_between():
+    """As plain code may write them; DistributedDataParallel's own broadcasts hide from autograd.
     Native saves them for backward, although training never needs them, and refuses."""
 
     def step(function) -> tuple[Tensor, Tensor]:
@@ -209,7 +209,7 @@ def test_two_forwards_before_one_backward_with_buffers_broadcast_between():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         step(F.batch_norm)
     ours = step(bnorm_ext.batch_norm)
-    # Without the broadcast native can do it, and gives the same gradients.
+    # Where nothing is written native can do it, and gives the same gradients.
     for i, dx in enumerate(ours):
         x = normal((4, 3, 5, 5), i).requires_grad_()
         right = torch.autograd.grad((F.batch_norm(x, None, None, training=True) ** 3).sum(), x)[0]
