@@ -214,3 +214,17 @@ def test_module_errors(cls, act, training):
             if expected is not None:
                 for name, tensor in ours.state_dict().items():
                     assert torch.equal(tensor, before[name]), name
+
+
+@CLASSES
+def test_constructor_takes_what_natives_takes(cls):
+    """Every argument that the definitions give to the constructor, `bias` among them where this
+    torch knows it."""
+    for sample in module_samples(cls, torch.float64, True, gradient=False):
+        made = sample.constructor_input
+        ours, native = (c(*made.args, **made.kwargs) for c in (FUSED[cls], cls))
+        assert list(ours.state_dict()) == list(native.state_dict())
+        assert (ours.weight is None, ours.bias is None) == (
+            native.weight is None,
+            native.bias is None,
+        )
