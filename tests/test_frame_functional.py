@@ -113,16 +113,14 @@ def test_gradients_per_sample_with_statistics_of_the_sample(kind):
 
 @EVERY
 def test_batches_cannot_share_running_statistics(kind):
-    errors = []
-    for net in pair(kind):
-        before = copy.deepcopy(net.state_dict())
-        errors.append(outcome(lambda net=net: vmap(net)(images(count=6).unflatten(0, (2, 3)))))
-        close(
-            {n: t for n, t in net.state_dict().items() if "num_batches" not in n},
-            {n: t for n, t in before.items() if "num_batches" not in n},
-        )
+    """Native's error and text. Its counter has moved by then, ours has not."""
+    ours, plain = pair(kind)
+    before = copy.deepcopy(ours.state_dict())
+    x = images(count=6).unflatten(0, (2, 3))
+    errors = [outcome(lambda net=net: vmap(net)(x)) for net in (ours, plain)]
     assert errors[0] is not None
-    assert errors[0][0] is errors[1][0]
+    assert errors[0] == errors[1]
+    close(dict(ours.state_dict()), dict(before))
 
 
 @MODES
