@@ -4,6 +4,7 @@
 #   make demo                  compile, and train on real data with torch's batch norm and this one
 #   make test VENV=            the same in the current environment: python3 and the torch it has
 #   make test TORCH=torch==2.11.0 VENV=.venv-2.11        with another torch
+#   make test-torches          build and test it with every torch that is promised (slow)
 #   make bench                 measure it beside torch
 #   make mutants               whether the tests see CUDA kernels that were broken on purpose
 #   make gpu-check             what only a GPU can show
@@ -34,7 +35,7 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: test test-all test-install demo build lint format cuda-build gpu-check mutants bench clean FORCE
+.PHONY: test test-all test-install test-torches demo build lint format cuda-build gpu-check mutants bench clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
@@ -50,6 +51,10 @@ mutants: build
 # The install matrix: sdist, clean environments, the messages that pip shows.
 test-install: build
 	$(PY) -m pytest -m slow tests/test_install.py $(PYTEST_ARGS)
+
+# Environments of its own, one for each version; --help for single versions and other tests.
+test-torches:
+	$(PYTHON) .ci/torch_matrix.py
 
 demo: build
 	$(PY) demo/digits.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import threads
 
 import bnorm_ext
 
@@ -11,6 +12,14 @@ import bnorm_ext
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For many small tensors: threads that wait for each other take longer than the work, on a
+    busy machine by far."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
