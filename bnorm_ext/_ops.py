@@ -46,6 +46,19 @@ def _gradient(x: Tensor) -> Tensor:
     return _dense(x, suggest_memory_format(x))
 
 
+def _format(t: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if t.is_contiguous() else suggest_memory_format(t)
+
+
+def _in_format_of(dy: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """As ``in_format_of`` in ``csrc/checks.cpp``."""
+    wanted = _format(dy)
+    tied = mask is not None and mask.numel() > 0
+    if tied or dy.shape != x.shape or not dy.is_contiguous(memory_format=wanted):
+        return x
+    return x if wanted == _format(x) else torch.empty_like(x, memory_format=wanted)
+
+
 def _accumulation_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
@@ -167,8 +180,11 @@ def _backward(
     act: str,
     negative_slope: float,
     output_mask: Sequence[bool],
+    any_layout: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     _same_device(x, dy, residual, weight, bias, mean, rstd, mask)
+    if any_layout:
+        x = _in_format_of(dy, x, mask)
     return _gradients(x, weight, bias, output_mask)
 
 
@@ -185,8 +201,11 @@ def _inference_backward(
     act: str,
     negative_slope: float,
     output_mask: Sequence[bool],
+    any_layout: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     _same_device(x, dy, residual, weight, bias, running_mean, running_var, mask)
+    if any_layout:
+        x = _in_format_of(dy, x, mask)
     return _gradients(x, weight, bias, output_mask)
 
 

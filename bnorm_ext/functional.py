@@ -6,6 +6,7 @@ Internal Covariate Shift", 2015, arXiv:1502.03167.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -26,9 +27,11 @@ _training_op: Any = _ops.batch_norm_training.default if KERNEL_DEVICES else None
 _inference_op: Any = _ops.batch_norm_inference.default if KERNEL_DEVICES else None
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-import os
-
-COMPILE = os.environ.get("BNORM_EXT_COMPILE", "op")
+# What a compiled graph holds: "op", this package's operators; "aten", torch's own, which the
+# compiler fuses with their neighbours; "", whichever was measured to be faster.
+_COMPILE: str = os.environ.get("BNORM_EXT_COMPILE", "").strip().lower()
+if _COMPILE not in ("", "aten", "op"):
+    raise ImportError(f"BNORM_EXT_COMPILE must be aten, op or unset, not {_COMPILE!r}")
 _PLAIN_TORCH_FUNCTIONS = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]  # a classmethod
     torch._C._disabled_torch_function_impl,
@@ -112,19 +115,7 @@ def batch_norm(
             or torch.compiler.is_exporting()
             or (training and _counts_apart(num_batches_tracked, input))
         )
-        if COMPILE == "aten" and momentum is not None:
-            native = True
-        if (
-            COMPILE == "mixed"
-            and momentum is not None
-            and (residual is not None or act == "identity")
-        ):
-            native = True
-        if COMPILE == "opadd" and residual is not None and not native:
-            return compose(
-                _call_op(*arguments[:9], None, "identity", 0.01), residual, act, negative_slope
-            )
-        return _native(*arguments) if native else _call_op(*arguments)
+        return _native(*arguments) if native else _compiled(*arguments)
     try:
         if type(input) is not Tensor and isinstance(input, Proxy):
             names = ("num_batches_tracked", "residual", "act", "negative_slope")
@@ -197,6 +188,29 @@ def _counted(counter: Tensor) -> Tensor:
         return given.clone().add_(1)
     alike = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
     return alike.copy_(given).add_(1)
+
+
+def _compiled(*arguments: Any) -> Tensor:
+    """For a graph that is being compiled.
+
+    The compiler gives convolutions other strides in forward than in backward. Alone, a batch norm
+    is then faster in the compiler's own kernels; with an activation in the operator, which keeps
+    nothing but its input. An addition is left to the compiler: the operator would keep a mask, whose
+    bits lie by the strides of forward.
+    """
+    momentum, counter, residual, act, negative_slope = arguments[6], *arguments[8:]
+    # Torch's operators need a number for momentum, and the counter is on the device.
+    needs_op = momentum is None and counter is not None
+    if not needs_op and (_COMPILE == "aten" or (not _COMPILE and _is_alone(residual, act))):
+        return _native(*arguments)
+    if residual is None:
+        return _call_op(*arguments)
+    check_residual(arguments[0], residual)
+    return compose(_call_op(*arguments[:9], None, "identity", 0.01), residual, act, negative_slope)
+
+
+def _is_alone(residual: Tensor | None, act: str) -> bool:
+    return residual is None and act == "identity"
 
 
 def _call_op(

@@ -132,6 +132,11 @@ struct Saved {
   OptionalTensor extra(size_t i) const { return t.size() > i ? optional(t[i]) : std::nullopt; }
 };
 
+// Whether the backward pass is recorded rather than run: the compiler of the graph chooses strides.
+bool is_compiled(const Tensor& dy) {
+  return dy.key_set().has(c10::DispatchKey::Python);
+}
+
 struct Training : torch::autograd::Function<Training> {
   static constexpr bool is_traceable = true;
 
@@ -155,7 +160,7 @@ struct Training : torch::autograd::Function<Training> {
     return s.gradients(
         grads[0], backward_op().call(grads[0], s.x(), s.residual(), s.weight(), s.bias(), s.mean(),
                                      s.rstd_or_var(), s.mask(), activation_name(s.act), s.slope,
-                                     s.output_mask));
+                                     s.output_mask, is_compiled(grads[0])));
   }
 };
 
@@ -179,10 +184,11 @@ struct Inference : torch::autograd::Function<Inference> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(5);
     const Saved s(ctx);
-    return s.gradients(grads[0], inference_backward_op().call(
-                                     grads[0], s.x(), s.residual(), s.weight(), s.bias(), s.mean(),
-                                     s.rstd_or_var(), ctx->saved_data["eps"].toDouble(), s.mask(),
-                                     activation_name(s.act), s.slope, s.output_mask));
+    return s.gradients(grads[0],
+                       inference_backward_op().call(
+                           grads[0], s.x(), s.residual(), s.weight(), s.bias(), s.mean(),
+                           s.rstd_or_var(), ctx->saved_data["eps"].toDouble(), s.mask(),
+                           activation_name(s.act), s.slope, s.output_mask, is_compiled(grads[0])));
   }
 };
 

@@ -31,10 +31,10 @@ struct BackwardCall {
     const OptionalTensor r = in.residual_to_read();
     if (running_var == nullptr) {
       return backward_op().call(dy, x, r, weight, bias, in.mean, in.rstd, in.mask, act, in.slope,
-                                output_mask);
+                                output_mask, /*any_layout=*/false);
     }
     return inference_backward_op().call(dy, x, r, weight, bias, *running_mean, *running_var, eps,
-                                        in.mask, act, in.slope, output_mask);
+                                        in.mask, act, in.slope, output_mask, /*any_layout=*/false);
   }
 };
 
@@ -116,11 +116,11 @@ bool needs_double_backward(const Tensor& dy, const Tensor& x, const OptionalTens
 Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
                    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                    const Tensor& rstd, const OptionalTensor& mask, std::string_view act,
-                   double negative_slope, std::array<bool, 4> output_mask) {
+                   double negative_slope, std::array<bool, 4> output_mask, bool any_layout) {
   if (!needs_double_backward(dy, x, residual, weight, bias)) {
     at::AutoDispatchBelowAutograd guard;
     return backward_op().call(dy, x, residual, weight, bias, mean, rstd, mask, act, negative_slope,
-                              output_mask);
+                              output_mask, any_layout);
   }
   const BackwardInputs in{dy,
                           x,
@@ -140,11 +140,12 @@ Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTe
                              const OptionalTensor& weight, const OptionalTensor& bias,
                              const Tensor& running_mean, const Tensor& running_var, double eps,
                              const OptionalTensor& mask, std::string_view act,
-                             double negative_slope, std::array<bool, 4> output_mask) {
+                             double negative_slope, std::array<bool, 4> output_mask,
+                             bool any_layout) {
   if (!needs_double_backward(dy, x, residual, weight, bias)) {
     at::AutoDispatchBelowAutograd guard;
     return inference_backward_op().call(dy, x, residual, weight, bias, running_mean, running_var,
-                                        eps, mask, act, negative_slope, output_mask);
+                                        eps, mask, act, negative_slope, output_mask, any_layout);
   }
   const at::ScalarType type = accumulation_type(x.scalar_type());
   const Tensor mean = running_mean.detach().to(type).contiguous();

@@ -20,8 +20,8 @@
 #include "explain.h"
 
 TORCH_LIBRARY(bnorm_ext, m) {
-  // flexible_layout: a compiler may choose the strides of the arguments. Whatever comes, the outputs
-  // have the format of x.
+  // flexible_layout: a compiler may choose the strides of the arguments. Whatever comes, the
+  // outputs have the format of x.
   const std::vector<at::Tag> tags = {at::Tag::flexible_layout, at::Tag::pt2_compliant_tag};
   // Training forward: statistics of the batch, running statistics and counter updated in place.
   // momentum=None: the cumulative average, from num_batches_tracked.
@@ -29,21 +29,28 @@ TORCH_LIBRARY(bnorm_ext, m) {
       "batch_norm_training(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
       "float? momentum, float eps, str act=\"identity\", float negative_slope=0.01, "
-      "bool save_mask=False) -> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)", tags);
+      "bool save_mask=False) -> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)",
+      tags);
   m.def(
       "batch_norm_inference(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
       "Tensor running_mean, Tensor running_var, float eps, str act=\"identity\", "
-      "float negative_slope=0.01, bool save_mask=False) -> (Tensor y, Tensor mask)", tags);
-  // output_mask: which of dx, dresidual, dweight, dbias are wanted.
+      "float negative_slope=0.01, bool save_mask=False) -> (Tensor y, Tensor mask)",
+      tags);
+  // output_mask: which of dx, dresidual, dweight, dbias are wanted. any_layout: dx and dresidual
+  // are in the format of dy; else in that of x, as native's. For compiled graphs, whose forward may
+  // have other strides than their backward.
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
-      "Tensor mean, Tensor rstd, Tensor? mask, str act, float negative_slope, bool[4] output_mask) "
-      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)", tags);
+      "Tensor mean, Tensor rstd, Tensor? mask, str act, float negative_slope, bool[4] output_mask, "
+      "bool any_layout=False) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+      tags);
   m.def(
       "batch_norm_inference_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor running_mean, Tensor running_var, float eps, Tensor? mask, str act, "
-      "float negative_slope, bool[4] output_mask) "
-      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)", tags);
+      "float negative_slope, bool[4] output_mask, bool any_layout=False) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+      tags);
   // The halves of the above, for statistics that are shared between processes. mean and var
   // (biased) of batch_norm_stats are double whatever x is, so that merging loses nothing.
   m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)", tags);
@@ -51,20 +58,24 @@ TORCH_LIBRARY(bnorm_ext, m) {
   m.def(
       "batch_norm_merge_stats(Tensor mean, Tensor var, Tensor count, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-      "ScalarType dtype) -> (Tensor mean, Tensor rstd)", tags);
+      "ScalarType dtype) -> (Tensor mean, Tensor rstd)",
+      tags);
   m.def(
       "batch_norm_apply(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
       "Tensor rstd, str act=\"identity\", float negative_slope=0.01, bool save_mask=False) "
-      "-> (Tensor y, Tensor mask)", tags);
+      "-> (Tensor y, Tensor mask)",
+      tags);
   m.def(
       "batch_norm_backward_reduce(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, str act=\"identity\", "
-      "float negative_slope=0.01) -> (Tensor sum_dy, Tensor sum_dy_xhat)", tags);
+      "float negative_slope=0.01) -> (Tensor sum_dy, Tensor sum_dy_xhat)",
+      tags);
   // mean_dy, mean_dy_xhat: the two sums over all processes, divided by the total count.
   m.def(
       "batch_norm_backward_apply(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, Tensor mean_dy, Tensor mean_dy_xhat, "
-      "str act=\"identity\", float negative_slope=0.01) -> (Tensor dx, Tensor dresidual)", tags);
+      "str act=\"identity\", float negative_slope=0.01) -> (Tensor dx, Tensor dresidual)",
+      tags);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

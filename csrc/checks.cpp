@@ -141,6 +141,16 @@ at::Tensor in_layout_of(const at::Tensor& other, const Input& like) {
   return other.contiguous(like.format);
 }
 
+at::Tensor in_format_of(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& mask) {
+  const bool tied = given(mask) && mask->numel() > 0;
+  if (tied || dy.layout() != at::kStrided || dy.sizes() != x.sizes()) return x;
+  const auto format_of = [](const at::Tensor& t) {
+    return t.is_contiguous() ? at::MemoryFormat::Contiguous : t.suggest_memory_format();
+  };
+  const at::MemoryFormat format = format_of(dy);
+  return dy.is_contiguous(format) && format != format_of(x) ? x.contiguous(format) : x;
+}
+
 at::Tensor statistic_like(const at::Tensor& x) {
   return at::empty({x.size(1)}, x.options().dtype(accumulation_type(x.scalar_type())));
 }

@@ -88,9 +88,10 @@ Tensor piecewise_slope(const BackwardInputs& in, at::ScalarType type) {
   };
   // 1 on the open side and 0 beyond, which any dtype holds exactly.
   const char* act = in.act == Activation::Relu6 ? "relu6" : "relu";
-  const Tensor open = std::get<1>(backward_op().call(
-      at::ones_like(in.x), in.x.detach(), detached(in.residual_to_read()), detached(in.weight),
-      detached(in.bias), in.mean, in.rstd, in.mask, act, 0.0, {false, true, false, false}));
+  const Tensor open = std::get<1>(
+      backward_op().call(at::ones_like(in.x), in.x.detach(), detached(in.residual_to_read()),
+                         detached(in.weight), detached(in.bias), in.mean, in.rstd, in.mask, act,
+                         0.0, {false, true, false, false}, /*any_layout=*/false));
   if (in.act != Activation::LeakyRelu) return open.to(type);
   // In double: two numbers would make a float tensor.
   const auto number = [&](double value) {

@@ -27,12 +27,12 @@ using InferenceSignature = std::tuple<at::Tensor, at::Tensor>(
 using BackwardSignature = Gradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                     const OptionalTensor&, const OptionalTensor&, const at::Tensor&,
                                     const at::Tensor&, const OptionalTensor&, std::string_view,
-                                    double, std::array<bool, 4>);
+                                    double, std::array<bool, 4>, bool);
 using InferenceBackwardSignature = Gradients(const at::Tensor&, const at::Tensor&,
                                              const OptionalTensor&, const OptionalTensor&,
                                              const OptionalTensor&, const at::Tensor&,
                                              const at::Tensor&, double, const OptionalTensor&,
-                                             std::string_view, double, std::array<bool, 4>);
+                                             std::string_view, double, std::array<bool, 4>, bool);
 using MergeSignature = std::tuple<at::Tensor, at::Tensor>(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, at::ScalarType);

@@ -126,10 +126,11 @@ Gradients gradients(const Call& c, bool training, std::array<bool, 4> output_mas
   return {dx, dresidual, dweight, dbias};
 }
 
-Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
+Gradients backward(const Tensor& dy, const Tensor& given_x, const OptionalTensor& residual,
                    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                    const Tensor& rstd, const OptionalTensor& mask, std::string_view act,
-                   double negative_slope, std::array<bool, 4> output_mask) {
+                   double negative_slope, std::array<bool, 4> output_mask, bool any_layout) {
+  const Tensor x = any_layout ? in_format_of(dy, given_x, mask) : given_x;
   const GradientArguments arguments{"batch_norm_backward", dy, x, weight, bias};
   check_backward(arguments, mean, rstd);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -137,11 +138,13 @@ Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& resi
                    /*training=*/true, output_mask);
 }
 
-Gradients inference_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
-                             const OptionalTensor& weight, const OptionalTensor& bias,
-                             const Tensor& running_mean, const Tensor& running_var, double eps,
-                             const OptionalTensor& mask, std::string_view act,
-                             double negative_slope, std::array<bool, 4> output_mask) {
+Gradients inference_backward(const Tensor& dy, const Tensor& given_x,
+                             const OptionalTensor& residual, const OptionalTensor& weight,
+                             const OptionalTensor& bias, const Tensor& running_mean,
+                             const Tensor& running_var, double eps, const OptionalTensor& mask,
+                             std::string_view act, double negative_slope,
+                             std::array<bool, 4> output_mask, bool any_layout) {
+  const Tensor x = any_layout ? in_format_of(dy, given_x, mask) : given_x;
   const GradientArguments arguments{"batch_norm_inference_backward", dy, x, weight, bias};
   check_input(arguments.op, "x", x);
   check_forward(
