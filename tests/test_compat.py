@@ -15,9 +15,13 @@ import torch
 from torch import nn
 
 import bnorm_ext
-from bnorm_ext import _compat
+from bnorm_ext import _compat, _load
 
 PACKAGE = Path(bnorm_ext.__file__).resolve().parent
+
+compiled_only = pytest.mark.skipif(
+    _load.DISABLED, reason="BNORM_EXT_DISABLE=1: there are no operators"
+)
 
 # --- one module only ------------------------------------------------------------------------------
 
@@ -280,6 +284,7 @@ def run_without(path: str) -> str:
     return done.stdout
 
 
+@compiled_only
 @pytest.mark.parametrize("path", _compat.NAMES)
 def test_without_a_private_name(path):
     """Imports, trains, differentiates and fuses, or says why it does not fuse."""
@@ -293,7 +298,7 @@ def test_without_a_private_name(path):
     assert f"runs a graph: {graphs_run}" in output
 
 
-@pytest.mark.skipif(not bnorm_ext.functional.KERNEL_DEVICES, reason="nothing is compiled")
+@compiled_only
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
 def test_channels_last_is_told_as_the_kernels_tell_it(rank):
     sizes, strides = (1, 2, 3), (0, 1, 2, 3, 6, 12)
