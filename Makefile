@@ -14,10 +14,18 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
-TORCH_CUDA ?= torch==2.11.0
+TORCH ?= torch==2.14.1
+TORCH_CUDA ?= torch==2.14.1
 VENV_CUDA ?= .venv-cuda
 PYTEST_ARGS ?=
+
+# On Linux torch's usual packages are CUDA builds. Beside an nvcc the CUDA kernels would then be
+# compiled, which takes many minutes and is of no use without a GPU (on WSL it is /dev/dxg).
+# `cuda-build` compiles them all the same.
+ifeq ($(wildcard /dev/nvidia[0-9]* /dev/dxg),)
+BNORM_EXT_CUDA ?= 0
+export BNORM_EXT_CUDA
+endif
 
 BUILD_TOOLS := "setuptools>=77" ninja
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')

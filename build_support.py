@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-MIN_TORCH = (2, 11)
+MIN_TORCH = (2, 8)
 MIN_SETUPTOOLS = 77  # the first that reads the SPDX license of pyproject.toml
 
 INSTALL_COMMANDS = f"""\

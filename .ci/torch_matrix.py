@@ -2,8 +2,8 @@
 """Builds and tests this checkout with several versions of torch, one after the other.
 
     .ci/torch_matrix.py                              all of VERSIONS
-    .ci/torch_matrix.py 2.11.0 newest                these; newest: what pip takes unasked
-    .ci/torch_matrix.py 2.9.1 --minimum 2.9          older than the build accepts, as a trial
+    .ci/torch_matrix.py 2.8.0 newest                 these; newest: what pip takes unasked
+    .ci/torch_matrix.py 2.7.1 --minimum 2.7          older than the build accepts, as a trial
     .ci/torch_matrix.py --pytest tests/test_modules.py -- 2.13.0      some tests only
 
 For each version: a virtual environment (kept for the next run, unless --delete), a copy of the
@@ -31,7 +31,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 #: What is promised: the range that pyproject.toml and README.md name, and what pip takes today.
-VERSIONS = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "newest")
+VERSIONS = (
+    *("2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1"),
+    "newest",
+)
 DEFAULT_TESTS = '-m "not slow"'
 COUNTS = ("passed", "failed", "skipped")
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.library import register_fake
 
+from ._compat import suggest_memory_format
 from ._load import load
 
 _compiled = load()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _refusals
+from . import _compat, _refusals
 from ._plain import Normalised, accumulation_type, fold, fold_vector, per_channel, unfold
 from .activations import check_residual, compose
 
@@ -70,7 +70,7 @@ def _normalise(
     y, mean, rstd = _forward(
         input, weight, bias, running_mean, running_var, counter, training, momentum, eps
     )
-    if not _is_forward_over_forward():
+    if not _compat.may_be_forward_over_forward():
         return y
     # Torch (2.11 to 2.13 at least) loses the outer tangent in the jvp of any Python Function: the
     # second forward derivative of x**3 written as one is 0. Plain operations have no such trouble.
@@ -83,12 +83,6 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`_Forward`, which itself would take buffers that require gradients for constants."""
     _refusals.gradients(*args[3:5])
     return _Forward.apply(*args)
-
-
-def _is_forward_over_forward() -> bool:
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    jvp = torch._C._functorch.TransformType.Jvp
-    return sum(interpreter.key() == jvp for interpreter in stack) > 1
 
 
 class _Forward(torch.autograd.Function):

@@ -16,7 +16,7 @@ from typing import TypeVar
 from torch import nn
 
 from . import modules, modules_timm
-from ._compat import tell_compiler
+from ._compat import AnyBatchNorm, tell_compiler
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
@@ -119,7 +119,7 @@ def change_classes(module: nn.Module, to_ours: bool) -> dict[str, list[str]]:
         elif not to_ours and hasattr(cls, "timms"):
             child.__class__ = cls.timms
             tell_compiler(child)
-        elif isinstance(child, nn.modules.batchnorm._BatchNorm) and to_ours is not isinstance(
+        elif isinstance(child, AnyBatchNorm) and to_ours is not isinstance(
             child, modules._OneCallForward
         ):
             left.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(name or "(root)")

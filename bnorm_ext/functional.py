@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import Parameter
 
 from . import _transforms
+from ._compat import FORWARD_LEVEL, FORWARD_STATE, transforms_active
 from ._ops import KERNEL_DEVICES
 from .activations import Activation, check_residual, compose, resolve
 
@@ -25,7 +25,6 @@ from .activations import Activation, check_residual, compose, resolve
 _ops = torch.ops.bnorm_ext
 _training_op: Any = _ops.batch_norm_training.default if KERNEL_DEVICES else None
 _inference_op: Any = _ops.batch_norm_inference.default if KERNEL_DEVICES else None
-_transforms_active = torch._C._are_functorch_transforms_active
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 # What a compiled graph holds: "op", this package's operators; "aten", torch's own, which the
 # compiler fuses with their neighbours; "", whichever was measured to be faster.
@@ -34,7 +33,7 @@ if _COMPILE not in ("", "aten", "op"):
     raise ImportError(f"BNORM_EXT_COMPILE must be aten, op or unset, not {_COMPILE!r}")
 _PLAIN_TORCH_FUNCTIONS = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]  # a classmethod
-    torch._C._disabled_torch_function_impl,
+    Parameter.__torch_function__,  # that of every class which switches it off
 )
 
 
@@ -109,7 +108,7 @@ def batch_norm(
     if _is_dynamo_compiling():
         # Compiled transforms take neither kind of autograd Function.
         native = (
-            _transforms_active()
+            transforms_active()
             or input.device.type not in KERNEL_DEVICES
             or type(input) not in (Tensor, Parameter)
             or torch.compiler.is_exporting()
@@ -136,7 +135,7 @@ def batch_norm(
             if training is True and _counts_apart(num_batches_tracked, input):
                 return _count_apart(*arguments)
             return _native(*arguments)
-        if _transforms_active() or forward_ad._current_level >= 0:
+        if transforms_active() or FORWARD_STATE[FORWARD_LEVEL] >= 0:
             return _transforms.batch_norm(*arguments)
         return _call_op(*arguments)
     except Exception:

@@ -19,6 +19,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from . import functional
+from ._compat import BatchNormBase, module_call, overrides_call, tensors_of
 
 __all__ = [
     "BatchNorm1d",
@@ -31,12 +32,12 @@ __all__ = [
 
 # Looked up on every call: as globals they cost one dictionary access instead of three.
 _is_scripting = torch.jit.is_scripting
-_module_call_impl = nn.Module._call_impl
 _ABSENT: Any = object()
 _PACKAGE = f"{__package__}."
 
 
-class _OneCallForward(nn.modules.batchnorm._BatchNorm):
+@overrides_call
+class _OneCallForward(BatchNormBase):
     """The forward pass that all modules of this package share."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class _OneCallForward(nn.modules.batchnorm._BatchNorm):
         # A name that is missing there has been replaced by pruning, parametrisation, weight norm
         # or the like, and is found by plain access.
         self._check_input_dim(input)
-        parameters = self._parameters
+        parameters, buffers = tensors_of(self)
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         # By truth value, as native takes it; the function takes nothing but a bool.
@@ -86,7 +87,6 @@ class _OneCallForward(nn.modules.batchnorm._BatchNorm):
             # Tracking was turned off: buffers that are still there must stay as they are.
             running_mean = running_var = None
         else:
-            buffers = self._buffers
             running_mean = (
                 buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
             )
@@ -129,7 +129,7 @@ class _OneCallForward(nn.modules.batchnorm._BatchNorm):
             self.eps,
         )
 
-    def _call_impl(self, input: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
+    def _called(self, input: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
         """Makes the module one ``call_module`` node in every FX graph, as native's is.
 
         A tracer takes modules whose class lives in ``torch.nn`` for leaves and would trace into
@@ -137,7 +137,7 @@ class _OneCallForward(nn.modules.batchnorm._BatchNorm):
         caught before the hooks run, so that they too run once per call of the traced graph.
         """
         if type(input) is Tensor:
-            return _module_call_impl(self, input, *args, **kwargs)
+            return module_call(self, input, *args, **kwargs)
         if input is _ABSENT:
             proxy = kwargs.get("input")
         else:
@@ -147,7 +147,7 @@ class _OneCallForward(nn.modules.batchnorm._BatchNorm):
         if isinstance(proxy, Proxy) and type(self).__module__.startswith(_PACKAGE):
             tracer: Any = proxy.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
-        return _module_call_impl(self, *args, **kwargs)
+        return module_call(self, *args, **kwargs)
 
 
 class BatchNorm1d(_OneCallForward, nn.BatchNorm1d):

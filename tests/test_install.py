@@ -140,11 +140,11 @@ def copy(tmp_path: Path) -> Path:
 
 def test_another_torch_is_an_error_before_anything_is_loaded(copy):
     record = copy / "bnorm_ext" / "_build.py"
-    record.write_text(record.read_text().replace(repr(str(torch.__version__)), "'2.11.9+other'"))
+    record.write_text(record.read_text().replace(repr(str(torch.__version__)), "'2.8.9+other'"))
     (copy / "bnorm_ext" / f"_C{SUFFIX}").write_text("not a library: loading it would fail")
     done = python("import bnorm_ext", copy)
     assert done.returncode != 0
-    assert "ImportError: bnorm_ext was compiled against torch 2.11.9+other" in done.stderr
+    assert "ImportError: bnorm_ext was compiled against torch 2.8.9+other" in done.stderr
     assert f"but torch {torch.__version__}" in done.stderr
     assert "pip install --no-build-isolation" in done.stderr
 
@@ -220,7 +220,9 @@ def clean_venv(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def pip_install(executable: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "BNORM_EXT_CUDA")}
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # Nothing here is about CUDA, whose kernels take many minutes beside an nvcc.
+    clean["BNORM_EXT_CUDA"] = "0"
     command = [executable, "-m", "pip", "install", *arguments]
     return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=1500)
 

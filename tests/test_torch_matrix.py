@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -96,3 +97,16 @@ def test_report(matrix, tmp_path):
 def test_the_line_that_says_why(matrix, output, line):
     assert matrix.first_error(output) == output.splitlines()[line]
     assert matrix.first_error("") == "no output"
+
+
+def test_the_versions_are_those_that_are_promised(matrix):
+    def found(name: str, pattern: str) -> str:
+        (one,) = re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE)
+        return one
+
+    oldest = found("pyproject.toml", r'"torch>=([\d.]+)"')
+    assert found("build_support.py", r"^MIN_TORCH = \((.*)\)$") == oldest.replace(".", ", ")
+    assert found("README.md", r'pip install "torch>=([\d.]+)"') == oldest
+    assert matrix.VERSIONS[0].rpartition(".")[0] == oldest
+    assert found("Makefile", r"^TORCH \?= torch==(.+)$") in matrix.VERSIONS
+    assert found("Makefile", r"^TORCH_CUDA \?= torch==(.+)$") in matrix.VERSIONS

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import convert
+from .._compat import AnyBatchNorm, children_of
 from .chains import Fused, Refused, Unit, Usage, fuse_unit
 from .module import FusedModule, Fusion, be_undoable, inside_of, run_graph, unfuse
 from .modules import has_forward, is_compiled, is_torchs
@@ -144,7 +144,7 @@ def fuse_batchnorm_act(
     named |= {name for names in left.values() for name in names}
     not_called: list[str] = []
     for name, module in copied.named_modules():
-        if isinstance(module, _BatchNorm) and id(module) not in seen and name not in named:
+        if isinstance(module, AnyBatchNorm) and id(module) not in seen and name not in named:
             not_called.append(name or "(root)")
     return copied, FusionReport(fused, refused, units.not_traced, not_called)
 
@@ -181,7 +181,7 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
     """The names that each module is registered under; those in a shared container count once."""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        for name, child in module._modules.items():
+        for name, child in children_of(module).items():
             names.setdefault(id(child), []).append(f"{path}.{name}".strip("."))
     names.setdefault(id(model), []).append("(root)")
     return names

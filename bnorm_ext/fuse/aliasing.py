@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.graph import inplace_methods
 from torch.fx.node import map_arg
-from torch.nn.modules.conv import _ConvNd
 
+from .._compat import has_forward_hooks, has_hooks_at_forward
 from ..modules import _OneCallForward
 from .call import CHANGES_RESIDUAL, batch_norm_add_act
 
 # Results that share memory with nothing. Whatever is not listed may be a view of its arguments.
-_FRESH_MODULES = (_ConvNd, nn.Linear, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_FRESH_MODULES = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+)  # fmt: skip
 _FRESH_FUNCTIONS = frozenset(
     {
         operator.add, operator.mul, operator.sub, operator.truediv, operator.neg, operator.matmul,
@@ -50,7 +53,7 @@ def fresh(node: fx.Node, root: nn.Module) -> bool:
             "torch.nn"
         )
         # Hooks may return anything.
-        return (layer or isinstance(module, _OneCallForward)) and not module._forward_hooks
+        return (layer or isinstance(module, _OneCallForward)) and not has_forward_hooks(module)
     if node.op == "call_method":
         return node.target in _FRESH_METHODS
     return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
@@ -97,10 +100,9 @@ def _may_change_any(node: fx.Node, root: nn.Module) -> bool:
     """Whether ``node`` runs code that is not torch's."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        hooks = module._forward_hooks or module._forward_pre_hooks
         # torch's own containers, such as DataParallel, run what is in them.
         theirs = type(module).__module__.startswith("torch.nn") and not any(module.children())
-        return bool(hooks) or not (theirs or isinstance(module, _OneCallForward))
+        return has_hooks_at_forward(module) or not (theirs or isinstance(module, _OneCallForward))
     return node.op == "call_function" and not is_torchs_function(node.target)  # type: ignore[arg-type]
 
 

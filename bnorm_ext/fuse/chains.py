@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
+from .._compat import AnyBatchNorm, is_lazy
 from .aliasing import Aliases, fresh
 from .call import CHANGES_RESIDUAL, batch_norm_add_act, is_ours, own_act
 from .modules import hooks_of
@@ -42,7 +42,7 @@ class Unit:
         """The calls of batch norms, and their modules."""
         calls = (node for node in self.graph.nodes if node.op == "call_module")
         pairs = ((node, self.root.get_submodule(str(node.target))) for node in calls)
-        return [(node, module) for node, module in pairs if isinstance(module, _BatchNorm)]
+        return [(node, module) for node, module in pairs if isinstance(module, AnyBatchNorm)]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _fuse_one(
 def _check_module(module: nn.Module) -> None:
     """Refuses modules whose calls are not those of a batch norm alone."""
     cls = type(module)
-    if isinstance(module, _LazyNormBase):
+    if is_lazy(module):
         raise _Refusal("it is not initialised: call the model once before")
     if not is_ours(module):
         raise _Refusal(f"{cls.__module__}.{cls.__qualname__} may do more than batch normalisation")

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._compat import has_global_module_hooks, is_hooked, tell_compiler
+from .._compat import INTERNALS, children_of, has_global_module_hooks, is_hooked, tell_compiler
 from .program import Program
-from .trace import INTERNALS, copy_of
+from .trace import copy_of
 
 _FUSION = "_bnorm_ext_fusion"
 _ABSENT = "(absent)"
@@ -39,7 +39,7 @@ class Inside:
     def find(self, module: nn.Module, called: list[Any]) -> bool:
         """Puts the modules that the graph calls into ``called``; False if something has changed."""
         state = module.__dict__
-        children = state["_modules"]
+        children = children_of(module)
         if tuple(children) != self.children:
             return False
         for name, value, contents in self.attributes:
@@ -86,10 +86,11 @@ def inside_of(
         and not name.startswith("__")
         and (name in state or _is_default(module, name))
     ]
-    children = [(name, f"{path}.{name}".strip("."), m) for name, m in module._modules.items()]
+    held = children_of(module)
+    children = [(name, f"{path}.{name}".strip("."), m) for name, m in held.items()]
     return Inside(
         type(module),
-        tuple(module._modules),
+        tuple(held),
         attributes,
         [(name, called[place]) for name, place, _ in children if place in called],
         [

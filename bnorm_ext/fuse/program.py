@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 _numbers = itertools.count()
+_OPERATORS = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _with_modules(graph: fx.Graph, modules: tuple[str, ...]) -> fx.Graph:
 
 
 def _is_operator(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    return isinstance(target, _OPERATORS)
 
 
 def _load(rows: list[tuple[Any, ...]], modules: tuple[str, ...]) -> Program:

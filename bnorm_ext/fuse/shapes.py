@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
+from .._compat import AnyBatchNorm, fake_tensors
 from ..modules import _OneCallForward
 from .aliasing import is_torchs_function
 from .modules import hooks_of
@@ -38,38 +33,29 @@ def propagate(
     """
     known: dict[fx.Node, Any] = {}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+    with fake_tensors() as fake, torch.no_grad():
+        if fake is None:
+            return {}
         if example_inputs is None:
             example_inputs = _guess(placeholders, root)
         for node, value in zip(placeholders, example_inputs, strict=False):
-            known[node] = _fake(mode, value)
+            known[node] = _fake(fake, value)
         for node in graph.nodes:
             if node.op not in ("placeholder", "output"):
                 try:
-                    known[node] = _run(node, root, mode, known)
+                    known[node] = _run(node, root, fake, known)
                 except Exception:  # whatever it is: nothing is known then
                     continue
     return known
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """An operation that fails here is no error: torch would log it as one."""
-    logger = logging.getLogger(fake_tensor.__name__)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def _fake(mode: FakeTensorMode, value: Any) -> Any:
+def _fake(fake: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
-        return mode.from_tensor(value, static_shapes=True)
+        return fake(value)
     if isinstance(value, tuple | list):
-        return type(value)(_fake(mode, v) for v in value)
+        return type(value)(_fake(fake, v) for v in value)
     if isinstance(value, dict):
-        return {key: _fake(mode, v) for key, v in value.items()}
+        return {key: _fake(fake, v) for key, v in value.items()}
     return value
 
 
@@ -82,11 +68,11 @@ def _guess(placeholders: list[fx.Node], root: nn.Module) -> tuple[Any, ...]:
         if user.op == "call_module":
             layer = root.get_submodule(str(user.target))
             shape: tuple[int, ...] | None = None
-            if isinstance(layer, _ConvNd) and not layer.transposed:
+            if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 shape = (2, layer.in_channels, *_GUESSED_SIZES[len(layer.kernel_size)])
             elif isinstance(layer, nn.Linear):
                 shape = (2, layer.in_features)
-            elif isinstance(layer, _BatchNorm):
+            elif isinstance(layer, AnyBatchNorm):
                 dims = next((d for cls, d in _NORM_DIMS.items() if isinstance(layer, cls)), 0)
                 shape = (2, layer.num_features, *_GUESSED_SIZES.get(dims, ()))
             if shape is not None:
@@ -96,7 +82,12 @@ def _guess(placeholders: list[fx.Node], root: nn.Module) -> tuple[Any, ...]:
     return ()
 
 
-def _run(node: fx.Node, root: nn.Module, mode: FakeTensorMode, known: dict[fx.Node, Any]) -> Any:
+def _run(
+    node: fx.Node,
+    root: nn.Module,
+    fake: Callable[[Tensor], Tensor],
+    known: dict[fx.Node, Any],
+) -> Any:
     def look_up(argument: fx.Node) -> Any:
         if argument not in known:
             raise _Unknown
@@ -106,7 +97,7 @@ def _run(node: fx.Node, root: nn.Module, mode: FakeTensorMode, known: dict[fx.No
     target: Any = node.target
     if node.op == "get_attr":
         path, _, name = target.rpartition(".")
-        return _fake(mode, getattr(root.get_submodule(path), name))
+        return _fake(fake, getattr(root.get_submodule(path), name))
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
     if node.op == "call_function":
@@ -121,5 +112,5 @@ def _run(node: fx.Node, root: nn.Module, mode: FakeTensorMode, known: dict[fx.No
     if not type(module).__module__.startswith("torch.nn") or any(module.children()):
         raise _Unknown
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    fakes = {name: _fake(mode, tensor) for name, tensor in tensors.items()}
+    fakes = {name: _fake(fake, tensor) for name, tensor in tensors.items()}
     return torch.func.functional_call(module, fakes, args, kwargs)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
+from .._compat import INTERNALS, catch_calls, children_of, release_calls, why_uncaught
 from .compare import compare
 from .modules import is_leaf
 from .proxy import Unfit, Value
@@ -41,8 +42,6 @@ _DESCRIBING = frozenset(
         "__repr__", "__format__",
     }
 )  # fmt: skip
-# What every module has; the tensors in it are compared.
-INTERNALS = frozenset({"training", "_call_impl", *vars(nn.Module())} - {"_parameters", "_buffers"})
 
 
 @dataclass(eq=False)
@@ -91,7 +90,7 @@ def trace(root: nn.Module, kept: dict[int, str]) -> Traced | None:
     ``kept`` maps the id of each module that stays a single call to the reason; modules found unfit
     are added. None, where that is ``root`` itself.
     """
-    reason = _unfit_signature(root)
+    reason = why_uncaught() or _unfit_signature(root)
     if "forward" in vars(root):
         reason = "its forward was replaced on the instance"
     if reason is not None:
@@ -163,7 +162,7 @@ def copy_of(root: ModuleT) -> tuple[ModuleT, dict[nn.Module, nn.Module]]:
     modules of the copy -> those of ``root``."""
     memo: dict[int, Any] = {}
     for module in root.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             memo[id(tensor)] = tensor
         # A tensor that was computed with gradients has no copy.
         for value in vars(module).values():
@@ -183,9 +182,10 @@ def _check_state(
         return name in INTERNALS
 
     for module, before in original.items():
-        same_children = list(module._modules) == list(before._modules) and all(
-            child is None or original.get(child) is before._modules[name]
-            for name, child in module._modules.items()
+        children, children_before = children_of(module), children_of(before)
+        same_children = list(children) == list(children_before) and all(
+            child is None or original.get(child) is children_before[name]
+            for name, child in children.items()
         )
         if not same_children or not same(module, before, skip):
             # The forward that did it is that of the module or of one around it.
@@ -249,12 +249,12 @@ class Tracer(fx.Tracer):
             if type(module).__call__ is not nn.Module.__call__:
                 classes[module] = cls = type(module)
                 module.__class__ = type(cls.__name__, (cls,), {"__call__": nn.Module.__call__})
-            vars(module)["_call_impl"] = self._catch(module)
+            catch_calls(module, self._catch(module))
         try:
             yield
         finally:
             for module in modules:
-                vars(module).pop("_call_impl", None)
+                release_calls(module)
             for module, cls in classes.items():
                 module.__class__ = cls
 
