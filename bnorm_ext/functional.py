@@ -194,8 +194,8 @@ def _compiled(*arguments: Any) -> Tensor:
 
     The compiler gives convolutions other strides in forward than in backward. Alone, a batch norm
     is then faster in the compiler's own kernels; with an activation in the operator, which keeps
-    nothing but its input. An addition is left to the compiler: the operator would keep a mask, whose
-    bits lie by the strides of forward.
+    nothing but its input. An addition is left to the compiler: the operator would keep a mask,
+    whose bits lie by the strides of forward.
     """
     momentum, counter, residual, act, negative_slope = arguments[6], *arguments[8:]
     # Torch's operators need a number for momentum, and the counter is on the device.

@@ -1,4 +1,4 @@
-"""Tracing leaves no trace: what a forward changes is noticed, put back, and the module not traced."""
+"""Tracing leaves no trace: what a forward changes is noticed and put back."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def text(x):
 
 
 def numpy_noise(x):
-    return x + np.random.rand() * 0
+    return x + np.random.rand() * 0  # noqa: NPY002  # the global generator is meant
 
 
 def python_noise(x):
@@ -258,13 +258,13 @@ def test_what_tracing_would_decide_is_not_traced(decide, capsys):
             return decide(x)
 
     plain = Around(Decides()).double().eval()
-    states = np.random.get_state()[1].copy(), torch.get_rng_state()
+    states = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
     fused, report = fuse_separately(plain)
     assert [path for path, _ in report.not_traced] == ["inner"]
     assert "Value" not in report.not_traced[0][1]  # no private class is named
     assert "Proxy" not in report.not_traced[0][1]
     assert capsys.readouterr().out == ""
-    assert (np.random.get_state()[1] == states[0]).all()
+    assert (np.random.get_state()[1] == states[0]).all()  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), states[1])
     torch.testing.assert_close(fused(images(0)), plain(images(0)), rtol=0, atol=1e-10)
 
@@ -290,7 +290,7 @@ def test_other_threads_see_nothing():
 
     def draw():
         torch.rand(3)
-        np.random.rand()
+        np.random.rand()  # noqa: NPY002
 
     def function():
         class Doubled(torch.autograd.Function):
