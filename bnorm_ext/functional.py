@@ -123,16 +123,18 @@ def batch_norm(
         if type(eps) is not float or type(momentum) is not float:
             momentum, eps = _as_floats(training, momentum, eps, num_batches_tracked)
             arguments = (*arguments[:6], momentum, eps, *arguments[8:])
+        tracing = torch.jit.is_tracing()
         if (
-            _takes_native_path(input)
-            or torch.jit.is_tracing()
+            tracing
             or torch.compiler.is_exporting()
+            or _takes_native_path(input)
             # Which eps is too small differs between versions of torch: native knows.
             or eps <= 0
             # Other types are for native's parser to refuse.
             or (training is not True and training is not False)
         ):
-            if training is True and _counts_apart(num_batches_tracked, input):
+            # A tracer would warn of each question about sizes.
+            if training is True and not tracing and _counts_apart(num_batches_tracked, input):
                 return _count_apart(*arguments)
             return _native(*arguments)
         if transforms_active() or FORWARD_STATE[FORWARD_LEVEL] >= 0:
@@ -270,11 +272,16 @@ def _native(
     act: str,
     negative_slope: float,
 ) -> Tensor:
-    """Torch's own operations with this function's arguments; the counter moves last."""
+    """Torch's own operations with this function's arguments; the counter moves last, so that a call
+    that fails has not counted."""
     if residual is not None:
         check_residual(input, residual)
     if training and momentum is None and num_batches_tracked is not None:
         momentum = 1.0 / float(num_batches_tracked.detach().clone().add_(1))
+    # In a graph it moves first, as in native's: patterns of quantisers depend on the order.
+    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if recorded and training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     output = F.batch_norm(
         input,
         running_mean,
@@ -285,7 +292,7 @@ def _native(
         momentum,
         eps,  # type: ignore[arg-type]  # None: native says what it thinks of it
     )
-    if training and num_batches_tracked is not None:
+    if training and num_batches_tracked is not None and not recorded:
         num_batches_tracked.add_(1)
     return compose(output, residual, act, negative_slope)
 

@@ -42,7 +42,7 @@ EXPECTED_LARGE = {
 
 def calls(fused):
     """The fused calls in its graph."""
-    return sum(node.target is batch_norm_add_act for node in fused.graph.nodes)
+    return sum(node.target is batch_norm_add_act for node in fused.fused_graph.nodes)
 
 
 def kinds(report):
@@ -223,7 +223,7 @@ def check_block(block, act, residual, shape=(4, 3, 5, 6)):
     fused, report = fuse_separately(block)
     assert report.fused == [("bn", act, residual)]
     assert report.refused == []
-    left = [node.op for node in fused.graph.nodes if node.op != "get_attr"]
+    left = [node.op for node in fused.fused_graph.nodes if node.op != "get_attr"]
     assert left == ["placeholder", "call_module", "call_function", "output"]
     assert calls(fused) == 1
     assert_trains_alike(fused, block, inputs(shape))

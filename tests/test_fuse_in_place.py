@@ -135,7 +135,7 @@ def test_residual_changed_in_place_afterwards():
     check(body(torch.relu), ["bn"], [])
     words = "without silu: mul_ may change the residual in place afterwards"
     net = check(body(F.silu), ["bn"], [("bn", words)])
-    assert "silu" in [node.name for node in net.graph.nodes]
+    assert "silu" in [node.name for node in net.fused_graph.nodes]
 
 
 def test_residual_changed_in_place_after_an_activation_in_place():

@@ -36,7 +36,7 @@ def test_several_users_of_the_sum():
         return torch.relu(s) * s
 
     net = check(body, ["bn"], [("bn", "the sum has several users")])
-    assert "relu" in [node.name for node in net.graph.nodes]
+    assert "relu" in [node.name for node in net.fused_graph.nodes]
 
 
 HOOKS = {
@@ -71,7 +71,7 @@ def test_hooks_on_the_activation_after_an_addition():
         [("bn", "fused with its addition but without relu: the activation relu has forward hooks")],
         lambda net: HOOKS["forward hooks"](net.relu),
     )
-    assert "relu" in [node.name for node in net.graph.nodes]
+    assert "relu" in [node.name for node in net.fused_graph.nodes]
 
 
 @pytest.mark.parametrize("name", ["bn", "relu"])
@@ -100,7 +100,7 @@ def test_a_subclass_of_an_activation_is_none_of_ours():
 
     # Traced into: its relu is a function call in the graph.
     net = check(lambda net, z, x: net.act(net.bn(z)), ["bn"], [], prepare)
-    assert "mul" in [node.name for node in net.graph.nodes]
+    assert "mul" in [node.name for node in net.fused_graph.nodes]
 
 
 def test_a_computed_slope():

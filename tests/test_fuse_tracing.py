@@ -191,7 +191,7 @@ def test_plain_references_to_a_traced_module_stay_valid():
 
 
 def targets(module):
-    return [(node.op, node.target) for node in module.graph.nodes if node.op != "placeholder"]
+    return [(node.op, node.target) for node in module.fused_graph.nodes if node.op != "placeholder"]
 
 
 @pytest.mark.parametrize(

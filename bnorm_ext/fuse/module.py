@@ -134,9 +134,10 @@ class FusedModule(nn.Module):
         return revert_batchnorm(self)
 
     def __getattr__(self, name: str) -> Any:
-        # Not properties: a model may have attributes of these names.
-        if name in ("graph", "code") and _FUSION in self.__dict__:
-            return getattr(self.__dict__[_FUSION].program, name)
+        # Not properties: a model may have attributes of these names. Not `graph`: torch's ONNX
+        # exporter takes what has one for a TorchScript module.
+        if name in ("fused_graph", "fused_code") and _FUSION in self.__dict__:
+            return getattr(self.__dict__[_FUSION].program, name.removeprefix("fused_"))
         return super().__getattr__(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
