@@ -249,3 +249,13 @@ def test_compiled():
     compiled = torch.compile(fused, backend="eager", fullgraph=True)
     for seed in range(2):
         torch.testing.assert_close(compiled(images(seed)), plain(images(seed)), **TOLERANCE)
+
+
+def test_names_that_python_would_not_take():
+    plain = nn.Sequential()
+    for name in ("block1-0", "class", "0", "é x"):
+        plain.add_module(name, layer())
+    plain = plain.double()
+    fused, report = fuse_separately(plain)
+    assert len(report.fused) == 4
+    assert_trains_alike(fused, plain, [images(0)])

@@ -14,7 +14,7 @@ from .. import convert
 from .._compat import AnyBatchNorm, children_of
 from .chains import Fused, Refused, Unit, Usage, fuse_unit
 from .module import FusedModule, Fusion, be_undoable, inside_of, run_graph, unfuse
-from .modules import has_forward, is_compiled, is_torchs
+from .modules import has_forward, is_compiled, is_layer
 from .program import Program
 from .trace import Traced, copy_of, trace
 
@@ -209,7 +209,7 @@ class _Units:
             self.not_traced.append((path or "(root)", reason))
             return
         traced = None
-        if any(module.children()) and has_forward(module) and not is_torchs(module):
+        if any(module.children()) and has_forward(module) and not is_layer(module):
             traced = trace(module, self.kept)
         if id(module) in self.kept:
             self.not_traced.append((path or "(root)", self.kept[id(module)]))

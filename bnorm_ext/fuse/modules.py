@@ -7,12 +7,14 @@ from torch import fx, nn
 from .._compat import has_own_call, hooks_of, is_compiled
 from ..modules import _PACKAGE, _OneCallForward
 
-__all__ = ["has_forward", "hooks_of", "is_compiled", "is_leaf", "is_torchs"]
+__all__ = ["has_forward", "hooks_of", "is_compiled", "is_layer", "is_leaf"]
 
 
-def is_torchs(module: nn.Module) -> bool:
-    """Whether it is a layer or container of torch itself, whose forward is not traced."""
-    return fx.Tracer().is_leaf_module(module, "")
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is a layer or container of torch, or a batch norm of this package: its forward is
+    not traced."""
+    ours = isinstance(module, _OneCallForward) and type(module).__module__.startswith(_PACKAGE)
+    return ours or fx.Tracer().is_leaf_module(module, "")
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -23,8 +25,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls the module, rather than doing what its forward does."""
     cls = type(module)
     return (
-        is_torchs(module)
-        or (isinstance(module, _OneCallForward) and cls.__module__.startswith(_PACKAGE))
+        is_layer(module)
         or hooks_of(module) is not None
         or is_compiled(module) is not None
         or "forward" in vars(module)

@@ -75,7 +75,8 @@ def _with_modules(graph: fx.Graph, modules: tuple[str, ...]) -> fx.Graph:
     """``graph`` with its modules as its first inputs: looking them up by name costs as much host
     time as a small layer."""
     made = fx.Graph()
-    place = {path: made.placeholder(f"module_{path.replace('.', '_')}") for path in modules}
+    # Numbers, since the name of a module need not be one of Python.
+    place = {path: made.placeholder(f"module_{i}") for i, path in enumerate(modules)}
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.target not in place or node.op not in ("call_module", "get_attr"):
