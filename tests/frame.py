@@ -146,6 +146,7 @@ def assert_kind(net: nn.Module, kind: str) -> None:
     """That the net is of that make: for what comes out of copies and files."""
     assert isinstance(net, ActNet if kind == "act" else Net)
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    cls = bnorm_ext.BatchNormAct2d if kind == "act" else bnorm_ext.BatchNorm2d
+    classes = {"act": bnorm_ext.BatchNormAct2d, "native": nn.BatchNorm2d}
+    cls = classes.get(kind, bnorm_ext.BatchNorm2d)
     assert [type(m) for m in norms] == [cls] * 3
     assert hasattr(net, "unfuse") == (kind == "fused")

@@ -86,7 +86,7 @@ def test_a_copy_is_independent_of_unfusing_the_first():
     twin = copy.deepcopy(net)
     net.unfuse()
     assert_kind(twin, "fused")
-    assert_kind(net, "converted")
+    assert_kind(net, "native")
     close(backward(twin, images()), backward(net, images()))
 
 
