@@ -15,7 +15,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1
-TORCH_CUDA ?= torch==2.14.1
+TORCH_CUDA ?= torch==2.11.0
 VENV_CUDA ?= .venv-cuda
 PYTEST_ARGS ?=
 

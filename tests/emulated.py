@@ -38,6 +38,10 @@ class Reported(AssertionError):
     """The emulator has found an error in a kernel or a launch."""
 
 
+def _torch_wants_cpp20(torch_root: Path) -> bool:
+    return "C++20" in (torch_root / "include" / "ATen" / "ATen.h").read_text()
+
+
 def build(
     csrc: Path = CSRC,
     *,
@@ -69,7 +73,8 @@ def build(
             (EMULATOR / "runner.cpp", [SHIM]),
             *((kernel, [SHIM, csrc]) for kernel in sorted(csrc.glob("cuda/*.cu"))),
         ],
-        flags=flags,
+        # Later words win: torch's headers want C++20 from some version on.
+        flags=[*flags, *(["-std=c++20"] if _torch_wants_cpp20(torch_root) else [])],
         libraries=[f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"],
         sanitize=sanitize,
         shared=True,

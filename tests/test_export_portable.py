@@ -223,7 +223,9 @@ def test_eager_and_compiled_calls_keep_the_operators():
 
         net = make(kind).eval()
         close(torch.compile(net, backend=backend, fullgraph=True)(images()), net(images()))
-        assert sum("bnorm_ext.batch_norm_inference" in name for name in seen) == 3
+        # Alone, a batch norm is left to the compiler (BNORM_EXT_COMPILE).
+        kept = sum("bnorm_ext.batch_norm_inference" in name for name in seen)
+        assert kept == (0 if kind == "converted" else 3)
         with torch.profiler.profile() as profile:
             net(images())
         events = [event.name for event in profile.events()]
