@@ -60,7 +60,8 @@ class _OneCallForward(BatchNormBase):
             bias,
             training,
             momentum,
-            self.__dict__["eps"],
+            # Not by plain access, for which some subclasses look who asks; a parameter lies elsewhere.
+            self.__dict__["eps"] if "eps" in self.__dict__ else self.eps,
             num_batches_tracked=counter,
             residual=residual,
             act=act,

@@ -71,7 +71,7 @@ class _ActForward(_OneCallForward):
         name = sys._getframe(1).f_globals.get("__name__", "")
         if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
             self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
-        return self.__dict__["eps"]
+        return self.__dict__["eps"] if "eps" in self.__dict__ else self.__getattr__("eps")
 
     @eps.setter
     def eps(self, value: float) -> None:
