@@ -60,8 +60,8 @@ class _OneCallForward(BatchNormBase):
             bias,
             training,
             momentum,
-            # Not by plain access, for which some subclasses look who asks; a parameter lies elsewhere.
-            self.__dict__["eps"] if "eps" in self.__dict__ else self.eps,
+            # Not by plain access: some subclasses look who asks. A parameter lies elsewhere.
+            self.__dict__["eps"] if "eps" in self.__dict__ else self.eps,  # noqa: SIM401
             num_batches_tracked=counter,
             residual=residual,
             act=act,
