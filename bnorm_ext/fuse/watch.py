@@ -10,7 +10,6 @@ import builtins
 import logging
 import random
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,14 +104,14 @@ class NumpyRandom:
         self.before = None if self.random is None else self.random.get_state()
 
     def was_used(self, names: set[str]) -> str | None:
-        """What the code with these names did. Another thread may have drawn meanwhile: then the
-        code names no function of numpy.random. Numbers drawn by this code alone are taken back."""
+        """What the code with these names did; the numbers that it drew are taken back.
+
+        Where the code names no function of numpy.random, another thread drew: that is left alone.
+        Where it does, and another thread drew within the same milliseconds, both draw again."""
         if self.random is None or names.isdisjoint(self.functions):
             return None
         now = self.random.get_state()
         if (now[1].tobytes(), *now[2:]) == (self.before[1].tobytes(), *self.before[2:]):
             return None
-        if threading.active_count() <= 2:
-            self.random.set_state(self.before)
-        self.before = self.random.get_state()
+        self.random.set_state(self.before)
         return _RANDOM
