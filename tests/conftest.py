@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import threads
 
 import bnorm_ext
+from tests.common.cases import threads
 
 
 @pytest.fixture(autouse=True)
