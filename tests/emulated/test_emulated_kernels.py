@@ -15,8 +15,6 @@ from bnorm_ext.reference import batch_norm_reference
 from tests.common import emulated
 from tests.common.cases import (
     DTYPES,
-    Case,
-    Results,
     assert_exact,
     assert_promise,
     case,
@@ -24,46 +22,7 @@ from tests.common.cases import (
     normal,
     run,
 )
-
-# (N, C, spatial...): with the reason.
-SHAPES = {
-    "vectors": (4, 6, 4, 8),
-    "many blocks per channel": (8, 2, 32, 48),
-    "one channel": (6, 1, 24, 40),
-    "many channels": (2, 300, 2, 2),
-    "odd everything": (3, 5, 7, 3),
-    "odd, many blocks": (5, 3, 37, 29),
-    "one sample": (1, 7, 9, 5),
-    "one position": (64, 24, 1, 1),
-    "one position, odd": (37, 13, 1, 1),
-    "two values": (2, 3, 1, 1),
-    "rows longer than a block": (2, 3, 1, 4096),
-    "3 channels, as an image": (2, 3, 40, 40),
-    "1-D": (16, 40),
-    "1-D, long": (5000, 3),
-    "3-D": (2, 4, 3, 4, 6),
-    "groups of channels": (6, 16, 7, 7),
-    "groups, many blocks": (37, 4, 3, 7),
-    "groups in pieces": (3, 8, 17, 17),
-}
-LAYOUTS = ["contiguous", "channels_last"]
-# channels_last is of four and five dimensions.
-SHAPES_AND_LAYOUTS = [
-    pytest.param(shape, layout, id=f"{name}-{layout}")
-    for name, shape in SHAPES.items()
-    for layout in LAYOUTS[: 1 if len(shape) < 4 else 2]
-]
-
-
-def made(shape: tuple[int, ...], dtype: torch.dtype, layout: str, **kwargs: object) -> Case:
-    if layout == "channels_last" and len(shape) == 5:
-        layout = "channels_last_3d"
-    x = normal(shape, seed=7, mean=0.5, std=2)
-    return case(x, dtype, layout=layout, **kwargs)  # type: ignore[arg-type]
-
-
-def same_bits(a: Results, b: Results) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from tests.common.emulated_cases import LAYOUTS, SHAPES_AND_LAYOUTS, made, same_bits
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

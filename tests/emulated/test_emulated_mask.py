@@ -11,8 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.common import emulated
 from tests.common.cases import DTYPES
-from tests.emulated.test_emulated_fused import PIECEWISE, fused, pre_activation
-from tests.emulated.test_emulated_kernels import LAYOUTS, SHAPES_AND_LAYOUTS, same_bits
+from tests.common.emulated_cases import (
+    LAYOUTS,
+    PIECEWISE,
+    SHAPES_AND_LAYOUTS,
+    fused,
+    pre_activation,
+    same_bits,
+)
 
 
 def packed(is_open: Tensor, x: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 
 from tests.common import emulated
 from tests.common.cases import Case, assert_promise, case, normal
-from tests.emulated.test_emulated_fused import SLOPE, assert_right, fused, without_kinks
-from tests.emulated.test_emulated_kernels import made, same_bits
+from tests.common.emulated_cases import SLOPE, assert_right, fused, made, same_bits, without_kinks
 
 PATHS: dict[str, dict[str, Any]] = {
     "block": {"path": "block"},

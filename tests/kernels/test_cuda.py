@@ -16,15 +16,18 @@ from torch import nn
 import bnorm_ext
 from tests.common.cases import DTYPES, Case, assert_promise, case, normal, run
 from tests.common.emulated import Epilogue, path_wanted
-from tests.emulated.test_emulated_fused import (
+from tests.common.emulated_cases import (
     FUSED,
+    LAYOUTS,
     PIECEWISE,
+    SHAPES_AND_LAYOUTS,
     assert_right,
     fused,
+    made,
     native,
+    same_bits,
     without_kinks,
 )
-from tests.emulated.test_emulated_kernels import LAYOUTS, SHAPES_AND_LAYOUTS, made, same_bits
 
 pytestmark = [
     pytest.mark.cuda,
