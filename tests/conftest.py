@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import bnorm_ext
-from tests.common.cases import threads
+
+pytest.register_assert_rewrite("tests.common")
+
+from tests.common.cases import threads  # noqa: E402  its assertions say what differs
 
 
 @pytest.fixture(autouse=True)

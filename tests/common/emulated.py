@@ -7,7 +7,6 @@ The library is compiled on first use into build/emulator/ and kept until a sourc
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -15,7 +14,6 @@ import functools
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,7 @@ import torch
 from torch import Tensor
 
 from cuda_emulator import building
-from tests.common.cases import (
-    FORMATS,
-    Case,
-    Results,
-    accumulation_type,
-    assert_promise,
-    case,
-    normal,
-)
+from tests.common.cases import Case, Results, accumulation_type
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -323,39 +313,3 @@ def sanitized_environment() -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-
-
-def main() -> None:
-    """One case from the command line; see docs/kernels.md."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("shape", help="N,C,...")
-    parser.add_argument("dtype", choices=["float64", "float32", "float16", "bfloat16"])
-    parser.add_argument("layout", choices=list(FORMATS))
-    parser.add_argument("--seed", type=int, default=0, help="of the order of threads and blocks")
-    parser.add_argument("--device", default="sm_80", help="sm_75, sm_80, sm_86, sm_90 or sm_120")
-    parser.add_argument("--multiprocessors", type=int, default=2)
-    parser.add_argument("--path", choices=["two_pass", "block", "cluster", "grid"])
-    parser.add_argument("--inference", action="store_true")
-    parser.add_argument("--sanitize", action="store_true", help="address, undefined behaviour")
-    parser.add_argument("--debug", action="store_true", help="compile without optimisation")
-    options = parser.parse_args()
-    if options.debug:
-        library = build(flags=[*FLAGS, "-O0", "-g", "-w"])
-        os.environ["BNORM_EXT_EMULATED_LIBRARY"] = str(library)
-    if options.sanitize and "BNORM_EXT_EMULATED_LIBRARY" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], sanitized_environment())
-    shape = tuple(int(size) for size in options.shape.split(","))
-    c = case(
-        normal(shape, seed=0, mean=0.5, std=2),
-        getattr(torch, options.dtype),
-        layout=options.layout,
-        training=not options.inference,
-    )
-    where = {"seed": options.seed, "device": options.device, "path": options.path}
-    results = run(c, **where, multiprocessors=options.multiprocessors, launches=print)
-    for name, (ours, native) in assert_promise(c, ours=results).items():
-        print(f"{name:14} error {ours:6.2f} u, native on the CPU {native:6.2f} u")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from bnorm_ext.activations import compose
 from tests.common import emulated
-from tests.common.cases import (
-    DTYPES,
-    Case,
-    unit_roundoff,
-)
+from tests.common.cases import DTYPES, Case, unit_roundoff
 from tests.common.emulated import Epilogue
 from tests.common.emulated_cases import (
     FUSED,

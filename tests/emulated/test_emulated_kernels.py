@@ -13,15 +13,7 @@ import torch
 import bnorm_ext
 from bnorm_ext.reference import batch_norm_reference
 from tests.common import emulated
-from tests.common.cases import (
-    DTYPES,
-    assert_exact,
-    assert_promise,
-    case,
-    kinds,
-    normal,
-    run,
-)
+from tests.common.cases import DTYPES, assert_exact, assert_promise, case, kinds, normal, run
 from tests.common.emulated_cases import LAYOUTS, SHAPES_AND_LAYOUTS, made, same_bits
 
 

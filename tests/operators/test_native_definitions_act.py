@@ -26,14 +26,14 @@ from tests.common.cases import (
     unit_roundoff,
 )
 from tests.common.fused_cases import ACTS, KINKS, SLOPE, activate
-from tests.common.twins import outcome
-from tests.operators.test_native_definitions import (
+from tests.common.native_definitions import (
     CLASSES,
     TRAINING,
     case_of_module,
+    error_samples,
     module_samples,
 )
-from tests.operators.test_native_definitions_rules import error_samples
+from tests.common.twins import outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

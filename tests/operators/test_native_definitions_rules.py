@@ -14,19 +14,19 @@ from torch.testing._internal.common_modules import ModuleErrorEnum
 
 import bnorm_ext
 from tests.common.cases import DTYPES, FORMATS, Case, run
-from tests.common.twins import outcome
-from tests.operators.test_native_definitions import (
+from tests.common.native_definitions import (
     CLASSES,
-    MODULES,
     OURS,
     TRAINING,
     assert_close,
     case_of_module,
+    error_samples,
     infos,
     module_samples,
     op_samples,
     pair,
 )
+from tests.common.twins import outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,14 +34,6 @@ NAME = "nn.functional.batch_norm"
 
 
 # ---- Errors and dtypes --------------------------------------------------------------------------
-
-
-def error_samples(cls: type, dtype: torch.dtype, training: bool) -> list[Any]:
-    info = MODULES[cls]
-    function = getattr(info, "module_error_inputs_func", None)
-    if function is None:
-        pytest.skip("this torch defines no inputs of batch norm that are errors")
-    return list(function(info, device="cpu", dtype=dtype, requires_grad=False, training=training))
 
 
 @TRAINING
