@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bnorm_ext import fuse_batchnorm_act
 from bnorm_ext.fuse import FusionReport
+from bnorm_ext.fuse.call import batch_norm_add_act
 from tests.common.nets import NETS, conv_norm_act
 from tests.common.twins import assert_same
 
@@ -258,3 +259,8 @@ def check(body, fused, refused, prepare=lambda net: None, example=False):
         assert words in reason
     assert_trains_alike(net, plain, inputs())
     return net
+
+
+def calls(fused):
+    """The fused calls in its graph."""
+    return sum(node.target is batch_norm_add_act for node in fused.fused_graph.nodes)

@@ -9,7 +9,7 @@ from torch import nn
 
 import bnorm_ext
 from bnorm_ext import fuse_batchnorm_act
-from tests.common.fuse_nets import TOLERANCE, Net, check, fuse_separately
+from tests.common.fuse_nets import TOLERANCE, Net, check, fuse_separately, layer
 
 
 def test_several_users_of_the_batch_norm():
@@ -283,3 +283,15 @@ def test_lazy_batch_norm():
     fused, report = fuse_batchnorm_act(net)
     assert report.refused == [("0", "it is not initialised: call the model once before")]
     assert type(fused[0]) is bnorm_ext.LazyBatchNorm2d
+
+
+@pytest.mark.parametrize("wrong", [3, {"x": torch.ones(1)}, "x", torch.ones, {torch.ones(1)}])
+def test_example_inputs_of_a_wrong_kind(wrong):
+    with pytest.raises(TypeError, match="example_inputs must be a tensor or a sequence"):
+        fuse_batchnorm_act(layer(), wrong)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_example_inputs_of_a_wrong_number(count):
+    with pytest.raises(ValueError, match="example_inputs are not what Sequential takes"):
+        fuse_batchnorm_act(layer(), [torch.ones(1)] * count)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bnorm_ext import fuse_batchnorm_act
-from tests.common.fuse_nets import Around, Inner, fuse_separately, images, layer
+from tests.common.fuse_nets import Around, Inner, fuse_separately, images
 
 CALLS = 0
 SEEN: list[str] = []
@@ -272,103 +272,3 @@ def test_what_tracing_would_decide_is_not_traced(decide, capsys):
     assert (np.random.get_state()[1] == states[0]).all()  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), states[1])
     torch.testing.assert_close(fused(images(0)), plain(images(0)), rtol=0, atol=1e-10)
-
-
-def test_other_threads_see_nothing():
-    """They train, draw random numbers and enter autocast while nets are fused."""
-    stop = threading.Event()
-    failures: list[BaseException] = []
-
-    def work(step):
-        try:
-            while not stop.is_set():
-                step()
-        except BaseException as error:
-            failures.append(error)
-
-    net = nn.Sequential(layer(), nn.Flatten(), nn.LazyLinear(2)).double()
-    net(images(0))
-
-    def train():
-        with torch.autocast("cpu", enabled=False):
-            net(images(0)).sum().backward()
-
-    def draw():
-        torch.rand(3)
-        np.random.rand()  # noqa: NPY002
-
-    def function():
-        class Doubled(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                return x * 2
-
-            @staticmethod
-            def backward(ctx, dy):
-                return dy * 2
-
-        x = torch.ones(2, requires_grad=True)
-        Doubled.apply(x).sum().backward()
-        assert x.grad.tolist() == [2, 2]
-
-    threads = [threading.Thread(target=work, args=(f,)) for f in (train, draw, function)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(10):
-            _, report = fuse_batchnorm_act(Around(layer()))
-            assert len(report.fused) == 3
-            assert report.not_traced == []
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert failures == []
-
-
-def test_another_thread_traces():
-    """torch's own tracing replaces the call of every module, so it may spoil ours; not the other
-    way round."""
-    stop = threading.Event()
-
-    def fuse():
-        while not stop.is_set():
-            fuse_batchnorm_act(Around(layer()))
-
-    thread = threading.Thread(target=fuse)
-    thread.start()
-    try:
-        for _ in range(20):
-            graph = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())).graph
-            assert [node.op for node in graph.nodes] == [
-                "placeholder",
-                "call_module",
-                "call_module",
-                "output",
-            ]
-    finally:
-        stop.set()
-        thread.join()
-
-
-@pytest.mark.parametrize("wrong", [3, {"x": torch.ones(1)}, "x", torch.ones, {torch.ones(1)}])
-def test_example_inputs_of_a_wrong_kind(wrong):
-    with pytest.raises(TypeError, match="example_inputs must be a tensor or a sequence"):
-        fuse_batchnorm_act(layer(), wrong)
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_example_inputs_of_a_wrong_number(count):
-    with pytest.raises(ValueError, match="example_inputs are not what Sequential takes"):
-        fuse_batchnorm_act(layer(), [torch.ones(1)] * count)
-
-
-def test_batch_norms_that_no_graph_calls_are_listed():
-    class Unused(Around):
-        def __init__(self):
-            super().__init__(nn.Identity())
-            self.aux = nn.BatchNorm2d(3)
-
-    _, report = fuse_batchnorm_act(Unused())
-    assert report.not_called == ["aux"]
-    assert str(report).splitlines()[-2:] == ["1 not called by a traced forward", "  aux"]
