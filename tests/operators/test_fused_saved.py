@@ -1,4 +1,4 @@
-"""Residual and activation: what forward keeps for backward, and which gradients backward computes."""
+"""Residual and activation: what forward keeps for backward, and which gradients there are."""
 
 from __future__ import annotations
 
