@@ -133,3 +133,10 @@ def build(
             raise RuntimeError(f"{name} cannot be linked:\n{done.stderr}")
         temporary.replace(program)
     return program
+
+
+def selftest(fibers: str | None = None, sanitize: bool = False) -> Path:
+    """The emulator's self-test: kernels with and without mistakes."""
+    folder = HERE / "selftest"
+    sources = sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])
+    return build("selftest", sources, fibers=fibers, sanitize=sanitize)

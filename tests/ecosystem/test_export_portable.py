@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tests.common.exporters import BATCH_NORM, EXPORTERS, program, targets
-from tests.common.frame import EVERY, KINDS, MODES, close, images, make
+from tests.common.net_kinds import EVERY, KINDS, MODES, close, images, make
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

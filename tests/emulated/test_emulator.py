@@ -12,20 +12,14 @@ import pytest
 from cuda_emulator import building
 from cuda_emulator.selftest.reports import BROKEN, expected_report
 
-SELFTEST = building.HERE / "selftest"
 SEEDS = ["1", "2", "3"]
 
 pytestmark = pytest.mark.skipif(building.compiler() is None, reason="no C++ compiler")
 
 
-def build(fibers: str | None = None, sanitize: bool = False) -> Path:
-    sources = sorted([*SELFTEST.glob("*.cu"), *SELFTEST.glob("*.cpp")])
-    return building.build("selftest", sources, fibers=fibers, sanitize=sanitize)
-
-
 @pytest.fixture(scope="module")
 def program() -> Path:
-    return build()
+    return building.selftest()
 
 
 def run(program: Path, case: str, seeds: list[str], timeout: float = 60) -> tuple[int, str]:
@@ -88,7 +82,7 @@ def test_the_same_seed_gives_the_same_order(program: Path):
 
 def test_ucontext():
     """Where Boost.Context is installed, the other tests do not use this."""
-    program = build(fibers="ucontext")
+    program = building.selftest(fibers="ucontext")
     for case in CORRECT:
         assert run(program, case, SEEDS) == (0, "")
     for case in ["missing_barrier", "barrier_against_shuffle", "masks_differ"]:
@@ -101,7 +95,7 @@ def test_ucontext():
 def test_sanitizers():
     """The emulator's own memory errors, in launches that end and in launches that are given up."""
     try:
-        program = build(sanitize=True)
+        program = building.selftest(sanitize=True)
     except RuntimeError as error:
         if "cannot find" in str(error):
             pytest.skip("no sanitizer libraries")

@@ -192,8 +192,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sdist_has_every_source_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert sources <= names
+    for folder in ("csrc", "cuda_emulator", "tests"):
+        files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"]
+        assert {p.relative_to(ROOT).as_posix() for p in files} <= names
     assert {"setup.py", "build_support.py", "pyproject.toml", "LICENSE", "README.md"} <= names
     assert {f"bnorm_ext/{p.name}" for p in PACKAGE.glob("[!_]*.py")} <= names
     assert not [n for n in names if n.endswith((".so", ".o", ".pyc", "bnorm_ext/_build.py"))]

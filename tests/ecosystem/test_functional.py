@@ -23,7 +23,7 @@ from torch.func import (
     vmap,
 )
 
-from tests.common.frame import EVERY, MODES, close, images, make, native, pair
+from tests.common.net_kinds import EVERY, MODES, close, images, make, native, pair
 from tests.common.twins import outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from tests.common.frame import EVERY, KINDS, assert_kind, backward, close, images, make
+from tests.common.net_kinds import EVERY, KINDS, assert_kind, backward, close, images, make
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import bnorm_ext
-from tests.common.frame import (
+from tests.common.net_kinds import (
     EVERY,
     MODES,
     assert_kind,

@@ -14,7 +14,17 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import bnorm_ext
-from tests.common.frame import EVERY, KINDS, Net, assert_kind, backward, close, images, make, native
+from tests.common.net_kinds import (
+    EVERY,
+    KINDS,
+    Net,
+    assert_kind,
+    backward,
+    close,
+    images,
+    make,
+    native,
+)
 from tests.common.twins import outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")

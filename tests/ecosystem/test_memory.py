@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tests.common.frame import EVERY, MODES, backward, close, images, make, native, pair
+from tests.common.net_kinds import EVERY, MODES, backward, close, images, make, native, pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
