@@ -247,6 +247,21 @@ def test_merged_counter() -> None:
     assert found[1] == 3
 
 
+def test_launches_of_one_stream_share_their_tickets() -> None:
+    """Many blocks per tile, three calls in one session: the tickets are back at zero each time."""
+    c = made((8, 2, 32, 48), torch.float32, "contiguous")
+    with emulated.session(capturing=False) as s:
+        found = [s.call("batch_norm_stats", s.copy(c.x)) for _ in range(3)]
+        means = [mean.clone() for mean, _ in found]
+    assert all(torch.equal(mean, means[0]) for mean in means)
+
+
+def test_launches_in_a_graph_have_tickets_of_their_own() -> None:
+    # In float64, where no output has as many bytes as the two tickets.
+    c = made((8, 2, 32, 48), torch.float64, "contiguous")
+    assert same_bits(emulated.run(c, capturing=True), emulated.run(c))
+
+
 @pytest.mark.slow
 def test_sanitizers() -> None:
     """Address and undefined-behaviour sanitizers have nothing to say of kernels and host code."""
