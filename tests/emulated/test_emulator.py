@@ -81,7 +81,7 @@ SHOWN = re.findall(r"^\$ (.+)\n(\w+: .+)$", (building.HERE / "README.md").read_t
 
 @pytest.mark.parametrize(("command", "report"), SHOWN, ids=[command for command, _ in SHOWN])
 def test_reports_of_the_readme(program: Path, command: str, report: str):
-    if command == "build/example":
+    if command == "/tmp/example":
         example = building.build("example", [building.HERE / "example.cu"])
         output = subprocess.run([example], capture_output=True, text=True, check=True).stdout
     else:
