@@ -47,36 +47,36 @@ __device__ __forceinline__ void z_of(const Affines& affines, const Values<T, kWi
 // A vector of x becomes that of y. Returns its bits of the mask, where `with_bits`: bit v is 1
 // where z[v] is on the open side of act's kinks.
 template <typename T, int kWidth, typename Affines>
-__device__ __forceinline__ unsigned through_forward(const EpilogueParams& e, bool with_bits,
-                                                    const Affines& affines,
-                                                    Values<T, kWidth>& value,
-                                                    const Values<T, kWidth>& residual) {
+__device__ __forceinline__ unsigned epilogue_forward(const EpilogueParams& e, bool with_bits,
+                                                     const Affines& affines,
+                                                     Values<T, kWidth>& value,
+                                                     const Values<T, kWidth>& residual) {
   using A = Acc<T>;
   const A slope = static_cast<A>(e.slope);
-  unsigned open = 0;
+  unsigned mask_bits = 0;
   A z[kWidth];
   z_of(affines, value, e.residual != nullptr, residual, z);
   with_activation(e.act, [&](auto act) {
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
       if (is_piecewise(act.value) && with_bits) {
-        open |= static_cast<unsigned>(is_open(act.value, z[v])) << v;
+        mask_bits |= static_cast<unsigned>(is_open(act.value, z[v])) << v;
       }
       value.set(v, activate(act.value, z[v], slope));
     }
   });
-  return open;
+  return mask_bits;
 }
 
 // The gradient g of z from dy, in the accumulation type. `open`: the vector's bits of the mask,
 // which are read in place of x and residual where `masked`.
 template <typename T, int kWidth, typename Affines>
-__device__ __forceinline__ void through_epilogue(const EpilogueParams& e, bool masked,
-                                                 unsigned open, const Affines& affines,
-                                                 const Values<T, kWidth>& dy,
-                                                 const Values<T, kWidth>& x,
-                                                 const Values<T, kWidth>& residual,
-                                                 Acc<T> (&g)[kWidth]) {
+__device__ __forceinline__ void epilogue_backward(const EpilogueParams& e, bool masked,
+                                                  unsigned mask_bits, const Affines& affines,
+                                                  const Values<T, kWidth>& dy,
+                                                  const Values<T, kWidth>& x,
+                                                  const Values<T, kWidth>& residual,
+                                                  Acc<T> (&g)[kWidth]) {
   using A = Acc<T>;
   const A slope = static_cast<A>(e.slope);
   if (e.act == Activation::Identity) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void through_epilogue(const EpilogueParams& e, bool m
   } else if (masked) {
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
-      g[v] = through_open(e.act, dy[v], (open >> v & 1) != 0, slope);
+      g[v] = through_open(e.act, dy[v], (mask_bits >> v & 1) != 0, slope);
     }
   } else {
     z_of(affines, x, e.residual != nullptr, residual, g);

@@ -21,7 +21,7 @@ struct Variant {
 
 // f(Variant<...>{}) for the one that serves this call. kWidest: of the values that f is for.
 template <int kWidest = 8, typename F>
-cudaError_t with_variant(DType dtype, const WalkPlan& plan, F f) {
+cudaError_t with_variant(DType dtype, const TilePlan& plan, F f) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
     constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(T));
@@ -112,7 +112,7 @@ template <typename Params>
 cudaError_t launch_teams(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
   const ResidentPlan& plan = params.plan;
   if (plan.blocks() > INT32_MAX) return cudaErrorInvalidConfiguration;
-  TeamLaunch launch(kernel, plan.path, static_cast<int>(plan.walk.chunks), plan.shared_bytes,
+  TeamLaunch launch(kernel, plan.path, static_cast<int>(plan.tile_plan.chunks), plan.shared_bytes,
                     plan.blocks());
   if (launch.error() != cudaSuccess) return launch.error();
   launch.config().stream = stream;

@@ -3,7 +3,7 @@
 
 #include "mask.h"
 #include "platform.cuh"
-#include "walk.cuh"
+#include "tile_iterator.cuh"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -27,20 +27,20 @@ class MaskCursor {
                 "tiles beside each other share no byte");
   static_assert(32 % (kByteBits / kWidth) == 0, "the lanes of one byte are in one warp");
 
-  __device__ __forceinline__ MaskCursor(const Mask<Byte>& mask, const WalkPlan& plan,
-                                        const Walk<kWidth, kMapping>& walk)
+  __device__ __forceinline__ MaskCursor(const Mask<Byte>& mask, const TilePlan& plan,
+                                        const TileIterator<kWidth, kMapping>& it)
       : mask_(mask.bytes) {
     if (kMapping == Mapping::ChannelGroups) {
-      byte_ = walk.offset / kWidth;
+      byte_ = it.offset / kWidth;
       step_ = plan.step / kWidth;
       shift_ = 0;
       lanes_ = 1;
       return;
     }
     constexpr bool kLast = kMapping == Mapping::ChannelsLast;
-    const int64_t first = walk.chunk * plan.chunk_length + walk.row;  // vector or row
-    const int64_t bit = kLast ? walk.channel : first * kWidth;
-    byte_ = (kLast ? first : walk.channel) * mask.row_bytes + bit / kByteBits;
+    const int64_t first = it.chunk * plan.chunk_length + it.row;  // vector or row
+    const int64_t bit = kLast ? it.channel : first * kWidth;
+    byte_ = (kLast ? first : it.channel) * mask.row_bytes + bit / kByteBits;
     step_ = kLast ? plan.rows * mask.row_bytes : kThreads * kWidth / kByteBits;
     shift_ = kWidth == kByteBits ? 0 : static_cast<int>(bit % kByteBits);
     lanes_ = kByteBits / kWidth;
@@ -49,16 +49,16 @@ class MaskCursor {
 
   // Every lane of the warp must call; `open` has bits of the first `valid` vectors only. The first
   // lane of a byte writes it: if any of them has a vector there, that one does.
-  __device__ __forceinline__ void write(unsigned open, int valid) {
-    open <<= shift_;
+  __device__ __forceinline__ void write(unsigned mask_bits, int valid) {
+    mask_bits <<= shift_;
     for (int apart = 1; apart < lanes_; apart *= 2) {
-      open |= __shfl_xor_sync(0xffffffffu, open, apart);
+      mask_bits |= __shfl_xor_sync(0xffffffffu, mask_bits, apart);
     }
     const bool is_first = (threadIdx.x & (lanes_ - 1)) == 0;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (!is_first || u >= valid) break;
-      const auto bits = static_cast<unsigned char>(open >> u * kByteBits);
+      const auto bits = static_cast<unsigned char>(mask_bits >> u * kByteBits);
       store_bytes<1>(mask_ + byte_ + u * step_, Bytes<1>{{bits}});
     }
     byte_ += kBatch * step_;
@@ -66,15 +66,15 @@ class MaskCursor {
 
   // Bit u * 8 + v is that of value v of vector u; others mean nothing.
   __device__ __forceinline__ unsigned read(int valid) {
-    unsigned open = 0;
+    unsigned mask_bits = 0;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) break;
       const unsigned bits = load_bytes<1>(mask_ + byte_ + u * step_).word[0];
-      open |= bits << u * kByteBits;
+      mask_bits |= bits << u * kByteBits;
     }
     byte_ += kBatch * step_;
-    return open >> shift_;
+    return mask_bits >> shift_;
   }
 
  private:

@@ -18,10 +18,10 @@ struct Pair {
 };
 
 // What blocks of one launch exchange values through; none where chunks is 1, or in clusters.
-struct Exchange {
+struct Staging {
   Pair* partials = nullptr;        // [tiles, chunks, channels per tile]; Grid: [2, teams, ...]
-  unsigned* ticket = nullptr;      // [tiles]; Grid: [teams]; 0 before and after every launch
-  unsigned* generation = nullptr;  // Grid: [teams], changed by every barrier of the team
+  unsigned* semaphores = nullptr;  // [tiles]; Grid: [teams]; 0 before and after every launch
+  unsigned* phases = nullptr;      // Grid: [teams], changed by every barrier of the team
 };
 
 // Statistics that are known, in whichever dtype they are kept.
@@ -41,10 +41,10 @@ struct EpilogueParams {
 
 struct StatisticsParams {
   Shape shape;
-  WalkPlan plan;
+  TilePlan plan;
   DType dtype = DType::Float;  // of x
   const void* x = nullptr;     // [N, C, S]
-  Exchange exchange;
+  Staging staging;
   double eps = 0;
   void* mean = nullptr;         // [C] acc, or null
   void* rstd = nullptr;         // [C] acc, or null
@@ -55,7 +55,7 @@ struct StatisticsParams {
 
 struct NormaliseParams {
   Shape shape;
-  WalkPlan plan;
+  TilePlan plan;
   DType dtype = DType::Float;  // of x and y
   const void* x = nullptr;     // [N, C, S]
   void* y = nullptr;           // [N, C, S]
@@ -68,12 +68,12 @@ struct NormaliseParams {
 
 struct BackwardReduceParams {
   Shape shape;
-  WalkPlan plan;
+  TilePlan plan;
   DType dtype = DType::Float;  // of dy and x
   const void* dy = nullptr;    // [N, C, S]
   const void* x = nullptr;     // [N, C, S]
   Statistics statistics;
-  Exchange exchange;
+  Staging staging;
   // What makes g, the gradient of z, from dy.
   ChannelVector weight, bias;  // [C]
   EpilogueParams epilogue;
@@ -86,7 +86,7 @@ struct BackwardReduceParams {
 
 struct BackwardApplyParams {
   Shape shape;
-  WalkPlan plan;
+  TilePlan plan;
   DType dtype = DType::Float;  // of dy, x, dx and dresidual
   const void* dy = nullptr;    // [N, C, S]
   const void* x = nullptr;     // [N, C, S]
@@ -110,7 +110,7 @@ struct ResidentForwardParams {
   DType dtype = DType::Float;  // of x and y
   const void* x = nullptr;     // [N, C, S]
   void* y = nullptr;           // [N, C, S]
-  Exchange exchange;
+  Staging staging;
   double eps = 0;
   void* mean = nullptr;        // [C] acc
   void* rstd = nullptr;        // [C] acc
@@ -134,7 +134,7 @@ struct ResidentBackwardParams {
   void* dresidual = nullptr;   // [N, C, S] g, or null
   Statistics statistics;
   bool constant_statistics = false;  // dx = g * weight * rstd
-  Exchange exchange;
+  Staging staging;
   ChannelVector weight, bias;  // [C]
   EpilogueParams epilogue;
   Mask<const uint8_t> mask;  // what forward wrote, in place of z; or none

@@ -48,7 +48,7 @@ struct DeviceLimits {
   bool cooperative = false;           // launches
 };
 
-struct WalkPlan {
+struct TilePlan {
   Mapping mapping = Mapping::ChannelsFirst;
   int width = 1;             // elements per access: 16 bytes' worth, or 1
   int columns = 1;           // a power of two but in ChannelGroups
@@ -73,7 +73,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-inline int channels_per_tile(const WalkPlan& plan) {
+inline int channels_per_tile(const TilePlan& plan) {
   switch (plan.mapping) {
     case Mapping::ChannelsFirst:
       return 1;
@@ -96,12 +96,12 @@ BNORM_HOST_DEVICE constexpr int reduce_shared_bytes(Mapping mapping, int channel
          kPairBytes;
 }
 
-inline int reduce_shared_bytes(const WalkPlan& plan) {
+inline int reduce_shared_bytes(const TilePlan& plan) {
   return reduce_shared_bytes(plan.mapping, channels_per_tile(plan));
 }
 
 // How many partial sums the blocks of a reducing kernel exchange.
-inline int64_t partials_of(const WalkPlan& plan) {
+inline int64_t partials_of(const TilePlan& plan) {
   return plan.chunks == 1 ? 0 : plan.blocks() * channels_per_tile(plan);
 }
 
@@ -127,8 +127,8 @@ static_assert(channels_of_group({1, 64, 196, Layout::ChannelsFirst}, 4) == 0, "w
 
 // Of `columns` at most, in one chunk. `aligned`: every tensor of the call starts at a multiple of
 // kVectorBytes.
-inline WalkPlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, int columns = 0) {
-  WalkPlan plan;
+inline TilePlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, int columns = 0) {
+  TilePlan plan;
   const bool last = shape.layout == Layout::ChannelsLast;
   const int full = kVectorBytes / element_bytes;
   const int group = aligned ? channels_of_group(shape, element_bytes) : 0;
@@ -168,22 +168,22 @@ inline WalkPlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, 
 }
 
 // The chunks of each piece: at most so many, none of them empty.
-inline void split(WalkPlan* plan, int64_t chunks) {
+inline void split(TilePlan* plan, int64_t chunks) {
   plan->chunk_length = ceil_div(ceil_div(plan->length, chunks), plan->rows) * plan->rows;
   plan->chunks = ceil_div(plan->length, plan->chunk_length) * plan->pieces;
 }
 
 // Chunks of each piece that make so many blocks of all tiles, as far as each of them has work for a
 // few batches, which a block's own reduction costs about as much as.
-inline int64_t filling(const WalkPlan& plan, int64_t blocks) {
+inline int64_t filling(const TilePlan& plan, int64_t blocks) {
   const int64_t fill = blocks / (plan.tiles * plan.pieces);
   const int64_t most = ceil_div(plan.length, int64_t{2} * kBatch * plan.rows);
   return fill < 1 ? 1 : fill < most ? fill : most;
 }
 
-inline WalkPlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
+inline TilePlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
                               const DeviceLimits& device) {
-  WalkPlan plan = plan_tiles(shape, element_bytes, aligned);
+  TilePlan plan = plan_tiles(shape, element_bytes, aligned);
   // Several blocks per resident one, so that the last ones leave little of the device idle.
   constexpr int kPerMultiprocessor = 32;
   split(&plan, filling(plan, int64_t{kPerMultiprocessor} * device.multiprocessors));
@@ -192,7 +192,7 @@ inline WalkPlan plan_two_pass(const Shape& shape, int element_bytes, bool aligne
 
 // How many values of channel i of a tile a chunk has.
 template <Mapping kMapping>
-BNORM_HOST_DEVICE int64_t values_in_chunk(const Shape& shape, const WalkPlan& plan, int64_t chunk,
+BNORM_HOST_DEVICE int64_t values_in_chunk(const Shape& shape, const TilePlan& plan, int64_t chunk,
                                           int i) {
   const bool grouped = kMapping == Mapping::ChannelGroups;
   const unsigned pieces = static_cast<unsigned>(plan.pieces), number = static_cast<unsigned>(chunk);

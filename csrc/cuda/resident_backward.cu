@@ -6,7 +6,7 @@
 #include "launch.cuh"
 #include "mask.cuh"
 #include "team.cuh"
-#include "walk.cuh"
+#include "tile_iterator.cuh"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -33,27 +33,29 @@ __global__ void __launch_bounds__(kThreads, kShares)
     resident_backward_kernel(ResidentBackwardParams p) {
   using T = typename V::T;
   using A = Acc<T>;
-  using W = Walk<V::kWidth, V::kMapping>;
+  using Iterator = TileIterator<V::kWidth, V::kMapping>;
   using Vector = Values<T, V::kWidth>;
-  constexpr int kChannels = W::kChannels;
+  constexpr int kChannels = Iterator::kChannels;
   constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
   static_assert(TileTable<V>::kBytes <= kTableBytes, "of which the plan reserves room");
-  const WalkPlan& tiles = p.plan.walk;
+  const TilePlan& tile_plan = p.plan.tile_plan;
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   T* dx = static_cast<T*>(p.dx);
   T* dresidual = static_cast<T*>(p.dresidual);
-  const int channels = W::channels_of_tile(tiles), t = static_cast<int>(threadIdx.x);
+  const int channels = Iterator::channels_of_tile(tile_plan), t = static_cast<int>(threadIdx.x);
   const SharedLayout shared = shared_layout(V::kMapping, channels);
-  const Slots<T, V::kWidth> sent(shared, p.plan, 0), slots(shared, p.plan, 1);
+  const SmemVectors<T, V::kWidth> dy_smem(shared, p.plan, 0), x_smem(shared, p.plan, 1);
   const Team team(p.plan);
-  const TileTable<V> table(shared.table, W(p.shape, tiles, team.rank));
+  const TileTable<V> table(shared.table, Iterator(p.shape, tile_plan, team.rank));
   const bool masked = p.mask.bytes != nullptr;
   int64_t round = 0;
-  for (int64_t tile = team.number; tile < tiles.tiles; tile += p.plan.teams, ++round) {
+  for (int64_t tile = team.number; tile < tile_plan.tiles; tile += p.plan.teams, ++round) {
     // Made anew where they are asked for: kept, they would take the registers of the sums.
-    const auto start = [&] { return W(p.shape, tiles, tile * tiles.chunks + team.rank); };
-    sent.fetch(start(), tiles, static_cast<const T*>(p.dy));
-    slots.fetch(start(), tiles, static_cast<const T*>(p.x));
+    const auto start = [&] {
+      return Iterator(p.shape, tile_plan, tile * tile_plan.chunks + team.rank);
+    };
+    dy_smem.fetch(start(), tile_plan, static_cast<const T*>(p.dy));
+    x_smem.fetch(start(), tile_plan, static_cast<const T*>(p.x));
     async_commit();
     const auto channel = [&] { return tile * channels + t; };  // of thread t < channels
     if (t < channels) {
@@ -66,23 +68,23 @@ __global__ void __launch_bounds__(kThreads, kShares)
     // Calls f(u, g, x, dy, at) for vector u of each batch, done(valid) after it.
     const AffineInTable<TileTable<V>> affines(table);
     const auto each = [&](auto f, auto done) {
-      W walk = start();
-      MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, tiles, walk);
+      Iterator it = start();
+      MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, tile_plan, it);
       int i = 0;
-      walk.batches(tiles, [&](const int64_t (&at)[kBatch], int valid) {
-        const unsigned open = masked ? mask.read(valid) : 0;
+      it.batches(tile_plan, [&](const int64_t (&at)[kBatch], int valid) {
+        const unsigned mask_bits = masked ? mask.read(valid) : 0;
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
           if (u >= valid) break;
-          Vector added;
-          if (residual != nullptr) added.load(residual + at[u]);
-          const Vector value = slots[i + u];
+          Vector residual_vec;
+          if (residual != nullptr) residual_vec.load(residual + at[u]);
+          const Vector x_vec = x_smem[i + u];
           A g[V::kWidth];
           forget_loads();
-          through_epilogue(p.epilogue, masked, open >> u * kByteBits, affines, sent[i + u], value,
-                           added, g);
+          epilogue_backward(p.epilogue, masked, mask_bits >> u * kByteBits, affines, dy_smem[i + u],
+                            x_vec, residual_vec, g);
           forget_loads();
-          f(u, g, value, at[u]);
+          f(u, g, x_vec, at[u]);
         }
         i += kBatch;
         done(valid);
@@ -99,12 +101,12 @@ __global__ void __launch_bounds__(kThreads, kShares)
       g_of_4[k] = dot_of_4[k] = 0;
     };
     each(
-        [&](int u, const A(&g)[V::kWidth], const Vector& value, int64_t) {
+        [&](int u, const A(&g)[V::kWidth], const Vector& x_vec, int64_t) {
 #pragma unroll
           for (int v = 0; v < V::kWidth; ++v) {
             const int k = v % kChannels;
             g_of_4[k] += g[v];
-            dot_of_4[k] = fma(g[v], value[v] - affines[k].mean, dot_of_4[k]);
+            dot_of_4[k] = fma(g[v], x_vec[v] - affines[k].mean, dot_of_4[k]);
             if ((u * kPerVector + v / kChannels) % 4 == 3) flush(k);
           }
         },
@@ -122,20 +124,20 @@ __global__ void __launch_bounds__(kThreads, kShares)
 #pragma unroll
       for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
       each(
-          [&](int, const A(&g)[V::kWidth], const Vector& value, int64_t) {
+          [&](int, const A(&g)[V::kWidth], const Vector& x_vec, int64_t) {
 #pragma unroll
             for (int v = 0; v < V::kWidth; ++v) {
               const int k = v % kChannels;
               const double wide_g = g[v];
               sum[k].a += wide_g;
-              sum[k].b += wide_g * (static_cast<double>(value[v]) - affines[k].mean);
+              sum[k].b += wide_g * (static_cast<double>(x_vec[v]) - affines[k].mean);
             }
           },
           [](int) {});
     }
-    Pair total = chunk_sum(sum, start(), tiles, p.shape);
-    total = team_total<W>(total, p.plan, shared, p.exchange, team, round);
-    A mean_of_dy = 0, slope_of_x = 0;
+    Pair total = chunk_sum(sum, start(), tile_plan, p.shape);
+    total = team_total<Iterator>(total, p.plan, shared, p.staging, team, round);
+    A mean_of_dy = 0, proj_scale_of_c = 0;
     const int64_t c = channel();
     if (t < channels && c < p.shape.C) {
       // The means are those of the sums that the caller sees.
@@ -143,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
       const A rstd = MeanRstd<A>(p.statistics, c).rstd;
       const A dy_sum = static_cast<A>(total.a), dy_xhat_sum = static_cast<A>(total.b * rstd);
       mean_of_dy = static_cast<A>(dy_sum / n);
-      slope_of_x = rstd * static_cast<A>(dy_xhat_sum / n);
+      proj_scale_of_c = rstd * static_cast<A>(dy_xhat_sum / n);
       if (team.rank == 0) {
         if (p.sum_dy.data != nullptr) set(p.sum_dy, c, dy_sum);
         if (p.sum_dy_xhat.data != nullptr) set(p.sum_dy_xhat, c, dy_xhat_sum);
@@ -151,16 +153,17 @@ __global__ void __launch_bounds__(kThreads, kShares)
     }
     if (t < channels) {
       table.set(kMeanDy, t, mean_of_dy);
-      table.set(kSlope, t, slope_of_x);
+      table.set(kProjScale, t, proj_scale_of_c);
     }
     __syncthreads();
 
     // The others are read from shared memory at each use: a block has little else to read there.
     const int split = start().split_of_vector();
-    const OfChannels<A, W> mean_dy(split, [&](int k) { return table.get(kMeanDy, k); });
-    const OfChannels<A, W> slope(split, [&](int k) { return table.get(kSlope, k); });
+    const PerChannel<A, Iterator> mean_dy(split, [&](int k) { return table.get(kMeanDy, k); });
+    const PerChannel<A, Iterator> proj_scale(split,
+                                             [&](int k) { return table.get(kProjScale, k); });
     each(
-        [&](int, const A(&g)[V::kWidth], const Vector& value, int64_t at) {
+        [&](int, const A(&g)[V::kWidth], const Vector& x_vec, int64_t at) {
           Vector rounded;
           if (dresidual != nullptr) {
 #pragma unroll
@@ -172,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
             const int k = v % kChannels;
             A d = g[v];
             if (!p.constant_statistics) {
-              d = (d - mean_dy[k]) - (value[v] - affines[k].mean) * slope[k];
+              d = (d - mean_dy[k]) - (x_vec[v] - affines[k].mean) * proj_scale[k];
             }
             rounded.set(v, d * affines[k].scale);
           }
@@ -187,15 +190,15 @@ __global__ void __launch_bounds__(kThreads, kShares)
 }  // namespace
 
 cudaError_t launch_resident_backward(const ResidentBackwardParams& p, cudaStream_t stream) {
-  return with_variant<kWidestOnChip>(p.dtype, p.plan.walk, [&](auto variant) {
+  return with_variant<kWidestOnChip>(p.dtype, p.plan.tile_plan, [&](auto variant) {
     return launch_teams(resident_backward_kernel<decltype(variant)>, p, stream);
   });
 }
 
-int64_t resident_backward_blocks(DType dtype, const WalkPlan& walk, Path path, int team,
+int64_t resident_backward_blocks(DType dtype, const TilePlan& tile_plan, Path path, int team,
                                  int shared_bytes) {
   int64_t count = 0;
-  with_variant<kWidestOnChip>(dtype, walk, [&](auto variant) {
+  with_variant<kWidestOnChip>(dtype, tile_plan, [&](auto variant) {
     count = co_resident(resident_backward_kernel<decltype(variant)>, path, team, shared_bytes);
     return cudaSuccess;
   });

@@ -25,12 +25,12 @@ constexpr int kLargestCluster = 16;
 struct ResidentPlan {
   Path path = Path::TwoPass;
   const char* reason = "";
-  WalkPlan walk;         // chunks: the blocks of a team
+  TilePlan tile_plan;    // chunks: the blocks of a team
   int64_t teams = 0;     // at work at a time; all of them but in Grid
   int vectors = 0;       // of each tensor that stays on chip, per thread
   int shared_bytes = 0;  // per block
 
-  int64_t blocks() const { return teams * walk.chunks; }
+  int64_t blocks() const { return teams * tile_plan.chunks; }
 };
 
 // Where things are in a block's shared memory, in bytes; all multiples of 16.
@@ -59,7 +59,7 @@ constexpr int kReservedBytes = 1024;  // of shared memory, by the driver, per bl
 // a running process the CUDA runtime is asked instead.
 struct ByLimits {
   DeviceLimits device;
-  int64_t operator()(const WalkPlan&, Path path, int team, int shared_bytes) const {
+  int64_t operator()(const TilePlan&, Path path, int team, int shared_bytes) const {
     const int64_t fit = device.shared_per_multiprocessor / (int64_t{shared_bytes} + kReservedBytes);
     const int64_t blocks = device.multiprocessors * (fit < kShares ? fit : kShares);
     return path == Path::Cluster ? blocks / team : blocks;
@@ -94,26 +94,27 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
   // of rows that are not of whole vectors, 32 or 16 values.
   const bool narrow = plan_tiles(shape, element_bytes, aligned).width == 1;
   const int widest = narrow ? kNarrowColumns : kWideColumns, least = narrow ? kWideColumns : 4;
-  const WalkPlan narrowest = plan_tiles(shape, element_bytes, aligned, least);
+  const TilePlan narrowest = plan_tiles(shape, element_bytes, aligned, least);
   const int64_t full = device.shared_per_block;
   const int64_t half = device.shared_per_multiprocessor / kShares - kReservedBytes;
   const int64_t shares[] = {half < full ? half : full, full};
-  const int64_t slot_bytes = int64_t{narrowest.width} * element_bytes;
-  const auto bytes_of = [&](const WalkPlan& walk, int64_t vectors) {
-    return shared_layout(walk.mapping, channels_per_tile(walk)).vectors +
-           vectors * tensors * kThreads * slot_bytes;
+  const int64_t vector_bytes = int64_t{narrowest.width} * element_bytes;
+  const auto bytes_of = [&](const TilePlan& tile_plan, int64_t vectors) {
+    return shared_layout(tile_plan.mapping, channels_per_tile(tile_plan)).vectors +
+           vectors * tensors * kThreads * vector_bytes;
   };
   // A team is `parts` blocks for each piece.
-  const auto fits = [&](const WalkPlan& walk, int64_t parts, int64_t share) {
-    return bytes_of(walk, ceil_div(ceil_div(walk.length, parts), walk.rows)) <= share;
+  const auto fits = [&](const TilePlan& tile_plan, int64_t parts, int64_t share) {
+    return bytes_of(tile_plan, ceil_div(ceil_div(tile_plan.length, parts), tile_plan.rows)) <=
+           share;
   };
-  const auto take = [&](Path path, const WalkPlan& walk, int64_t parts) {
-    plan.walk = walk;
-    split(&plan.walk, parts);
-    plan.path = path == Path::Cluster && plan.walk.chunks == 1 ? Path::Block : path;
-    plan.teams = plan.walk.tiles;
-    plan.vectors = static_cast<int>(plan.walk.chunk_length / plan.walk.rows);
-    plan.shared_bytes = static_cast<int>(bytes_of(plan.walk, plan.vectors));
+  const auto take = [&](Path path, const TilePlan& tile_plan, int64_t parts) {
+    plan.tile_plan = tile_plan;
+    split(&plan.tile_plan, parts);
+    plan.path = path == Path::Cluster && plan.tile_plan.chunks == 1 ? Path::Block : path;
+    plan.teams = plan.tile_plan.tiles;
+    plan.vectors = static_cast<int>(plan.tile_plan.chunk_length / plan.tile_plan.rows);
+    plan.shared_bytes = static_cast<int>(bytes_of(plan.tile_plan, plan.vectors));
   };
 
   // Teams as small as the share allows, or as large as fills the device.
@@ -121,17 +122,17 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
   for (const int64_t share : shares) {
     for (int columns = widest; columns >= least; columns /= 2) {
       if (!wanted.may_be(Path::Block) && !wanted.may_be(Path::Cluster)) break;
-      const WalkPlan walk = plan_tiles(shape, element_bytes, aligned, columns);
-      const int64_t largest = largest_team / walk.pieces;
-      int64_t parts = filling(walk, int64_t{device.multiprocessors} * kShares);
-      if (parts * walk.pieces < 2 && !wanted.may_be(Path::Block)) parts = 2;
+      const TilePlan tile_plan = plan_tiles(shape, element_bytes, aligned, columns);
+      const int64_t largest = largest_team / tile_plan.pieces;
+      int64_t parts = filling(tile_plan, int64_t{device.multiprocessors} * kShares);
+      if (parts * tile_plan.pieces < 2 && !wanted.may_be(Path::Block)) parts = 2;
       if (parts > largest) parts = largest;
       if (parts == 0) break;
-      while (parts < largest && !fits(walk, parts, share)) ++parts;
-      if (fits(walk, parts, share)) {
-        take(parts * walk.pieces > 1 ? Path::Cluster : Path::Block, walk, parts);
-        const int blocks = static_cast<int>(plan.walk.chunks);
-        if (co_resident(plan.walk, plan.path, blocks, plan.shared_bytes) > 0) return plan;
+      while (parts < largest && !fits(tile_plan, parts, share)) ++parts;
+      if (fits(tile_plan, parts, share)) {
+        take(parts * tile_plan.pieces > 1 ? Path::Cluster : Path::Block, tile_plan, parts);
+        const int blocks = static_cast<int>(plan.tile_plan.chunks);
+        if (co_resident(plan.tile_plan, plan.path, blocks, plan.shared_bytes) > 0) return plan;
       }
       if (!last) break;
     }
@@ -141,14 +142,14 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
   }
   for (const int64_t share : shares) {
     const int64_t vectors =
-        (share - bytes_of(narrowest, 0)) / (int64_t{tensors} * kThreads * slot_bytes);
+        (share - bytes_of(narrowest, 0)) / (int64_t{tensors} * kThreads * vector_bytes);
     if (vectors < 1) continue;
     const int64_t needed = ceil_div(narrowest.length, vectors * narrowest.rows);
     take(Path::Grid, narrowest, needed);
-    const int64_t blocks = co_resident(plan.walk, Path::Grid, 1, plan.shared_bytes);
+    const int64_t blocks = co_resident(plan.tile_plan, Path::Grid, 1, plan.shared_bytes);
     const int64_t parts = filling(narrowest, blocks);
     if (parts > needed) take(Path::Grid, narrowest, parts);
-    if (plan.teams > blocks / plan.walk.chunks) plan.teams = blocks / plan.walk.chunks;
+    if (plan.teams > blocks / plan.tile_plan.chunks) plan.teams = blocks / plan.tile_plan.chunks;
     if (plan.teams > 0) return plan;
   }
   return refuse("a group of channels is larger than the shared memory of the device");

@@ -82,7 +82,7 @@ void Shadow::split(Cell& cell) {
 }
 
 // An atomic counts as done at the fence before it, for other blocks: who saw its value, and with it
-// what came before the fence, may access its address otherwise, as the block that resets a ticket.
+// what came before the fence, may access its address otherwise, as the block that resets a semaphore.
 static bool written_before(const Cell& cell, const Thread& thread) {
   if (happened_before(cell.write, thread)) return true;
   return cell.fence != 0 && block_of(cell.write.key) != thread.block->number &&

@@ -57,14 +57,14 @@ __global__ void half_word(Params) {
 
 // ---- Order between blocks ----
 
-__device__ void ticket_merge(Params p, bool release, bool acquire, unsigned last_ticket) {
+__device__ void semaphore_merge(Params p, bool release, bool acquire, unsigned last_semaphore) {
   const auto last = dynamic_shared<int>(0);
   if (threadIdx.x == 0) {
     p.partial[blockIdx.x] = 1.0;
     if (release) __threadfence();
-    const unsigned ticket = atomicInc(p.ticket, gridDim.x - 1);
+    const unsigned semaphore = atomicInc(p.semaphore, gridDim.x - 1);
     if (acquire) __threadfence();
-    last[0] = ticket == last_ticket;
+    last[0] = semaphore == last_semaphore;
   }
   __syncthreads();
   const int merge = last[0];
@@ -76,13 +76,13 @@ __device__ void ticket_merge(Params p, bool release, bool acquire, unsigned last
   }
 }
 __global__ void dropped_fence(Params p) {
-  ticket_merge(p, false, true, gridDim.x - 1);
+  semaphore_merge(p, false, true, gridDim.x - 1);
 }
 __global__ void dropped_second_fence(Params p) {
-  ticket_merge(p, true, false, gridDim.x - 1);
+  semaphore_merge(p, true, false, gridDim.x - 1);
 }
 __global__ void lost_merge(Params p) {
-  ticket_merge(p, true, true, gridDim.x);
+  semaphore_merge(p, true, true, gridDim.x);
 }
 
 // The fence of one thread does not publish what others wrote after the barrier before it.
@@ -92,7 +92,7 @@ __global__ void late_write(Params p) {
   if (threadIdx.x == 1) p.partial[blockIdx.x] = 1.0;
   if (threadIdx.x == 0) {
     __threadfence();
-    last[0] = atomicInc(p.ticket, gridDim.x - 1) == gridDim.x - 1;
+    last[0] = atomicInc(p.semaphore, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();
   }
   __syncthreads();
@@ -121,7 +121,7 @@ __global__ void grid_sync_plain(Params) {
 
 __global__ void spins(Params p) {
   if (threadIdx.x != 0 || blockIdx.x != 1) return;
-  while (atomicAdd(p.ticket, 0u) == 0) {
+  while (atomicAdd(p.semaphore, 0u) == 0) {
   }
 }
 

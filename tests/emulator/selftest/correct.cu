@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(128) block_reduction(Params p) {
   if (threadIdx.x == 0) store_float(p.out + blockIdx.x, static_cast<float>(sum));
 }
 
-// ---- A ticket: the last block merges ----
+// ---- A semaphore: the last block merges ----
 
 __global__ void last_block(Params p) {
   const auto scratch = dynamic_shared<double>(0);
@@ -47,9 +47,9 @@ __global__ void last_block(Params p) {
   if (threadIdx.x == 0) {
     p.partial[blockIdx.x] = sum;
     __threadfence();
-    const unsigned ticket = atomicInc(p.ticket, gridDim.x - 1);
+    const unsigned semaphore = atomicInc(p.semaphore, gridDim.x - 1);
     __threadfence();
-    last[0] = ticket == gridDim.x - 1;
+    last[0] = semaphore == gridDim.x - 1;
   }
   __syncthreads();
   const int merge = last[0];

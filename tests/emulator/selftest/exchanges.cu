@@ -1,4 +1,4 @@
-// Kernels without a mistake that exchange values in less usual ways: chains of flags, tickets that
+// Kernels without a mistake that exchange values in less usual ways: chains of flags, semaphores that
 // are set back, single bytes, writes into another block's shared memory, several launches.
 #include <numeric>
 
@@ -78,14 +78,14 @@ std::string run_chain() {
   return error.empty() ? compare(sum, {1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78}) : error;
 }
 
-// More blocks than the device holds; the last sets the ticket back by a plain store. Twice.
-__global__ void ticket_set_back(Workspace<int> part, Workspace<unsigned> ticket, int* out) {
+// More blocks than the device holds; the last sets the semaphore back by a plain store. Twice.
+__global__ void semaphore_set_back(Workspace<int> part, Workspace<unsigned> semaphore, int* out) {
   const auto last = dynamic_shared<int>(0);
   part[blockIdx.x * 32 + threadIdx.x] = 1;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    last[0] = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    last[0] = atomicAdd(semaphore, 1u) == gridDim.x - 1;
     __threadfence();
   }
   __syncthreads();
@@ -99,21 +99,21 @@ __global__ void ticket_set_back(Workspace<int> part, Workspace<unsigned> ticket,
   for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_down_sync(~0u, sum, delta);
   if (threadIdx.x == 0) {
     *out = sum;
-    ticket[0] = 0;
+    semaphore[0] = 0;
   }
 }
 
-std::string run_ticket_set_back() {
+std::string run_semaphore_set_back() {
   emulator::set_device("sm_75", 2);
   constexpr int kBlocks = 100;
   int* part = emulator::allocate<int>("parts", kBlocks * 32, Role::kWorkspace);
-  unsigned* ticket = emulator::allocate<unsigned>("ticket", 1, Role::kWorkspace);
+  unsigned* semaphore = emulator::allocate<unsigned>("semaphore", 1, Role::kWorkspace);
   int* out = emulator::allocate<int>("out", 1, Role::kPlainOutput);
-  *ticket = 0;
+  *semaphore = 0;
   for (int i = 0; i < 2; ++i) {
     *out = -1;
     const Shape shape{dim3(kBlocks), dim3(32), 16};
-    const std::string error = launch(shape, ticket_set_back, part, ticket, out);
+    const std::string error = launch(shape, semaphore_set_back, part, semaphore, out);
     if (!error.empty()) return error;
     if (*out != kBlocks * 32) return "the sum is " + std::to_string(*out);
   }
@@ -217,7 +217,7 @@ std::string run_counters() {
 
 void add_exchanges(std::vector<Case>& cases) {
   cases.push_back({"chain", run_chain});
-  cases.push_back({"ticket_set_back", run_ticket_set_back});
+  cases.push_back({"semaphore_set_back", run_semaphore_set_back});
   cases.push_back({"small_pieces", run_small_pieces});
   cases.push_back({"ring", run_ring});
   cases.push_back({"two_launches", run_two_launches});

@@ -12,7 +12,7 @@ struct Params {
   const float* in;
   float* out;
   bnorm_ext::cuda::Workspace<double> partial;
-  unsigned* ticket;
+  unsigned* semaphore;
   float* plain;
   int per_block;
 };

@@ -6,7 +6,7 @@
 #include "launch.cuh"
 #include "mask.cuh"
 #include "reduce.cuh"
-#include "walk.cuh"
+#include "tile_iterator.cuh"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -27,51 +27,51 @@ using AffinesOf = std::conditional_t<V::kMapping != Mapping::ChannelsFirst && V:
 // Bytes      reads dy and x once, and the residual or, in its place, the mask
 // Numerics   g, products and sums of four in the accumulation type, also for 16-bit data; the rest
 //            in double. A thread whose sums are not finite gathers them again in double.
-// Requires   tickets that are 0, and of nobody else until the launch is over; a mask only with a
+// Requires   semaphores that are 0, and of nobody else until the launch is over; a mask only with a
 //            piecewise linear act
 template <typename V>
 __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardReduceParams p) {
   using T = typename V::T;
   using A = Acc<T>;
-  using W = Walk<V::kWidth, V::kMapping>;
+  using Iterator = TileIterator<V::kWidth, V::kMapping>;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   const bool masked = p.mask.bytes != nullptr;
   // Made anew where it is asked for: kept, it would take the registers of the sums.
-  const auto start = [&] { return W(p.shape, p.plan, blockIdx.x); };
-  constexpr int kChannels = W::kChannels;
+  const auto start = [&] { return Iterator(p.shape, p.plan, blockIdx.x); };
+  constexpr int kChannels = Iterator::kChannels;
   constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
   static_assert(kBatch * kPerVector % 4 == 0, "a full batch leaves nothing to add");
   const AffinesOf<V> affines(p, start(),
-                             reduce_shared_bytes(V::kMapping, W::channels_of_tile(p.plan)));
+                             reduce_shared_bytes(V::kMapping, Iterator::channels_of_tile(p.plan)));
   Pair sum[kChannels];  // of g and g * (x - mean)
   // Adds up every vector of the walk: add(u, g, x) for number u of a batch, done(valid) after it.
   const auto gather = [&](auto add, auto done) {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
-    W walk = start();
-    MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, walk);
-    walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-      const unsigned open = masked ? mask.read(valid) : 0;
-      Values<T, V::kWidth> sent[kBatch], value[kBatch];
+    Iterator it = start();
+    MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
+    it.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
+      const unsigned mask_bits = masked ? mask.read(valid) : 0;
+      Values<T, V::kWidth> dy_vec[kBatch], x_vec[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         if (u >= valid) continue;
-        sent[u].load(dy + at[u]);
-        value[u].load(x + at[u]);
+        dy_vec[u].load(dy + at[u]);
+        x_vec[u].load(x + at[u]);
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         if (u >= valid) break;
-        Values<T, V::kWidth> added;
-        if (residual != nullptr) added.load(residual + at[u]);
+        Values<T, V::kWidth> residual_vec;
+        if (residual != nullptr) residual_vec.load(residual + at[u]);
         A g[V::kWidth];
         forget_loads();
-        through_epilogue(p.epilogue, masked, open >> u * kByteBits, affines, sent[u], value[u],
-                         added, g);
+        epilogue_backward(p.epilogue, masked, mask_bits >> u * kByteBits, affines, dy_vec[u],
+                          x_vec[u], residual_vec, g);
         forget_loads();
-        add(u, g, value[u]);
+        add(u, g, x_vec[u]);
       }
       done(valid);
     });
@@ -83,12 +83,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
     g_of_4[k] = dot_of_4[k] = 0;
   };
   gather(
-      [&](int u, const A(&g)[V::kWidth], const Values<T, V::kWidth>& value) {
+      [&](int u, const A(&g)[V::kWidth], const Values<T, V::kWidth>& x_vec) {
 #pragma unroll
         for (int v = 0; v < V::kWidth; ++v) {
           const int k = v % kChannels;
           g_of_4[k] += g[v];
-          dot_of_4[k] = fma(g[v], value[v] - affines[k].mean, dot_of_4[k]);
+          dot_of_4[k] = fma(g[v], x_vec[v] - affines[k].mean, dot_of_4[k]);
           if ((u * kPerVector + v / kChannels) % 4 == 3) flush(k);
         }
       },
@@ -103,21 +103,21 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
   if (!finite) {
     // Data that is not finite, or that exceeds float's range in between although the result fits.
     gather(
-        [&](int, const A(&g)[V::kWidth], const Values<T, V::kWidth>& value) {
+        [&](int, const A(&g)[V::kWidth], const Values<T, V::kWidth>& x_vec) {
 #pragma unroll
           for (int v = 0; v < V::kWidth; ++v) {
             const int k = v % kChannels;
             const double wide_g = g[v];
             sum[k].a += wide_g;
-            sum[k].b += wide_g * (static_cast<double>(value[v]) - affines[k].mean);
+            sum[k].b += wide_g * (static_cast<double>(x_vec[v]) - affines[k].mean);
           }
         },
         [](int) {});
   }
 
   Pair total;
-  if (!tile_sum(sum, start(), p.plan, p.shape, p.exchange, &total)) return;
-  const int channels = W::channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
+  if (!tile_sum(sum, start(), p.plan, p.shape, p.staging, &total)) return;
+  const int channels = Iterator::channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
   const int64_t c = start().tile * channels + i;
   if (i >= channels || c >= p.shape.C) return;
   // The means are those of the sums that the caller sees.
@@ -154,40 +154,39 @@ __global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApp
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   T* dx = static_cast<T*>(p.dx);
   T* dresidual = static_cast<T*>(p.dresidual);
-  using W = Walk<V::kWidth, V::kMapping>;
-  constexpr int kChannels = W::kChannels;
-  W walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  using Iterator = TileIterator<V::kWidth, V::kMapping>;
+  constexpr int kChannels = Iterator::kChannels;
+  Iterator it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
   const bool constant_statistics = p.mean_dy == nullptr, masked = p.mask.bytes != nullptr;
   const bool needs_x = !constant_statistics || (p.epilogue.act != Activation::Identity && !masked);
-  if (walk.remaining == 0) return;
-  MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, walk);
-  const AffineInRegisters<V> affines(p, walk);
-  const OfChannels<A, W> mean_dy(walk.split_of_vector(), [&](int k) -> A {
-    return constant_statistics ? 0
-                               : load_one(static_cast<const A*>(p.mean_dy) + walk.channel_of(k));
+  if (it.remaining == 0) return;
+  MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
+  const AffineInRegisters<V> affines(p, it);
+  const PerChannel<A, Iterator> mean_dy(it.split_of_vector(), [&](int k) -> A {
+    return constant_statistics ? 0 : load_one(static_cast<const A*>(p.mean_dy) + it.channel_of(k));
   });
-  const OfChannels<A, W> slope(walk.split_of_vector(), [&](int k) -> A {
-    const int64_t c = walk.channel_of(k);
+  const PerChannel<A, Iterator> proj_scale(it.split_of_vector(), [&](int k) -> A {
+    const int64_t c = it.channel_of(k);
     return constant_statistics ? 0
                                : MeanRstd<A>(p.statistics, c).rstd *
                                      load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
   });
-  walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-    const unsigned open = masked ? mask.read(valid) : 0;
-    Values<T, V::kWidth> sent[kBatch], value[kBatch], added[kBatch];
+  it.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
+    const unsigned mask_bits = masked ? mask.read(valid) : 0;
+    Values<T, V::kWidth> dy_vec[kBatch], x_vec[kBatch], residual_vec[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) continue;
-      sent[u].load(dy + at[u]);
-      if (needs_x) value[u].load(x + at[u]);
-      if (residual != nullptr) added[u].load(residual + at[u]);
+      dy_vec[u].load(dy + at[u]);
+      if (needs_x) x_vec[u].load(x + at[u]);
+      if (residual != nullptr) residual_vec[u].load(residual + at[u]);
     }
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) break;
       A g[V::kWidth];
-      through_epilogue(p.epilogue, masked, open >> u * kByteBits, affines, sent[u], value[u],
-                       added[u], g);
+      epilogue_backward(p.epilogue, masked, mask_bits >> u * kByteBits, affines, dy_vec[u],
+                        x_vec[u], residual_vec[u], g);
       Values<T, V::kWidth> rounded;
       if (dresidual != nullptr) {
 #pragma unroll
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApp
         const int k = v % kChannels;
         A d = g[v];
         if (!constant_statistics) {
-          d = (d - mean_dy[k]) - (value[u][v] - affines[k].mean) * slope[k];
+          d = (d - mean_dy[k]) - (x_vec[u][v] - affines[k].mean) * proj_scale[k];
         }
         rounded.set(v, d * affines[k].scale);
       }

@@ -1,4 +1,4 @@
-#include "tickets.h"
+#include "semaphores.h"
 
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -11,13 +11,13 @@
 namespace bnorm_ext {
 namespace cuda {
 
-at::Tensor tickets(int64_t count, const at::TensorOptions& options, TicketUse use) {
+at::Tensor semaphores(int64_t count, const at::TensorOptions& options, SemaphoreUse use) {
   const auto ints = options.dtype(at::kInt);
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
     return at::zeros({count}, ints);
   }
   // Never destroyed: at exit the CUDA context may be gone before.
-  static auto* kept = new std::map<std::tuple<int, cudaStream_t, TicketUse>, at::Tensor>();
+  static auto* kept = new std::map<std::tuple<int, cudaStream_t, SemaphoreUse>, at::Tensor>();
   static auto* mutex = new std::mutex();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const std::lock_guard<std::mutex> lock(*mutex);

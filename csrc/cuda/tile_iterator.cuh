@@ -10,7 +10,7 @@ namespace cuda {
 // kChannels: what a thread sums apart. With more than one each value of a vector is summed by
 // itself: in ChannelsLast these are channels, in ChannelGroups positions of two channels at most.
 template <int kWidth, Mapping kMapping>
-struct Walk {
+struct TileIterator {
   static constexpr bool kAlong = kMapping == Mapping::ChannelsFirst;  // vectors of one channel
   static constexpr bool kGrouped = kMapping == Mapping::ChannelGroups;
   static constexpr int kChannels = kAlong ? 1 : kWidth;
@@ -28,7 +28,7 @@ struct Walk {
   int begin, first, split;
 
   // `block` instead of blockIdx.x, since some kernels go backwards.
-  __device__ __forceinline__ Walk(const Shape& shape, const WalkPlan& plan, int64_t block) {
+  __device__ __forceinline__ TileIterator(const Shape& shape, const TilePlan& plan, int64_t block) {
     const int t = static_cast<int>(threadIdx.x);
     tile = block / plan.chunks;
     chunk = block - tile * plan.chunks;
@@ -54,7 +54,7 @@ struct Walk {
     }
   }
 
-  static __device__ __forceinline__ int channels_of_tile(const WalkPlan& plan) {
+  static __device__ __forceinline__ int channels_of_tile(const TilePlan& plan) {
     return kGrouped ? plan.group : plan.columns * kChannels;
   }
   // Values of a vector that are of the thread's first channel.
@@ -64,7 +64,7 @@ struct Walk {
     return kGrouped ? channel + (k >= split) : channel + k;
   }
 
-  __device__ __forceinline__ void advance(const WalkPlan& plan) {
+  __device__ __forceinline__ void advance(const TilePlan& plan) {
     offset += plan.step;
     if (kAlong) {
       place += plan.row_step;
@@ -77,15 +77,15 @@ struct Walk {
   }
 
   // Whether there is a vector left; `together`: for any thread of the warp, all of which must call.
-  __device__ __forceinline__ bool more(bool together = false) const {
-    return together ? __any_sync(0xffffffffu, remaining > 0) != 0 : remaining > 0;
+  __device__ __forceinline__ bool more(bool whole_warp = false) const {
+    return whole_warp ? __any_sync(0xffffffffu, remaining > 0) != 0 : remaining > 0;
   }
 
   // Calls f(offsets, valid) for kBatch vectors at a time, the first `valid` of which are there.
   // `together`: in all threads of the warp as often, for f to exchange values between them.
   template <typename F>
-  __device__ __forceinline__ void batches(const WalkPlan& plan, F f, bool together = false) {
-    while (more(together)) {
+  __device__ __forceinline__ void batches(const TilePlan& plan, F f, bool whole_warp = false) {
+    while (more(whole_warp)) {
       const int valid = remaining < kBatch ? static_cast<int>(remaining) : kBatch;
       int64_t at[kBatch];
 #pragma unroll
@@ -105,13 +105,13 @@ struct Walk {
  private:
   // Of the chunks of a piece, this block's; `begin` becomes that of the piece. In 32 bits, as
   // plan.h promises, since a division takes a quarter of the time so.
-  __device__ __forceinline__ int64_t part_of(const WalkPlan& plan) {
+  __device__ __forceinline__ int64_t part_of(const TilePlan& plan) {
     const unsigned number = static_cast<unsigned>(chunk);
     const unsigned part = number / static_cast<unsigned>(plan.pieces);
     begin = static_cast<int>(number - part * plan.pieces) * plan.columns * kWidth;
     return part;
   }
-  __device__ __forceinline__ int64_t channel_in_group(const Shape& shape, const WalkPlan& plan) {
+  __device__ __forceinline__ int64_t channel_in_group(const Shape& shape, const TilePlan& plan) {
     const int S = static_cast<int>(shape.S), at = begin + column * kWidth;
     first = at / S;
     split = (first + 1) * S - at;

@@ -5,7 +5,7 @@
 #include "launch.cuh"
 #include "mask.cuh"
 #include "reduce.cuh"
-#include "walk.cuh"
+#include "tile_iterator.cuh"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -23,7 +23,7 @@ struct MomentSums {
   using T = typename V::T;
   using A = Acc<T>;
   using Batch = Values<T, V::kWidth>[kBatch];
-  static constexpr int kChannels = Walk<V::kWidth, V::kMapping>::kChannels;
+  static constexpr int kChannels = TileIterator<V::kWidth, V::kMapping>::kChannels;
   static constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
   static constexpr int kValues = kBatch * kPerVector;       // and in a batch
 
@@ -110,29 +110,31 @@ __device__ __forceinline__ double anchor_of(const StatisticsParams& p, int64_t c
 // Mapping    plan.h; the last block of a tile to arrive merges the chunks
 // Bytes      reads x once
 // Numerics   MomentSums above; merged in double
-// Requires   tickets that are 0, and of nobody else until the launch is over
+// Requires   semaphores that are 0, and of nobody else until the launch is over
 template <typename V>
 __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParams p) {
   using T = typename V::T;
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
   // Made anew where it is asked for: kept, it would take the registers of the sums.
-  const auto start = [&] { return Walk<V::kWidth, V::kMapping>(p.shape, p.plan, blockIdx.x); };
-  auto walk = start();
+  const auto start = [&] {
+    return TileIterator<V::kWidth, V::kMapping>(p.shape, p.plan, blockIdx.x);
+  };
+  auto it = start();
   MomentSums<V> moments;
 #pragma unroll
-  for (int k = 0; k < walk.kChannels; ++k) {
+  for (int k = 0; k < it.kChannels; ++k) {
     moments.anchor[k] =
-        walk.channel < p.shape.C ? static_cast<A>(anchor_of<T>(p, walk.channel_of(k))) : A{0};
+        it.channel < p.shape.C ? static_cast<A>(anchor_of<T>(p, it.channel_of(k))) : A{0};
   }
   moments.clear();
-  walk.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-    Values<T, V::kWidth> value[kBatch];
+  it.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
+    Values<T, V::kWidth> x_vec[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
-      if (u < valid) value[u].load(x + at[u]);
+      if (u < valid) x_vec[u].load(x + at[u]);
     }
-    moments.add(value, valid);
+    moments.add(x_vec, valid);
   });
   if (!moments.finite()) {
     moments.clear();
@@ -144,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   }
 
   Pair total;
-  if (!tile_sum(moments.sum, start(), p.plan, p.shape, p.exchange, &total)) return;
-  const int channels = walk.channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
+  if (!tile_sum(moments.sum, start(), p.plan, p.shape, p.staging, &total)) return;
+  const int channels = it.channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
   const int64_t c = start().tile * channels + i;
   if (i >= channels || c >= p.shape.C) return;
   const double n = static_cast<double>(p.shape.N * p.shape.S);
@@ -171,34 +173,35 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams 
   using T = typename V::T;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
-  Walk<V::kWidth, V::kMapping> walk(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  TileIterator<V::kWidth, V::kMapping> it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
   if (p.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     ++*p.num_batches_tracked;
   }
   // Lanes write a byte of the mask together.
-  const bool together = p.mask.bytes != nullptr;
-  if (!walk.more(together)) return;
-  MaskCursor<uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, walk);
-  const AffineInRegisters<V> affines(p, walk);
+  const bool writes_mask = p.mask.bytes != nullptr;
+  if (!it.more(writes_mask)) return;
+  MaskCursor<uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
+  const AffineInRegisters<V> affines(p, it);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   const auto normalise = [&](const int64_t (&at)[kBatch], int valid) {
-    Values<T, V::kWidth> value[kBatch], added[kBatch];
+    Values<T, V::kWidth> x_vec[kBatch], residual_vec[kBatch];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) continue;
-      value[u].load(x + at[u]);
-      if (residual != nullptr) added[u].load(residual + at[u]);
+      x_vec[u].load(x + at[u]);
+      if (residual != nullptr) residual_vec[u].load(residual + at[u]);
     }
-    unsigned open = 0;
+    unsigned mask_bits = 0;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) break;
-      open |= through_forward(p.epilogue, together, affines, value[u], added[u]) << (u * kByteBits);
-      value[u].store(y + at[u]);
+      mask_bits |= epilogue_forward(p.epilogue, writes_mask, affines, x_vec[u], residual_vec[u])
+                   << (u * kByteBits);
+      x_vec[u].store(y + at[u]);
     }
-    if (together) mask.write(open, valid);
+    if (writes_mask) mask.write(mask_bits, valid);
   };
-  walk.batches(p.plan, normalise, together);
+  it.batches(p.plan, normalise, writes_mask);
 }
 
 }  // namespace
