@@ -15,6 +15,7 @@
 #include <memory>
 
 #include "../params.h"
+#include "../variance.h"
 #include "capability.h"
 #include "huge_pages.h"
 
@@ -52,7 +53,7 @@ class ChannelMoments {
   };
   MeanVar result() const {
     const double per_value = 1 / count_, d = d_ * per_value, v = d2_ * per_value - d * d;
-    return {origin_ + d, v < 0 ? 0 : v};  // not std::max: a NaN must stay one
+    return {origin_ + d, clamp_variance(v)};
   }
 
  private:

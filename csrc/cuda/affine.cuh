@@ -1,5 +1,5 @@
 // The constants of z per channel, and where a kernel keeps them: in registers, or in a table in
-// shared memory where sums leave no registers.
+// shared memory where the sums need the registers.
 #pragma once
 
 #include <type_traits>
@@ -26,14 +26,14 @@ struct Affine {
   }
 };
 
-// A value for each channel of a thread, in registers. In ChannelGroups these are two, of which each
-// use selects one.
+// A value for each channel of a thread, in registers. In ChannelGroups a thread has two channels,
+// and each use selects one of the two values.
 template <typename A, typename Iterator>
 class PerChannel {
  public:
   static constexpr int kChannels = Iterator::kChannels;
 
-  // f(k): the value of channel walk.channel_of(k). A thread without channels asks for nothing.
+  // f(k): the value of channel it.channel_of(k), for it.split_of_vector() = split.
   template <typename F>
   __device__ __forceinline__ PerChannel(int split, F f) : split_(split) {
     if (Iterator::kGrouped) {
@@ -53,8 +53,8 @@ class PerChannel {
   int split_;
 };
 
-// Constants of a tile's channels in shared memory, kRows for each: neighbouring threads read
-// neighbouring words, at distances that are constants.
+// kRows constants of each of a tile's channels, in shared memory. Neighbouring threads read
+// neighbouring words, and the distances between a thread's words are known at compile time.
 template <typename V, int kRows>
 class Table {
  public:
@@ -75,12 +75,12 @@ class Table {
         split_(dynamic_shared<int>(byte_offset + kSplitsAt) + static_cast<int>(threadIdx.x)) {
     if (Iterator::kGrouped) split_[0] = it.split;
   }
-  // Of channel i of the tile; a barrier before others read it.
+  // Sets the constant of channel i of the tile. Other threads may read it after a barrier.
   __device__ __forceinline__ void set(int row, int i, A value) const {
     const int at = Iterator::kGrouped ? i : i % kChannels * kColumns + i / kChannels;
     table_[row * kRow + at] = value;
   }
-  // Of channel k of this thread.
+  // The constant of channel it.channel_of(k) of this thread.
   __device__ __forceinline__ A get(int row, int k) const {
     if (!Iterator::kGrouped) return own_[row * kRow + k * kColumns];
     const int split = split_[0];
@@ -89,12 +89,12 @@ class Table {
 
  private:
   Shared<A> table_, own_;
-  // The thread's own. In a register, the compiler would work out the places of all values of a
-  // vector in advance, and keep them.
+  // The thread's own split. In shared memory, because from a register the compiler precomputes the
+  // address of every value of a vector, which takes more registers.
   Shared<int> split_;
 };
 
-// The first rows of a table.
+// The rows of a table; the first kAffineRows hold the constants of z.
 enum TableRow { kMean, kScale, kShift, kMeanDy, kProjScale };
 constexpr int kAffineRows = kShift + 1;
 
@@ -105,7 +105,7 @@ __device__ __forceinline__ void set(const Table& table, int i, const Affine<A>& 
   table.set(kShift, i, affine.shift);
 }
 
-// The constants of z from a table, at each use.
+// The constants of z, read from a table at each use.
 template <typename Table>
 struct AffineInTable {
   static constexpr int kChannels = Table::kChannels;
@@ -121,7 +121,8 @@ struct AffineInTable {
   }
 };
 
-// Those of a thread's channels, in registers: from memory, or once from a table.
+// The constants of z of a thread's channels, in registers: computed from the parameters, or read
+// once from a table.
 template <typename V>
 class AffineInRegisters
     : public PerChannel<Affine<Acc<typename V::T>>, TileIterator<V::kWidth, V::kMapping>> {
@@ -144,7 +145,7 @@ class AffineInRegisters
   }
 };
 
-// Those of a tile's channels from memory in a table of their own.
+// The constants of z of a tile's channels, computed from the parameters into a table of their own.
 template <typename V>
 class AffineInShared : public AffineInTable<Table<V, kAffineRows>> {
  public:

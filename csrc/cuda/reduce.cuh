@@ -1,9 +1,9 @@
-// The only reductions over warp, block and grid.
+// All reductions over warp, block and grid.
 //
-// Numerics      Everything is added in double: what comes in are sums of at most kBatch values in
-//               the accumulation type.
-// Determinism   A fixed tree within the warp, warps in order, chunks in order whichever block is
-//               the last to arrive. No floating-point atomics.
+// Numerics      Everything is added in double; only sums of a few values, within a thread, are in the
+//               accumulation type.
+// Determinism   A fixed tree within the warp, then warps in order, then chunks in order, whichever
+//               block arrives last. No floating-point atomics.
 #pragma once
 
 #include "params.h"
@@ -12,11 +12,11 @@
 namespace bnorm_ext {
 namespace cuda {
 
-static_assert(sizeof(Pair) == kPairBytes, "of which plan.h reserves room");
+static_assert(sizeof(Pair) == kPairBytes, "plan.h reserves room for these");
 
-// Sums value[k] over the rows of the block. Thread i < columns * kChannels receives the total of
-// channel i of the tile, the others nothing of use. Every thread must call, and between two calls
-// there must be a barrier.
+// Sums value[k] over the rows of the block. Thread i < columns * kChannels returns the total of
+// channel i of the tile, the others return zeros. Every thread must call, and there must be a
+// barrier between two calls.
 template <int kChannels>
 __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns) {
   const int t = static_cast<int>(threadIdx.x), lane = t % kWarp, warp = t / kWarp;
@@ -46,8 +46,8 @@ __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns)
   return total;
 }
 
-// The same in ChannelGroups, where value[k] is of channel walk.channel_of(k): thread i < group
-// receives the total of channel i of the tile. No barrier is needed between two calls.
+// The same in ChannelGroups, where value[k] belongs to channel it.channel_of(k): thread i < group
+// returns the total of channel i of the tile. No barrier is needed between two calls.
 template <typename Iterator>
 __device__ __forceinline__ Pair group_sum(const Pair (&value)[Iterator::kChannels],
                                           const Iterator& it, const TilePlan& plan,
@@ -70,7 +70,8 @@ __device__ __forceinline__ Pair group_sum(const Pair (&value)[Iterator::kChannel
   __syncthreads();
   const int S = static_cast<int>(shape.S);
   for (int channel = warp; channel < plan.group; channel += kWarps) {
-    // Its columns in this block; where one begins before the channel, that is its second one.
+    // The channel's columns in this block. In a column that begins before the channel it is the
+    // second one.
     const int begin = channel * S - it.begin, end = begin + S;
     const int from = begin > 0 ? begin / kWidth : 0;
     const int beyond = end > 0 ? (end + kWidth - 1) / kWidth : 0;
@@ -96,8 +97,8 @@ __device__ __forceinline__ Pair group_sum(const Pair (&value)[Iterator::kChannel
   return total;
 }
 
-// Either of them: thread i < channels_of_tile has the total of channel i of the tile. As for
-// block_sum.
+// One of the two above: thread i < channels_of_tile returns the total of channel i of the tile.
+// Every thread must call, and there must be a barrier between two calls.
 template <typename Iterator>
 __device__ __forceinline__ Pair chunk_sum(Pair (&value)[Iterator::kChannels], const Iterator& it,
                                           const TilePlan& plan, const Shape& shape) {
@@ -108,8 +109,8 @@ __device__ __forceinline__ Pair chunk_sum(Pair (&value)[Iterator::kChannels], co
   }
 }
 
-// Adds part(r, i) over r < count in a fixed order: thread i < channels_of_tile has the total of
-// channel i of the tile. As for block_sum.
+// Adds part(r, i) over r < count in a fixed order: thread i < channels_of_tile returns the total of
+// channel i of the tile. Every thread must call, and there must be a barrier between two calls.
 template <typename Iterator, typename Part>
 __device__ __forceinline__ Pair sum_of_parts(int count, const TilePlan& plan, Part part) {
   constexpr int kChannels = Iterator::kGrouped ? 1 : Iterator::kChannels;
@@ -129,10 +130,11 @@ __device__ __forceinline__ Pair sum_of_parts(int count, const TilePlan& plan, Pa
   return block_sum(sum, columns);
 }
 
-// Whether this block is the last of `count` to arrive at the semaphore; it then sees what the others
-// wrote before. atomicInc wraps the semaphore around to 0 with the last arrival. Every thread calls.
+// Whether this block is the last of `count` to arrive at the semaphore; it then sees what the
+// others wrote before they arrived. The last arrival wraps the semaphore around to 0. Every thread
+// must call.
 __device__ __forceinline__ bool last_to_arrive(unsigned* semaphore, int64_t count) {
-  __syncthreads();  // the whole block has written
+  __syncthreads();  // all threads of the block have written
   int last = 0;
   if (threadIdx.x == 0) {
     const unsigned highest = static_cast<unsigned>(count - 1);
@@ -143,8 +145,9 @@ __device__ __forceinline__ bool last_to_arrive(unsigned* semaphore, int64_t coun
   return __syncthreads_or(last) != 0;
 }
 
-// Sums value[k] over all blocks of the tile. True in every thread of the one block that gets the
-// totals: there thread i < channels_of_tile has that of channel i of the tile in `total`.
+// Sums value[k] over all blocks of the tile. Returns true in every thread of the one block that
+// gets the totals: there thread i < channels_of_tile has the total of channel i of the tile in
+// `total`.
 template <typename Iterator>
 __device__ __forceinline__ bool tile_sum(Pair (&value)[Iterator::kChannels], const Iterator& it,
                                          const TilePlan& plan, const Shape& shape,
@@ -155,7 +158,7 @@ __device__ __forceinline__ bool tile_sum(Pair (&value)[Iterator::kChannels], con
   const Workspace<Pair> of_tile =
       Workspace<Pair>(staging.partials) + it.tile * plan.chunks * channels;
   if (t < channels) of_tile[it.chunk * channels + t] = *total;
-  // Its barriers also part the two calls of block_sum.
+  // This contains the barrier that is needed between the two calls of block_sum.
   if (!last_to_arrive(staging.semaphores + it.tile, plan.chunks)) return false;
   *total = sum_of_parts<Iterator>(
       static_cast<int>(plan.chunks), plan,

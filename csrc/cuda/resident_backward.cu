@@ -1,5 +1,6 @@
-// Backward in one launch that reads dy and x once: a team of blocks keeps its tile of both on chip
-// from the sums to dx.
+// Backward in one launch that reads dy and x once: a team of blocks keeps its tile of both in
+// shared memory from the sums to dx.
+#include "backward.cuh"
 #include "channel.cuh"
 #include "epilogue.cuh"
 #include "kernels.h"
@@ -20,14 +21,13 @@ namespace {
 // Shapes     dy, x, residual, dx, dresidual [N, C, S] in one layout; statistics, parameters and
 //            their gradients [C]; mask: mask.h
 // Mapping    plan.h: team b / chunks has tile b / chunks and, in a cooperative grid, every
-//            `teams`-th after it; a thread's vectors are in its own slots of shared memory
-// Bytes      reads dy and x once, the residual or, in its place, the mask twice; writes dx and
-//            dresidual, where asked for
+//            `teams`-th after it; each thread keeps its own vectors in shared memory
+// Bytes      reads dy and x once, the residual or, in its place, the mask twice; writes dx and, if
+//            asked for, dresidual
 // Numerics   g, products and sums of four in the accumulation type, the rest in double; a thread
-//            whose sums are not finite gathers them again in double. Results are rounded once.
+//            whose sums are not finite computes them again in double. Results are rounded once.
 // Requires   16- or 32-bit values; all blocks of a team resident at once; a mask only with a
-// piecewise
-//            linear act
+//            piecewise linear act
 template <typename V>
 __global__ void __launch_bounds__(kThreads, kShares)
     resident_backward_kernel(ResidentBackwardParams p) {
@@ -35,13 +35,9 @@ __global__ void __launch_bounds__(kThreads, kShares)
   using A = Acc<T>;
   using Iterator = TileIterator<V::kWidth, V::kMapping>;
   using Vector = Values<T, V::kWidth>;
-  constexpr int kChannels = Iterator::kChannels;
-  constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
-  static_assert(TileTable<V>::kBytes <= kTableBytes, "of which the plan reserves room");
+  static_assert(TileTable<V>::kBytes <= kTableBytes, "the plan reserves kTableBytes");
   const TilePlan& tile_plan = p.plan.tile_plan;
   const T* residual = static_cast<const T*>(p.epilogue.residual);
-  T* dx = static_cast<T*>(p.dx);
-  T* dresidual = static_cast<T*>(p.dresidual);
   const int channels = Iterator::channels_of_tile(tile_plan), t = static_cast<int>(threadIdx.x);
   const SharedLayout shared = shared_layout(V::kMapping, channels);
   const SmemVectors<T, V::kWidth> dy_smem(shared, p.plan, 0), x_smem(shared, p.plan, 1);
@@ -50,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
   const bool masked = p.mask.bytes != nullptr;
   int64_t round = 0;
   for (int64_t tile = team.number; tile < tile_plan.tiles; tile += p.plan.teams, ++round) {
-    // Made anew where they are asked for: kept, they would take the registers of the sums.
+    // Rebuilt on demand, which leaves registers for the sums.
     const auto start = [&] {
       return Iterator(p.shape, tile_plan, tile * tile_plan.chunks + team.rank);
     };
@@ -59,15 +55,15 @@ __global__ void __launch_bounds__(kThreads, kShares)
     async_commit();
     const auto channel = [&] { return tile * channels + t; };  // of thread t < channels
     if (t < channels) {
-      Affine<A> affine = {};  // beyond the last channel too: threads read them, and write nothing
+      Affine<A> affine = {};  // read but not used where the tile extends beyond the last channel
       if (channel() < p.shape.C) affine = {p.statistics, p.weight, p.bias, channel()};
       set(table, t, affine);
     }
     __syncthreads();
     async_wait<0>();
-    // Calls f(u, g, x, dy, at) for vector u of each batch, done(valid) after it.
     const AffineInTable<TileTable<V>> affines(table);
-    const auto each = [&](auto f, auto done) {
+    // Calls f(u, g, x, offset) for vector u of each batch, end_batch(valid) after the batch.
+    const auto for_each = [&](auto f, auto end_batch) {
       Iterator it = start();
       MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, tile_plan, it);
       int i = 0;
@@ -87,104 +83,40 @@ __global__ void __launch_bounds__(kThreads, kShares)
           f(u, g, x_vec, at[u]);
         }
         i += kBatch;
-        done(valid);
+        end_batch(valid);
       });
     };
 
-    Pair sum[kChannels];
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
-    A g_of_4[kChannels] = {}, dot_of_4[kChannels] = {};
-    const auto flush = [&](int k) {
-      sum[k].a += g_of_4[k];
-      sum[k].b += dot_of_4[k];
-      g_of_4[k] = dot_of_4[k] = 0;
-    };
-    each(
-        [&](int u, const A(&g)[V::kWidth], const Vector& x_vec, int64_t) {
-#pragma unroll
-          for (int v = 0; v < V::kWidth; ++v) {
-            const int k = v % kChannels;
-            g_of_4[k] += g[v];
-            dot_of_4[k] = fma(g[v], x_vec[v] - affines[k].mean, dot_of_4[k]);
-            if ((u * kPerVector + v / kChannels) % 4 == 3) flush(k);
-          }
-        },
-        [&](int valid) {
-          if (valid == kBatch) return;
-#pragma unroll
-          for (int k = 0; k < kChannels; ++k) flush(k);
-        });
-    bool finite = true;
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      finite = finite && is_finite(sum[k].a) && is_finite(sum[k].b);
-    }
-    if (!finite) {
-#pragma unroll
-      for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
-      each(
-          [&](int, const A(&g)[V::kWidth], const Vector& x_vec, int64_t) {
-#pragma unroll
-            for (int v = 0; v < V::kWidth; ++v) {
-              const int k = v % kChannels;
-              const double wide_g = g[v];
-              sum[k].a += wide_g;
-              sum[k].b += wide_g * (static_cast<double>(x_vec[v]) - affines[k].mean);
-            }
-          },
-          [](int) {});
-    }
-    Pair total = chunk_sum(sum, start(), tile_plan, p.shape);
+    GradientSums<V> sums;
+    sums.add_all(affines, for_each);
+    Pair total = chunk_sum(sums.sum, start(), tile_plan, p.shape);
     total = team_total<Iterator>(total, p.plan, shared, p.staging, team, round);
-    A mean_of_dy = 0, proj_scale_of_c = 0;
+    A mean_dy = 0, proj_scale = 0;
     const int64_t c = channel();
     if (t < channels && c < p.shape.C) {
-      // The means are those of the sums that the caller sees.
-      const double n = static_cast<double>(p.shape.N * p.shape.S);
-      const A rstd = MeanRstd<A>(p.statistics, c).rstd;
-      const A dy_sum = static_cast<A>(total.a), dy_xhat_sum = static_cast<A>(total.b * rstd);
-      mean_of_dy = static_cast<A>(dy_sum / n);
-      proj_scale_of_c = rstd * static_cast<A>(dy_xhat_sum / n);
-      if (team.rank == 0) {
-        if (p.sum_dy.data != nullptr) set(p.sum_dy, c, dy_sum);
-        if (p.sum_dy_xhat.data != nullptr) set(p.sum_dy_xhat, c, dy_xhat_sum);
-      }
+      const ChannelGradients<A> gradients(p, c, total);
+      mean_dy = gradients.mean_dy;
+      proj_scale = gradients.rstd * gradients.mean_dy_xhat;
+      if (team.rank == 0) gradients.write_sums(p, c);
     }
     if (t < channels) {
-      table.set(kMeanDy, t, mean_of_dy);
-      table.set(kProjScale, t, proj_scale_of_c);
+      table.set(kMeanDy, t, mean_dy);
+      table.set(kProjScale, t, proj_scale);
     }
     __syncthreads();
 
-    // The others are read from shared memory at each use: a block has little else to read there.
-    const int split = start().split_of_vector();
-    const PerChannel<A, Iterator> mean_dy(split, [&](int k) { return table.get(kMeanDy, k); });
-    const PerChannel<A, Iterator> proj_scale(split,
-                                             [&](int k) { return table.get(kProjScale, k); });
-    each(
-        [&](int, const A(&g)[V::kWidth], const Vector& x_vec, int64_t at) {
-          Vector rounded;
-          if (dresidual != nullptr) {
-#pragma unroll
-            for (int v = 0; v < V::kWidth; ++v) rounded.set(v, g[v]);
-            rounded.store(dresidual + at);
-          }
-#pragma unroll
-          for (int v = 0; v < V::kWidth; ++v) {
-            const int k = v % kChannels;
-            A d = g[v];
-            if (!p.constant_statistics) {
-              d = (d - mean_dy[k]) - (x_vec[v] - affines[k].mean) * proj_scale[k];
-            }
-            rounded.set(v, d * affines[k].scale);
-          }
-          rounded.store(dx + at);
-        },
-        [](int) {});
-    __syncthreads();  // the table is written again
+    // These two in registers; the constants of z are read from the table at each use, for which
+    // this loop leaves enough shared memory bandwidth.
+    const GradientWriter<V> gradients(
+        p, p.constant_statistics, start(), [&](int k) { return table.get(kMeanDy, k); },
+        [&](int k) { return table.get(kProjScale, k); });
+    for_each([&](int, const A(&g)[V::kWidth], const Vector& x_vec,
+                 int64_t at) { gradients.write(affines, g, x_vec, at); },
+             [](int) {});
+    __syncthreads();  // the next tile overwrites the table
   }
-  if (p.plan.path == Path::Cluster) cluster_sync();  // its other blocks may still read this one's
+  // Blocks of the cluster may still read this one's shared memory.
+  if (p.plan.path == Path::Cluster) cluster_sync();
 }
 
 }  // namespace

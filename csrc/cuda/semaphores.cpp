@@ -16,13 +16,13 @@ at::Tensor semaphores(int64_t count, const at::TensorOptions& options, Semaphore
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
     return at::zeros({count}, ints);
   }
-  // Never destroyed: at exit the CUDA context may be gone before.
+  // Never destroyed, because at exit the CUDA context may be destroyed first.
   static auto* kept = new std::map<std::tuple<int, cudaStream_t, SemaphoreUse>, at::Tensor>();
   static auto* mutex = new std::mutex();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const std::lock_guard<std::mutex> lock(*mutex);
   at::Tensor& zeros = (*kept)[{c10::cuda::current_device(), stream, use}];
-  // Rounded up, so that nets of many widths allocate a few times at most.
+  // Rounded up, so that networks of many widths allocate only a few times.
   constexpr int64_t kStep = 4096;
   if (!zeros.defined() || zeros.numel() < count) {
     zeros = at::zeros({(count + kStep - 1) / kStep * kStep}, ints);

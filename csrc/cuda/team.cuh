@@ -1,5 +1,5 @@
-// What the kernels share that keep their part of a tensor on chip: a thread's vectors in shared
-// memory, and sums over the blocks of a team.
+// What the resident kernels share: a thread's vectors in shared memory, and sums over the blocks of
+// a team.
 #pragma once
 
 #include <type_traits>
@@ -12,19 +12,19 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// A thread's own vectors of one tensor in shared memory; nobody else reads or writes them.
-// Neighbouring threads have neighbouring ones.
+// A thread's own vectors of one tensor in shared memory. No other thread reads or writes them, so
+// they need no barrier. Neighbouring threads have neighbouring vectors.
 template <typename T, int kWidth>
 class SmemVectors {
  public:
   static constexpr int kBytes = kWidth * static_cast<int>(sizeof(T));
 
-  // number: of the tensor, of those that stay on chip
+  // number: which of the tensors that stay on chip
   __device__ __forceinline__ SmemVectors(const SharedLayout& shared, const ResidentPlan& plan,
                                          int number)
       : own_(dynamic_shared<RawVector>(shared.vectors) + number * plan.vectors * kThreads +
              static_cast<int>(threadIdx.x)) {}
-  // All of the walk's vectors; those of 16 bytes are under way until async_wait.
+  // Copies all vectors of the iterator. Those of 16 bytes arrive with async_wait.
   template <typename Iterator>
   __device__ __forceinline__ void fetch(Iterator it, const TilePlan& plan, const T* from) const {
     if constexpr (kBytes == kVectorBytes) {
@@ -32,19 +32,19 @@ class SmemVectors {
         async_copy16(own_ + i * kThreads, from + it.offset);
       }
     } else {
-      // As many bytes under way at least as where accesses are wide.
-      constexpr int kUnderWay = 16;
-      for (int i = 0; it.remaining > 0; i += kUnderWay) {
-        RawVector value[kUnderWay];
+      // Loads in flight before the first store: narrow loads need many of them.
+      constexpr int kInFlight = 16;
+      for (int i = 0; it.remaining > 0; i += kInFlight) {
+        RawVector value[kInFlight];
         const int64_t left = it.remaining;
 #pragma unroll
-        for (int u = 0; u < kUnderWay; ++u) {
+        for (int u = 0; u < kInFlight; ++u) {
           if (u >= left) break;
           value[u] = load_bytes<kBytes>(from + it.offset);
           it.advance(plan);
         }
 #pragma unroll
-        for (int u = 0; u < kUnderWay; ++u) {
+        for (int u = 0; u < kInFlight; ++u) {
           if (u < left) own_[(i + u) * kThreads] = value[u];
         }
       }
@@ -52,8 +52,8 @@ class SmemVectors {
   }
   __device__ __forceinline__ Values<T, kWidth> operator[](int i) const {
     Values<T, kWidth> values;
-    const RawVector slot = own_[i * kThreads];
-    values.take(slot);
+    const RawVector raw = own_[i * kThreads];
+    values.take(raw);
     return values;
   }
 
@@ -62,12 +62,12 @@ class SmemVectors {
   Shared<RawVector> own_;
 };
 
-// What a kernel on chip keeps of a tile's channels.
+// The constants of a tile's channels in a resident kernel.
 template <typename V>
 using TileTable = Table<V, kTableRows>;
 static_assert(kProjScale == kTableRows - 1, "");
 
-// The blocks that share a tile.
+// The blocks that work on one tile.
 struct Team {
   int64_t number;  // of this block's team
   int rank;        // of this block in it
@@ -79,9 +79,9 @@ struct Team {
         size(static_cast<int>(plan.tile_plan.chunks)) {}
 };
 
-// A barrier of all threads of a team's blocks, which must all be resident; orders their accesses to
-// global memory. The semaphore wraps around to 0 with the last arrival, which begins the next
-// phase.
+// A barrier of all threads of a team's blocks, which must all be resident at once; orders their
+// accesses to global memory. The last block to arrive wraps the semaphore around to 0 and begins
+// the next phase, for which the others wait.
 __device__ __forceinline__ void team_barrier(const Staging& staging, const Team& team) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -102,9 +102,9 @@ __device__ __forceinline__ void team_barrier(const Staging& staging, const Team&
 }
 
 // Adds `own`, which thread i < channels_of_tile of each block has for channel i of the tile, over
-// the blocks of the team in a fixed order: the same total, in the same threads, in all of them.
-// `round` counts the totals of this launch. Every thread calls; the team has passed a barrier since
-// its last call, and passes another one before a block of a cluster ends.
+// the blocks of the team in a fixed order: all blocks get the same total in the same threads.
+// `round` counts the calls of this launch. Every thread must call. Between two calls the team must
+// pass a barrier, and another one before a block of a cluster ends.
 template <typename Iterator>
 __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
                                            const SharedLayout& shared, const Staging& staging,
@@ -120,7 +120,7 @@ __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
       return in_block(mine, static_cast<unsigned>(rank))[i];
     });
   }
-  // Twice as much memory as one round needs: blocks that are ahead write the next one's.
+  // Two buffers in turn: a block may write the next round's sums while others read this round's.
   const int64_t at = (round % 2 * plan.teams + team.number) * team.size * channels;
   const Workspace<Pair> of_team = Workspace<Pair>(staging.partials) + at;
   if (t < channels) of_team[team.rank * channels + t] = own;

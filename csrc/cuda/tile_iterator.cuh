@@ -1,4 +1,4 @@
-// A thread's way through its block's part of a tensor (plan.h says which part).
+// Iterates over the vectors that a thread takes of its block's part of a tensor (plan.h).
 #pragma once
 
 #include "params.h"
@@ -7,8 +7,9 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// kChannels: what a thread sums apart. With more than one each value of a vector is summed by
-// itself: in ChannelsLast these are channels, in ChannelGroups positions of two channels at most.
+// kChannels: how many separate sums a thread has. If more than one, each value of a vector has its
+// own sum: in ChannelsLast the values are channels, in ChannelGroups positions of two channels at
+// most.
 template <int kWidth, Mapping kMapping>
 struct TileIterator {
   static constexpr bool kAlong = kMapping == Mapping::ChannelsFirst;  // vectors of one channel
@@ -18,16 +19,16 @@ struct TileIterator {
   int column, row;    // of this thread in the block
   int64_t tile;       // of this block
   int64_t chunk;      // of this block
-  int64_t channel;    // this thread's first one; C where it has none
-  int64_t offset;     // in elements, of the thread's next vector
+  int64_t channel;    // this thread's first one; at least C where it has none
+  int64_t offset;     // of the thread's next vector, in elements
   int64_t place;      // of that vector in its row of S positions, in vectors
-  int64_t remaining;  // vectors that the thread has still to take
-  // ChannelGroups: where the block's first column begins in the row of the group, in elements; this
-  // thread's first channel in the group; values of a vector that are of it, the rest are of the
-  // next.
+  int64_t remaining;  // vectors that the thread still has to take
+  // ChannelGroups: `begin` is where the block's first column begins in the row of the group, in
+  // elements; `first` is this thread's first channel in the group; the first `split` values of a
+  // vector belong to it, the others to the next channel.
   int begin, first, split;
 
-  // `block` instead of blockIdx.x, since some kernels go backwards.
+  // `block` instead of blockIdx.x, because some kernels take the blocks in reverse order.
   __device__ __forceinline__ TileIterator(const Shape& shape, const TilePlan& plan, int64_t block) {
     const int t = static_cast<int>(threadIdx.x);
     tile = block / plan.chunks;
@@ -57,9 +58,9 @@ struct TileIterator {
   static __device__ __forceinline__ int channels_of_tile(const TilePlan& plan) {
     return kGrouped ? plan.group : plan.columns * kChannels;
   }
-  // Values of a vector that are of the thread's first channel.
+  // How many values of a vector belong to the thread's first channel.
   __device__ __forceinline__ int split_of_vector() const { return kGrouped ? split : kWidth; }
-  // Of the k-th of kChannels.
+  // The channel of the k-th of the kChannels sums.
   __device__ __forceinline__ int64_t channel_of(int k) const {
     return kGrouped ? channel + (k >= split) : channel + k;
   }
@@ -76,13 +77,15 @@ struct TileIterator {
     --remaining;
   }
 
-  // Whether there is a vector left; `together`: for any thread of the warp, all of which must call.
+  // Whether a vector is left, for this thread or, with `whole_warp`, for any thread of the warp.
+  // Then all threads of the warp must call.
   __device__ __forceinline__ bool more(bool whole_warp = false) const {
     return whole_warp ? __any_sync(0xffffffffu, remaining > 0) != 0 : remaining > 0;
   }
 
-  // Calls f(offsets, valid) for kBatch vectors at a time, the first `valid` of which are there.
-  // `together`: in all threads of the warp as often, for f to exchange values between them.
+  // Calls f(offsets, valid) for kBatch vectors at a time, of which the first `valid` exist. With
+  // `whole_warp` equally often in all threads of the warp, so that f can exchange values between
+  // them.
   template <typename F>
   __device__ __forceinline__ void batches(const TilePlan& plan, F f, bool whole_warp = false) {
     while (more(whole_warp)) {
@@ -90,7 +93,7 @@ struct TileIterator {
       int64_t at[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        // Rows have no end elsewhere, so that none but the first needs registers.
+        // Elsewhere rows have no end, so that only the first offset needs registers.
         at[u] = kAlong ? offset : offset + u * plan.step;
         if (kAlong && u < valid) advance(plan);
       }
@@ -103,8 +106,8 @@ struct TileIterator {
   }
 
  private:
-  // Of the chunks of a piece, this block's; `begin` becomes that of the piece. In 32 bits, as
-  // plan.h promises, since a division takes a quarter of the time so.
+  // The number of this block's chunk among those of its piece; sets `begin`. In 32 bits, which
+  // kMostGroupedPositions makes enough: a 64-bit division takes four times as long.
   __device__ __forceinline__ int64_t part_of(const TilePlan& plan) {
     const unsigned number = static_cast<unsigned>(chunk);
     const unsigned part = number / static_cast<unsigned>(plan.pieces);

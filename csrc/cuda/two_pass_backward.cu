@@ -1,5 +1,6 @@
-// Backward: the sums of g and g * xhat, and the gradients of input and residual; g, the gradient of
-// the activation's argument, is made from dy on the way.
+// Backward in two passes: the sums of g and g * xhat, then the gradients of input and residual. g,
+// the gradient of the activation's argument, is computed from dy in both.
+#include "backward.cuh"
 #include "channel.cuh"
 #include "epilogue.cuh"
 #include "kernels.h"
@@ -12,8 +13,8 @@ namespace bnorm_ext {
 namespace cuda {
 namespace {
 
-// Where the reducing kernel keeps the constants of z: with many channels per thread its sums and
-// the vectors under way take the registers.
+// Where the reducing kernel keeps the constants of z: in shared memory where a thread has many
+// channels, because their sums and the vectors being loaded need the registers.
 template <typename V>
 using AffinesOf = std::conditional_t<V::kMapping != Mapping::ChannelsFirst && V::kWidth != 1,
                                      AffineInShared<V>, AffineInRegisters<V>>;
@@ -26,9 +27,9 @@ using AffinesOf = std::conditional_t<V::kMapping != Mapping::ChannelsFirst && V:
 // Mapping    plan.h; the last block of a tile to arrive merges the chunks
 // Bytes      reads dy and x once, and the residual or, in its place, the mask
 // Numerics   g, products and sums of four in the accumulation type, also for 16-bit data; the rest
-//            in double. A thread whose sums are not finite gathers them again in double.
-// Requires   semaphores that are 0, and of nobody else until the launch is over; a mask only with a
-//            piecewise linear act
+//            in double. A thread whose sums are not finite computes them again in double.
+// Requires   semaphores that are 0 and that nobody else uses until the launch is over; a mask only
+//            with a piecewise linear act
 template <typename V>
 __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardReduceParams p) {
   using T = typename V::T;
@@ -38,18 +39,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   const bool masked = p.mask.bytes != nullptr;
-  // Made anew where it is asked for: kept, it would take the registers of the sums.
+  // Rebuilt on demand, which leaves registers for the sums.
   const auto start = [&] { return Iterator(p.shape, p.plan, blockIdx.x); };
-  constexpr int kChannels = Iterator::kChannels;
-  constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
-  static_assert(kBatch * kPerVector % 4 == 0, "a full batch leaves nothing to add");
   const AffinesOf<V> affines(p, start(),
                              reduce_shared_bytes(V::kMapping, Iterator::channels_of_tile(p.plan)));
-  Pair sum[kChannels];  // of g and g * (x - mean)
-  // Adds up every vector of the walk: add(u, g, x) for number u of a batch, done(valid) after it.
-  const auto gather = [&](auto add, auto done) {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
+  GradientSums<V> sums;
+  sums.add_all(affines, [&](auto f, auto end_batch) {
     Iterator it = start();
     MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
     it.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
@@ -71,66 +66,22 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
         epilogue_backward(p.epilogue, masked, mask_bits >> u * kByteBits, affines, dy_vec[u],
                           x_vec[u], residual_vec, g);
         forget_loads();
-        add(u, g, x_vec[u]);
+        f(u, g, x_vec[u], at[u]);
       }
-      done(valid);
+      end_batch(valid);
     });
-  };
-  A g_of_4[kChannels] = {}, dot_of_4[kChannels] = {};
-  const auto flush = [&](int k) {
-    sum[k].a += g_of_4[k];
-    sum[k].b += dot_of_4[k];
-    g_of_4[k] = dot_of_4[k] = 0;
-  };
-  gather(
-      [&](int u, const A(&g)[V::kWidth], const Values<T, V::kWidth>& x_vec) {
-#pragma unroll
-        for (int v = 0; v < V::kWidth; ++v) {
-          const int k = v % kChannels;
-          g_of_4[k] += g[v];
-          dot_of_4[k] = fma(g[v], x_vec[v] - affines[k].mean, dot_of_4[k]);
-          if ((u * kPerVector + v / kChannels) % 4 == 3) flush(k);
-        }
-      },
-      [&](int valid) {
-        if (valid == kBatch) return;
-#pragma unroll
-        for (int k = 0; k < kChannels; ++k) flush(k);
-      });
-  bool finite = true;
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) finite = finite && is_finite(sum[k].a) && is_finite(sum[k].b);
-  if (!finite) {
-    // Data that is not finite, or that exceeds float's range in between although the result fits.
-    gather(
-        [&](int, const A(&g)[V::kWidth], const Values<T, V::kWidth>& x_vec) {
-#pragma unroll
-          for (int v = 0; v < V::kWidth; ++v) {
-            const int k = v % kChannels;
-            const double wide_g = g[v];
-            sum[k].a += wide_g;
-            sum[k].b += wide_g * (static_cast<double>(x_vec[v]) - affines[k].mean);
-          }
-        },
-        [](int) {});
-  }
+  });
 
   Pair total;
-  if (!tile_sum(sum, start(), p.plan, p.shape, p.staging, &total)) return;
+  if (!tile_sum(sums.sum, start(), p.plan, p.shape, p.staging, &total)) return;
   const int channels = Iterator::channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
   const int64_t c = start().tile * channels + i;
   if (i >= channels || c >= p.shape.C) return;
-  // The means are those of the sums that the caller sees.
-  const double n = static_cast<double>(p.shape.N * p.shape.S);
-  const double rstd = MeanRstd<A>(p.statistics, c).rstd;
-  const A dy_sum = static_cast<A>(total.a), dy_xhat_sum = static_cast<A>(total.b * rstd);
-  if (p.sum_dy.data != nullptr) set(p.sum_dy, c, dy_sum);
-  if (p.sum_dy_xhat.data != nullptr) set(p.sum_dy_xhat, c, dy_xhat_sum);
-  if (p.mean_dy != nullptr) {
-    store_one(static_cast<A*>(p.mean_dy) + c, static_cast<A>(dy_sum / n));
-  }
+  const ChannelGradients<A> gradients(p, c, total);
+  gradients.write_sums(p, c);
+  if (p.mean_dy != nullptr) store_one(static_cast<A*>(p.mean_dy) + c, gradients.mean_dy);
   if (p.mean_dy_xhat != nullptr) {
-    store_one(static_cast<A*>(p.mean_dy_xhat) + c, static_cast<A>(dy_xhat_sum / n));
+    store_one(static_cast<A*>(p.mean_dy_xhat) + c, gradients.mean_dy_xhat);
   }
 }
 
@@ -139,10 +90,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
 //            where the statistics are constants (inference) dx = g * (weight * rstd)
 // Shapes     dy, x, residual, dx, dresidual [N, C, S] in one layout; statistics, parameters and
 //            means [C]; mask: mask.h
-// Mapping    plan.h, blocks in reverse order: what the reduce kernel read last is still in L2
-// Bytes      reads dy, x and the residual or, in its place, the mask; writes dx and dresidual, what
-//            is asked for. Where the statistics are constants x is read for z alone, which neither
-//            a mask nor the identity needs.
+// Mapping    plan.h, blocks in reverse order: what the reducing kernel read last is still in L2
+// Bytes      reads dy, x and the residual or, in its place, the mask; writes dx and dresidual, as
+//            asked for. Where the statistics are constants x is read for z alone, which neither a
+//            mask nor the identity needs.
 // Numerics   in the accumulation type, each result rounded once
 // Requires   a mask only with a piecewise linear act
 template <typename V>
@@ -152,25 +103,24 @@ __global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApp
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
-  T* dx = static_cast<T*>(p.dx);
-  T* dresidual = static_cast<T*>(p.dresidual);
-  using Iterator = TileIterator<V::kWidth, V::kMapping>;
-  constexpr int kChannels = Iterator::kChannels;
-  Iterator it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  TileIterator<V::kWidth, V::kMapping> it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
   const bool constant_statistics = p.mean_dy == nullptr, masked = p.mask.bytes != nullptr;
   const bool needs_x = !constant_statistics || (p.epilogue.act != Activation::Identity && !masked);
   if (it.remaining == 0) return;
   MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
   const AffineInRegisters<V> affines(p, it);
-  const PerChannel<A, Iterator> mean_dy(it.split_of_vector(), [&](int k) -> A {
-    return constant_statistics ? 0 : load_one(static_cast<const A*>(p.mean_dy) + it.channel_of(k));
-  });
-  const PerChannel<A, Iterator> proj_scale(it.split_of_vector(), [&](int k) -> A {
-    const int64_t c = it.channel_of(k);
-    return constant_statistics ? 0
-                               : MeanRstd<A>(p.statistics, c).rstd *
-                                     load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
-  });
+  const GradientWriter<V> gradients(
+      p, constant_statistics, it,
+      [&](int k) -> A {
+        return constant_statistics ? 0
+                                   : load_one(static_cast<const A*>(p.mean_dy) + it.channel_of(k));
+      },
+      [&](int k) -> A {
+        const int64_t c = it.channel_of(k);
+        return constant_statistics ? 0
+                                   : MeanRstd<A>(p.statistics, c).rstd *
+                                         load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
+      });
   it.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
     const unsigned mask_bits = masked ? mask.read(valid) : 0;
     Values<T, V::kWidth> dy_vec[kBatch], x_vec[kBatch], residual_vec[kBatch];
@@ -187,23 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApp
       A g[V::kWidth];
       epilogue_backward(p.epilogue, masked, mask_bits >> u * kByteBits, affines, dy_vec[u],
                         x_vec[u], residual_vec[u], g);
-      Values<T, V::kWidth> rounded;
-      if (dresidual != nullptr) {
-#pragma unroll
-        for (int v = 0; v < V::kWidth; ++v) rounded.set(v, g[v]);
-        rounded.store(dresidual + at[u]);
-      }
-      if (dx == nullptr) continue;
-#pragma unroll
-      for (int v = 0; v < V::kWidth; ++v) {
-        const int k = v % kChannels;
-        A d = g[v];
-        if (!constant_statistics) {
-          d = (d - mean_dy[k]) - (x_vec[u][v] - affines[k].mean) * proj_scale[k];
-        }
-        rounded.set(v, d * affines[k].scale);
-      }
-      rounded.store(dx + at[u]);
+      gradients.write(affines, g, x_vec[u], at[u]);
     }
   });
 }

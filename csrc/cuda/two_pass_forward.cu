@@ -1,4 +1,4 @@
-// Forward: the statistics of a batch, and the normalisation by statistics that are known.
+// Forward in two passes: the statistics of a batch, then the normalisation by known statistics.
 #include "channel.cuh"
 #include "epilogue.cuh"
 #include "kernels.h"
@@ -11,13 +11,14 @@ namespace bnorm_ext {
 namespace cuda {
 namespace {
 
-// The sums of x - anchor and of its square, per channel of a thread.
+// A thread's sums of x - anchor and of its square, one pair per channel.
 //
-// A batch of values in registers is taken twice: for its mean, in the accumulation type, then for
-// the deviations from that mean; their sum mends the rounding of the mean. So nothing cancels,
-// however large the mean. Batches meet in double about an anchor between the channel's
-// values: within sqrt(count) standard deviations of the mean (Samuelson), so that the squares
-// lose at most log2(count) of 53 bits, and one or two unless the anchor is far off.
+// A batch of values in registers is summed twice: for its mean, in the accumulation type, then for
+// the deviations from that mean, whose sum corrects the rounding of the mean. So nothing cancels,
+// however large the mean. The batches are added in double, relative to an anchor that lies between
+// the channel's smallest and largest value. Such an anchor is within sqrt(count) standard
+// deviations of the mean (Samuelson's inequality), so that the squares lose at most log2(count) of
+// 53 bits, and one or two bits unless the anchor is far from the mean.
 template <typename V>
 struct MomentSums {
   using T = typename V::T;
@@ -66,8 +67,8 @@ struct MomentSums {
     }
   }
 
-  // False for data that is not finite, or that exceeds float's range in between although the
-  // result fits: then everything is added once more, in double.
+  // Where this is false everything is summed again in double: either the data is not finite, or
+  // float overflowed although the result fits.
   __device__ __forceinline__ bool finite() const {
     bool all = true;
 #pragma unroll
@@ -84,8 +85,8 @@ struct MomentSums {
   }
 };
 
-// The anchor of channel c: its first value, or for double, where every bit of the sums is asked
-// for, the mean of some that are spread over it. 0 where that is not finite.
+// The anchor of channel c: its first value, or for double data, where every bit of the sums counts,
+// the mean of several values spread over the channel. 0 where that is not finite.
 template <typename T>
 __device__ __forceinline__ double anchor_of(const StatisticsParams& p, int64_t c) {
   const Shape& shape = p.shape;
@@ -110,13 +111,13 @@ __device__ __forceinline__ double anchor_of(const StatisticsParams& p, int64_t c
 // Mapping    plan.h; the last block of a tile to arrive merges the chunks
 // Bytes      reads x once
 // Numerics   MomentSums above; merged in double
-// Requires   semaphores that are 0, and of nobody else until the launch is over
+// Requires   semaphores that are 0 and that nobody else uses until the launch is over
 template <typename V>
 __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParams p) {
   using T = typename V::T;
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.x);
-  // Made anew where it is asked for: kept, it would take the registers of the sums.
+  // Rebuilt on demand, which leaves registers for the sums.
   const auto start = [&] {
     return TileIterator<V::kWidth, V::kMapping>(p.shape, p.plan, blockIdx.x);
   };
@@ -151,9 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   const int64_t c = start().tile * channels + i;
   if (i >= channels || c >= p.shape.C) return;
   const double n = static_cast<double>(p.shape.N * p.shape.S);
-  const double mean = anchor_of<T>(p, c) + total.a / n;
-  const double spread = (total.b - total.a * (total.a / n)) / n;
-  const double var = spread < 0 ? 0 : spread;  // a NaN stays one
+  const double mean = anchor_of<T>(p, c) + total.a / n, var = variance_of(total, n);
   if (p.mean != nullptr) store_one(static_cast<A*>(p.mean) + c, static_cast<A>(mean));
   if (p.rstd != nullptr) store_one(static_cast<A*>(p.rstd) + c, rstd_of<A>(var, p.eps));
   if (p.wide_mean != nullptr) store_one(p.wide_mean + c, mean);
@@ -161,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
   update_running(p.running, c, mean, var, n);
 }
 
-// Formula    y = act(z), z = fma(x - mean, weight * rstd, bias) + residual; where a mask is wanted,
-//            its bits say where z is on the open side of act's kinks
+// Formula    y = act(z), z = fma(x - mean, weight * rstd, bias) + residual; where a mask is asked
+//            for, its bits are passes_gradient(act, z)
 // Shapes     x, y, residual [N, C, S] in one layout; statistics, weight and bias [C]; mask: mask.h
 // Mapping    plan.h, blocks in reverse order: what the statistics kernel read last is still in L2
 // Bytes      reads x and residual, writes y and the mask, an eighth of a byte per element
@@ -177,27 +176,27 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams 
   if (p.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     ++*p.num_batches_tracked;
   }
-  // Lanes write a byte of the mask together.
+  // Lanes share the bytes of a mask: then all lanes of a warp iterate equally often.
   const bool writes_mask = p.mask.bytes != nullptr;
   if (!it.more(writes_mask)) return;
   MaskCursor<uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
   const AffineInRegisters<V> affines(p, it);
   const T* residual = static_cast<const T*>(p.epilogue.residual);
   const auto normalise = [&](const int64_t (&at)[kBatch], int valid) {
-    Values<T, V::kWidth> x_vec[kBatch], residual_vec[kBatch];
+    Values<T, V::kWidth> vec[kBatch], residual_vec[kBatch];  // vec: x, then y
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) continue;
-      x_vec[u].load(x + at[u]);
+      vec[u].load(x + at[u]);
       if (residual != nullptr) residual_vec[u].load(residual + at[u]);
     }
     unsigned mask_bits = 0;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) break;
-      mask_bits |= epilogue_forward(p.epilogue, writes_mask, affines, x_vec[u], residual_vec[u])
+      mask_bits |= epilogue_forward(p.epilogue, writes_mask, affines, vec[u], residual_vec[u])
                    << (u * kByteBits);
-      x_vec[u].store(y + at[u]);
+      vec[u].store(y + at[u]);
     }
     if (writes_mask) mask.write(mask_bits, valid);
   };
