@@ -1,5 +1,5 @@
-// Kernels without a mistake that exchange values in less usual ways: chains of flags, semaphores that
-// are set back, single bytes, writes into another block's shared memory, several launches.
+// Correct kernels with less usual communication between threads: chains of flags, semaphores that
+// are reset, single bytes, writes into another block's shared memory, several launches.
 #include <numeric>
 
 #include "selftest.h"
@@ -49,7 +49,7 @@ std::string compare(const T* is, const std::vector<T>& expected) {
   return "";
 }
 
-// Each block waits for the flag of the one before: the last knows what the first wrote.
+// Each block waits for the flag of the block before: the last one knows what the first one wrote.
 __global__ void chain(Workspace<int> sum, unsigned* flags) {
   if (threadIdx.x == 5) {
     const unsigned b = blockIdx.x;
@@ -78,7 +78,8 @@ std::string run_chain() {
   return error.empty() ? compare(sum, {1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78}) : error;
 }
 
-// More blocks than the device holds; the last sets the semaphore back by a plain store. Twice.
+// More blocks than the device holds at once; the last one resets the semaphore by a plain store.
+// Launched twice.
 __global__ void semaphore_set_back(Workspace<int> part, Workspace<unsigned> semaphore, int* out) {
   const auto last = dynamic_shared<int>(0);
   part[blockIdx.x * 32 + threadIdx.x] = 1;
@@ -165,7 +166,7 @@ std::string run_ring() {
   return error.empty() ? compare(out, std::vector<int>(kAll, 1)) : error;
 }
 
-// In place; then a launch that reads what another block of the one before wrote.
+// In place; then a launch that reads what other blocks of the launch before wrote.
 __global__ void shift(float* values, Workspace<float> copy, int by) {
   const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
   const unsigned n = gridDim.x * blockDim.x;
