@@ -28,7 +28,7 @@ export BNORM_EXT_CUDA
 endif
 
 BUILD_TOOLS := "setuptools>=77" ninja
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc cuda_emulator tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -54,11 +54,11 @@ test-all: build mutants
 
 # Whether the tests see CUDA kernels that were broken on purpose (docs/kernels.md).
 mutants: build
-	$(PY) tests/emulator/mutants/run.py
+	$(PY) tests/mutants/run.py
 
 # The install matrix: sdist, clean environments, the messages that pip shows.
 test-install: build
-	$(PY) -m pytest -m slow tests/test_install.py $(PYTEST_ARGS)
+	$(PY) -m pytest -m slow tests/packaging/test_install.py $(PYTEST_ARGS)
 
 # Environments of its own, one for each version; --help for single versions and other tests.
 test-torches:

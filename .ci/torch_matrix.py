@@ -4,7 +4,7 @@
     .ci/torch_matrix.py                              all of VERSIONS
     .ci/torch_matrix.py 2.8.0 newest                 these; newest: what pip takes unasked
     .ci/torch_matrix.py 2.7.1 --minimum 2.7          older than the build accepts, as a trial
-    .ci/torch_matrix.py --pytest tests/test_modules.py -- 2.13.0      some tests only
+    .ci/torch_matrix.py --pytest tests/modules/test_modules.py -- 2.13.0      some tests only
 
 For each version: a virtual environment (kept for the next run, unless --delete), a copy of the
 checkout (what git tracks or would add), a build without CUDA kernels, pytest. One table at the end

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import threads
 
 import bnorm_ext
+
+pytest.register_assert_rewrite("tests.common")
+
+from tests.common.cases import threads  # noqa: E402  its assertions say what differs
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """The gate: what a provider computes is compared with the float64 reference before it is timed.
 
 Per channel, the largest absolute error relative to the sum of the magnitudes that made the value
-(as `tests/helpers.py` measures it), against a bound that any sound implementation meets: 64 and
-sqrt(n) units of the accumulation type, for that is how plain sums of n values round, times
+(as `tests/common/cases.py` measures it), against a bound that any sound implementation meets: 64
+and sqrt(n) units of the accumulation type, for that is how plain sums of n values round, times
 1 + |mean| / std, for deviations are as exact as the mean; and 4 units of the result's type where
 that is a 16-bit one.
 """

@@ -1,4 +1,4 @@
-// What the kernels need of the platform that executes them: CUDA here, tests/emulator/ on the CPU.
+// What the kernels need of the platform that executes them: CUDA here, cuda_emulator/ on the CPU.
 //
 // Kernels use CUDA's own names (threadIdx, __syncthreads, __shfl_xor_sync, atomicInc, ...) where
 // they are functions, and the names below for everything else: memory for communication between

@@ -1,0 +1,1 @@
+"""Runs CUDA kernels on the CPU and reports their errors; see README.md."""

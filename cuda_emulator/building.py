@@ -1,0 +1,142 @@
+"""Compiles programs that run kernels in the emulator.
+
+Objects are kept in build/emulator/ under a hash of all that went into them, so a second run of the
+tests compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+INCLUDE = HERE / "include"
+CACHE = ROOT / "build" / "emulator"
+RUNTIME = sorted((HERE / "src").glob("*.cpp"))
+# g++ before 13 heeds no pragma of a header's about pragmas; kernels unroll loops by one.
+FLAGS = ["-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1"]
+HEADERS = {".h", ".cuh", ".inc"}
+JOBS = 2
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def run_compiler(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [compiler() or "g++", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(len(part).to_bytes(8, "little"))
+        hashed.update(part)
+    return hashed.hexdigest()[:20]
+
+
+@functools.cache
+def compiler_version() -> bytes:
+    return run_compiler(["--version"]).stdout.encode()
+
+
+@functools.cache
+def header_bytes(folder: Path) -> bytes:
+    headers = sorted(p for p in folder.rglob("*") if p.suffix in HEADERS)
+    return b"".join(bytes(p) + b"\0" + p.read_bytes() for p in headers)
+
+
+@functools.cache
+def has_boost_context() -> bool:
+    """Whether programs can be linked against Boost.Context."""
+    answer = CACHE / f"boost-{digest([compiler_version()])}"
+    if not answer.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        source = CACHE / "boost.cpp"
+        source.write_text(
+            "#include <boost/context/detail/fcontext.hpp>\n"
+            "int main() { return boost::context::detail::make_fcontext(0, 0, 0) == 0; }\n"
+        )
+        linked = run_compiler([str(source), "-lboost_context", "-o", str(CACHE / "boost.out")])
+        answer.write_text("no" if linked.returncode else "yes")
+    return answer.read_text() == "yes"
+
+
+def compile_object(source: Path, flags: Sequence[str], includes: Sequence[Path]) -> Path:
+    """The object of `source`; its name is a hash of everything in it but system headers."""
+    parts = [" ".join(flags).encode(), compiler_version(), bytes(source), source.read_bytes()]
+    parts += map(header_bytes, [HERE, *includes])
+    target = CACHE / f"{source.stem}-{digest(parts)}.o"
+    if target.exists():
+        return target
+    CACHE.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{os.getpid()}.o")
+    where = [argument for folder in [INCLUDE, *includes] for argument in ("-I", str(folder))]
+    done = run_compiler([*flags, *where, "-x", "c++", "-c", str(source), "-o", str(temporary)])
+    if done.returncode != 0 or done.stderr:
+        temporary.unlink(missing_ok=True)
+        raise RuntimeError(f"{source} does not compile without errors and warnings:\n{done.stderr}")
+    temporary.replace(target)
+    return target
+
+
+def build(
+    name: str,
+    sources: Sequence[Path | tuple[Path, Sequence[Path]]],
+    *,
+    includes: Sequence[Path] = (),
+    flags: Sequence[str] = (),
+    libraries: Sequence[str] = (),
+    fibers: str | None = None,
+    sanitize: bool = False,
+    shared: bool = False,
+) -> Path:
+    """The program of `sources` (.cu and .cpp) and the emulator, or the shared library of them.
+
+    A source may come with its own folders of headers, as (source, folders). `fibers` is "boost" or
+    "ucontext"; by default the former where it is installed.
+    """
+    if fibers is None:
+        fibers = "boost" if has_boost_context() else "ucontext"
+    common = [*FLAGS, *(SANITIZE if sanitize else []), "-DBNORM_EXT_EMULATOR"]
+    common += ["-fPIC", "-fvisibility=hidden"] if shared else []
+    jobs: list[tuple[Path, list[str], Sequence[Path]]] = []
+    for source in sources:  # before the runtime, since they take longer
+        file, folders = source if isinstance(source, tuple) else (source, includes)
+        jobs.append((file, [*common, *flags], folders))
+    for source in RUNTIME:
+        boost = fibers == "boost" and source.name == "fiber.cpp"
+        jobs.append((source, [*common, *(["-DEMULATOR_FIBERS_BOOST"] if boost else [])], ()))
+    with ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(lambda job: compile_object(*job), jobs))
+    if fibers == "boost":
+        libraries = [*libraries, "-lboost_context"]
+    linked = digest([*(bytes(o) for o in objects), *(library.encode() for library in libraries)])
+    program = CACHE / f"{name}-{linked}"
+    if not program.exists():
+        temporary = program.with_name(f"{program.name}.{os.getpid()}")
+        paths = [str(o) for o in objects]
+        kind = ["-shared"] if shared else []
+        link = [*common, *kind, *paths, "-o", str(temporary), "-ldl", *libraries]
+        done = run_compiler(link)
+        if done.returncode != 0:
+            raise RuntimeError(f"{name} cannot be linked:\n{done.stderr}")
+        temporary.replace(program)
+    return program
+
+
+def selftest(fibers: str | None = None, sanitize: bool = False) -> Path:
+    """The emulator's self-test: kernels with and without mistakes."""
+    folder = HERE / "selftest"
+    sources = sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])
+    return build("selftest", sources, fibers=fibers, sanitize=sanitize)

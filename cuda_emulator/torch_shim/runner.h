@@ -1,0 +1,18 @@
+// The real operators of csrc/cuda/batch_norm.cpp on CPU tensors, their kernels in the emulator.
+//
+// A session is one case: device, seed, then torch calls whose tensors all live in the emulator's
+// guarded memory, then the reports. tests/common/emulated.py drives it; the host files reach it
+// through the headers in include/.
+#pragma once
+
+#include <emulator.h>
+
+namespace runner {
+
+bool is_capturing();
+
+// A different stream in each session, because the memory that the host files keep per stream is
+// freed with the session.
+cudaStream_t current_stream();
+
+}  // namespace runner

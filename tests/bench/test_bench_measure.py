@@ -1,0 +1,181 @@
+"""How the benchmark measures: statistics and rounds; never the times."""
+
+from __future__ import annotations
+
+import os
+import platform
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bnorm_ext.bench import machine, measure
+from bnorm_ext.bench.measure import Work, describe, percentile, sample, within_noise
+
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+
+def test_percentiles_lie_between_samples():
+    assert percentile([3, 1, 2], 0.5) == 2
+    assert percentile([0, 10], 0.1) == pytest.approx(1)
+    assert percentile(list(range(101)), 0.9) == pytest.approx(90)
+    assert percentile([7], 0.9) == 7
+
+
+def test_halves_are_those_of_the_order_of_time():
+    s = describe([1, 2, 3, 10, 20, 30])
+    assert (s.first_half, s.second_half, s.drift, s.rounds) == (2, 20, 18, 6)
+    assert s.median == 6.5
+    assert describe([5]).drift == 0
+
+
+def test_a_claim_is_noise_where_either_side_drifts_by_more():
+    steady, faster = describe([100] * 10), describe([90] * 10)
+    assert not within_noise(faster, steady)
+    assert within_noise(describe([80] * 5 + [100] * 5), steady)
+    assert within_noise(faster, describe([90] * 5 + [110] * 5))
+
+
+class FakeTimer:
+    """Takes as long as the works' names say."""
+
+    gaps, step = False, 1
+
+    def __init__(self):
+        self.asked, self.faults = [], {}
+
+    def ready(self):
+        return measure.contextlib.nullcontext()
+
+    def rounds(self, works, count):
+        self.asked.append(count)
+        return [[float(w.name) for w in works]] * count
+
+
+def test_rounds_are_bounded_from_below_and_above():
+    works = [Work("3", int), Work("5", int)]
+    timer = FakeTimer()
+    found = sample(works, timer, seconds=1e-9).stats
+    assert found["3"].rounds == found["5"].rounds == measure.MIN_ROUNDS
+    assert sample(works, timer, seconds=-1).stats["3"].rounds == measure.HURRIED_ROUNDS
+    assert (found["3"].median, found["5"].median) == (3, 5)
+    assert timer.asked[0] == measure.WARM_UP
+    assert sample(works, FakeTimer(), seconds=100).stats["3"].rounds == measure.MAX_ROUNDS
+
+
+@pytest.mark.parametrize("cache", measure.CACHES)
+def test_each_round_calls_each_work_once_prepared_and_keeps_the_result(cache):
+    events, alive = [], []
+
+    class Result:
+        pass
+
+    def work(name):
+        def call():
+            assert not any(ref() for ref in alive)  # of the call before
+            events.append(name)
+            result = Result()
+            alive.append(weakref.ref(result))
+            return result
+
+        return Work(name, call, lambda: events.append("prepare"))
+
+    timer = measure.CpuTimer(cache)
+    times = timer.rounds([work("a"), work("b")], 4)
+    assert [len(t) for t in times] == [2] * 4
+    assert min(min(t) for t in times) > 0
+    assert events[::2] == ["prepare"] * (len(events) // 2)
+    each = 1 if cache == "cold" else 2  # warm: an untimed call before
+    called = events[1::2]
+    for i in range(4):
+        assert sorted(called[2 * each * i : 2 * each * (i + 1)]) == ["a"] * each + ["b"] * each
+    assert len(timer.faults["a"]) == 4
+
+
+def test_the_order_within_rounds_changes_and_is_the_same_in_every_run():
+    orders = [measure._order(3, i) for i in range(20)]
+    assert len({tuple(o) for o in orders}) > 3
+    assert orders == [measure._order(3, i) for i in range(20)]
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc's malloc can be told")
+def test_large_outputs_are_fresh_in_a_cold_run_and_used_again_in_a_warm_one():
+    """Whatever lies free in the heap."""
+    machine.fresh_outputs(False)
+    holes = [torch.ones(3 << 20) for _ in range(5)]
+    del holes[::2]
+    faults = {}
+    x = torch.ones(2 << 20)  # 8 MB
+    for cache in measure.CACHES:
+        found = sample([Work("clone", x.clone)], measure.CpuTimer(cache), 0)
+        faults[cache] = found.faults["clone"]
+    machine.fresh_outputs(True)
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert faults["warm"] < 50
+    # Huge pages, where the system gives them unasked, are 2 MB each.
+    assert faults["cold"] >= 3
+    if "[always]" not in (machine._text("/sys/kernel/mm/transparent_hugepage/enabled") or ""):
+        assert faults["cold"] >= x.nbytes / page
+
+
+class FakeCuda:
+    """A device on which each `call` of n takes n microseconds, and a host that takes its time."""
+
+    def __init__(self, monkeypatch, queueing):
+        self.now, self.host, self.queueing, self.slept = 0.0, 0.0, queueing, []
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                self.at = None
+
+            def record(self):
+                fake.host += fake.queueing
+                self.at = fake.now = max(fake.now, fake.host)
+
+            def query(self):
+                return fake.host >= self.at
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        cuda = measure.torch.cuda
+        monkeypatch.setattr(cuda, "Event", Event)
+        monkeypatch.setattr(cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(
+            cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 20)
+        )
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.host)
+
+    def sleep(self, cycles):
+        self.slept.append(cycles / 1e9)
+        self.now = max(self.now, self.host) + cycles / 1e9
+
+    def synchronize(self, device=None):
+        self.host = self.now = max(self.now, self.host)
+
+    def run(self, microseconds):
+        return lambda: setattr(self, "now", self.now + microseconds * 1e-6)
+
+
+@pytest.mark.parametrize("queueing", [1e-6, 1e-3])
+def test_cuda_events_hold_no_gaps_between_launches(monkeypatch, queueing):
+    fake = FakeCuda(monkeypatch, queueing)
+    timer = measure.CudaTimer("warm", torch.device("cuda"))
+    found = timer.rounds([Work("a", fake.run(30)), Work("b", fake.run(50))], 5)
+    assert not timer.gaps
+    for times in found:
+        assert times == pytest.approx([30, 50], rel=1e-3)
+    # A slow host makes the device sleep longer.
+    assert (max(fake.slept[2:]) > 0.02) == (queueing == 1e-3)
+
+
+def test_cuda_says_where_the_host_is_too_slow(monkeypatch):
+    fake = FakeCuda(monkeypatch, queueing=0.1)
+    timer = measure.CudaTimer("warm", torch.device("cuda"))
+    timer.rounds([Work("a", fake.run(30))], 5)
+    assert timer.gaps
+    assert max(fake.slept) <= timer.LONGEST

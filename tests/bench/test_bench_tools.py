@@ -1,0 +1,158 @@
+"""The benchmark's programs run: microbenchmarks, pictures, training, profile; never the times."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bnorm_ext.bench import __main__ as cli
+from bnorm_ext.bench import nets, packages, profile, profiled, report, run, train
+from tests.common.bench_programs import QUICKLY
+
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
+
+
+# --- python -m bench ------------------------------------------------------------------------------
+
+
+def test_a_run_prints_a_table_and_writes_what_it_measured(tmp_path, capsys):
+    file = tmp_path / "a.json"
+    assert cli.main([*QUICKLY, "--cache", "both", "--json", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert "4x3x5x6" in out
+    assert "geometric mean" in out
+    assert "[4/4] 4x3x5x6 float32 contiguous bn bwd: copy" in err  # plain lines, not on a terminal
+    header, rows = report.read_json(file)
+    assert len(rows) == 2 * 2 * 3
+    for name in ("versions", "commit", "date", "command", "machine", "method", "threads"):
+        assert header[name] is not None or name == "commit"
+    assert header["command"].startswith("python -m bnorm_ext.bench --shape 4,3,5,6")
+    assert header["providers"].keys() == set(packages.NAMES)
+    assert header["interrupted"] is False
+    for thing in ("warm-up", "L2", "clone", "float64", "thread", "sleep"):
+        assert thing.replace("warm-up", "not counted") in header["method"]
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    whole = run.measure
+
+    def interrupted(*arguments):
+        yield next(whole(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "measure", interrupted)
+    file = tmp_path / "a.json"
+    assert cli.main([*QUICKLY, "--json", str(file)]) == 130
+    header, rows = report.read_json(file)
+    assert header["interrupted"] is True
+    assert [r["pass"] for r in rows] == ["fwd"] * 3
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_compare_with_an_older_run_and_of_two_files(tmp_path, capsys):
+    files = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    assert cli.main([*QUICKLY, "--json", files[0]]) == 0
+    assert cli.main([*QUICKLY, "--json", files[1], "--compare", files[0]]) == 0
+    first = capsys.readouterr().out
+    assert "old / new" in first
+    assert cli.main(["--compare", *files]) == 0
+    again = capsys.readouterr().out
+    assert "bnorm_ext: geometric mean" in again
+    assert again.strip() in first
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "suite",
+    [["--suite", "resnet50", "--batch", "16"], ["--shape", "4,3,5,6", "8,3,5,6"]],
+)
+def test_plots_are_as_wide_as_a_slide_and_small_enough_for_git(tmp_path, suite, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plots are drawn with matplotlib")
+    shrunk = nets.batch_norm_inputs
+
+    def small(name, batch, size=224):
+        return shrunk("resnet18", 2, 32)
+
+    monkeypatch.setattr(nets, "batch_norm_inputs", small)
+    file = tmp_path / "a.png"
+    options = ["--time-budget", "0.01", "--provider", "bnorm_ext", "torch", "--device", "cpu"]
+    assert cli.main([*suite, *options, "--dtype", "fp32,bf16", "--plot", str(file)]) == 0
+    content = file.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(content[16:20], "big") == 1200
+    assert len(content) < 150_000
+
+
+# --- python -m bench.train and bench.profile ------------------------------------------------------
+
+
+def tiny_net():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 1000),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [[], ["--amp", "--channels-last"]])
+def test_training_measures_each_variant(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr(nets, "build", lambda name: (tiny_net(), "this test"))
+    file = tmp_path / "a.json"
+    arguments = ["--batch", "2", "--size", "32", "--time-budget", "0.01", "--device", "cpu"]
+    assert train.main([*arguments, *more, "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "images/s" in out
+    rows = json.loads(file.read_text())["rows"]
+    assert [r["variant"] for r in rows] == ["native", "converted", "fused"]
+    for r in rows:
+        assert r["images_per_second"] == pytest.approx(2e6 / r["median_us"], rel=1e-2)
+        assert 0 < r["batch_norm_share"] < 1
+    assert rows[0]["ratio"] == 1
+
+
+def test_the_share_counts_what_lies_within_a_batch_norm_once():
+    def event(name, own, parent=None, device="CPU"):
+        return SimpleNamespace(
+            name=name, self_cpu_time_total=own, self_device_time_total=2 * own, cpu_parent=parent,
+            device_type=f"DeviceType.{device}",
+        )  # fmt: skip
+
+    outer = event("aten::batch_norm", 1)
+    inner = event("aten::native_batch_norm", 3, outer)
+    events = [outer, inner, event("aten::empty", 1, inner), event("aten::conv2d", 15)]
+    assert profiled.share_of(events, on_device=False) == pytest.approx(0.25)
+    events.append(event("batch_norm_kernel", 100, device="CUDA"))
+    assert profiled.share_of(events, on_device=True) == pytest.approx(0.25)
+
+
+def test_peak_is_of_what_is_held_at_once():
+    def event(when, change, name="[memory]"):
+        return SimpleNamespace(start_ns=lambda: when, nbytes=lambda: change, name=lambda: name)
+
+    events = [event(5, -6), event(3, 4), event(4, 6), event(6, 5), event(4, 99, "aten::add")]
+    events += [event(1, 100), event(2, 0, "measured step")]
+    assert profiled.peak_of(events) == 10
+
+
+def test_peak_of_a_step_on_the_cpu():
+    def step():
+        one = torch.ones(1 << 20)
+        two = one + 1
+        del one
+        return two * 2
+
+    assert profiled.peak_bytes(step, torch.device("cpu")) == pytest.approx(8 << 20, rel=1e-3)
+
+
+def test_profile_says_where_the_time_goes(monkeypatch, capsys):
+    monkeypatch.setattr(profile, "times", lambda modules, *_, **__: [(2.0, 3.0)] * len(modules))
+    assert profile.main(["--shape", "4,3,5,6", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "aten::native_batch_norm" in out
+    assert "bnorm_ext::batch_norm_training" in out
+    [line] = [x for x in out.splitlines() if x.startswith("forward   bnorm_ext")]
+    assert line.split()[2:5] == ["2.0", "2.0", "0.0"]

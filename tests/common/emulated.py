@@ -1,0 +1,315 @@
+"""The CUDA operators on CPU tensors: csrc/cuda/ compiled against cuda_emulator/.
+
+`run(case)` is what `cases.run` is for the installed operators. Every tensor of a run lives in
+guarded memory of the emulator, outputs poisoned; whatever the emulator reports raises `Reported`.
+The library is compiled on first use into build/emulator/ and kept until a source changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import math
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cuda_emulator import building
+from tests.common.cases import Case, Results, accumulation_type
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+TORCH_SHIM = building.HERE / "torch_shim"
+FLAGS = ["-ffp-contract=off", "-Werror", "-DBNORM_EXT_CUDA_KEY=PrivateUse1"]
+SHIM = TORCH_SHIM / "include"  # in place of headers of CUDA and of torch's CUDA part
+# What the operators are registered under, beside the real CUDA ones.
+KEY = torch._C.DispatchKey.PrivateUse1
+
+
+class Reported(AssertionError):
+    """The emulator has found an error in a kernel or a launch."""
+
+
+def _torch_wants_cpp20(torch_root: Path) -> bool:
+    return "C++20" in (torch_root / "include" / "ATen" / "ATen.h").read_text()
+
+
+def build(
+    csrc: Path = CSRC,
+    *,
+    hosts: Path | None = None,
+    flags: Sequence[str] = FLAGS,
+    sanitize: bool = False,
+) -> Path:
+    """The library with the operators of csrc/cuda/, compiled where something has changed.
+
+    hosts: where the torch-facing files are taken from, if elsewhere.
+    """
+    torch_root = Path(torch.__file__).parent
+    flags = list(flags)
+    for path in ("include", "include/torch/csrc/api/include"):
+        flags += ["-isystem", str(torch_root / path)]
+    hosts = hosts or csrc
+    # The longest first.
+    files = [
+        "cuda/batch_norm.cpp",
+        "cuda/batch_norm_backward.cpp",
+        "checks.cpp",
+        "cuda/resident.cpp",
+        "cuda/semaphores.cpp",
+    ]
+    return building.build(
+        "libbnorm_ext_emulated.so",
+        [
+            *((hosts / file, [SHIM, hosts]) for file in files),
+            (TORCH_SHIM / "runner.cpp", [SHIM]),
+            *((kernel, [SHIM, csrc]) for kernel in sorted(csrc.glob("cuda/*.cu"))),
+        ],
+        # Later words win: torch's headers want C++20 from some version on.
+        flags=[*flags, *(["-std=c++20"] if _torch_wants_cpp20(torch_root) else [])],
+        libraries=[f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"],
+        sanitize=sanitize,
+        shared=True,
+    )
+
+
+@functools.cache
+def built() -> Path | Exception:
+    """The library, or what compiling it once has failed with."""
+    try:
+        return build()
+    except RuntimeError as error:
+        return error
+
+
+@functools.cache
+def library() -> Any:
+    """The runner's C interface, with the operators registered."""
+    path = os.environ.get("BNORM_EXT_EMULATED_LIBRARY") or built()
+    if isinstance(path, Exception):
+        raise path
+    import bnorm_ext  # noqa: F401  the schemas
+
+    torch.ops.load_library(str(path))
+    loaded = ctypes.CDLL(str(path))
+    loaded.runner_begin.restype = ctypes.c_bool
+    loaded.runner_begin.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_uint64,
+        ctypes.c_bool,
+    ]
+    loaded.runner_reports.restype = ctypes.c_char_p
+    loaded.runner_launches.restype = ctypes.c_char_p
+    return loaded
+
+
+class Session:
+    """One device, one seed; see `session`."""
+
+    def __init__(self) -> None:
+        # Each "kernel blocks threads shared_bytes blocks_of_a_cluster".
+        self.launches: list[str] = []
+        self._library = library()
+
+    def copy(self, t: Tensor | None, *, inout: bool = False) -> Tensor | None:
+        """`t` in guarded memory, with its strides and its distance from 16 bytes."""
+        if t is None:
+            return None
+        self._library.runner_role(b"inout" if inout else b"input")
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        skip = t.data_ptr() % 16 // t.element_size()
+        base = torch.empty(skip + (last + 1 if t.numel() else 0), dtype=t.dtype)
+        copied = base.as_strided(t.shape, t.stride(), skip)
+        copied.copy_(t.detach())
+        self._library.runner_role(b"inout")
+        return copied
+
+    def refuse(self) -> None:
+        """The device refuses the next launch with clusters, and the next cooperative one."""
+        self._library.runner_refuse()
+
+    def call(self, name: str, *arguments: Any, outputs: Sequence[Tensor | int] = ()) -> Any:
+        """The operator; what it allocates of the sizes of `outputs` has to be written once."""
+        sizes = [t.nbytes if isinstance(t, Tensor) else t for t in outputs]
+        self._library.runner_outputs((ctypes.c_int64 * len(sizes))(*sizes), len(sizes))
+        try:
+            return getattr(torch.ops.bnorm_ext, name).default._op_dk(KEY, *arguments)
+        finally:
+            self._library.runner_outputs((ctypes.c_int64 * 0)(), 0)
+
+
+@contextlib.contextmanager
+def path_wanted(path: str | None) -> Iterator[None]:
+    """Kernels take this path where they can (csrc/cuda/plan.h); None: the best one."""
+    name = "BNORM_EXT_CUDA_PATH"
+    before = os.environ.pop(name, None)
+    if path is not None:
+        os.environ[name] = path
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def session(
+    *,
+    seed: int = 0,
+    device: str = "sm_80",
+    multiprocessors: int = 2,
+    capturing: bool = False,
+    path: str | None = "two_pass",
+) -> Iterator[Session]:
+    """Everything that torch allocates inside is guarded memory and is gone with the next session:
+    clone what is kept. Raises `Reported` at the end, naming the seed."""
+    with path_wanted(path), _session(seed, device, multiprocessors, capturing) as current:
+        yield current
+
+
+@contextlib.contextmanager
+def _session(seed: int, device: str, multiprocessors: int, capturing: bool) -> Iterator[Session]:
+    current = Session()
+    lib = current._library
+    assert lib.runner_begin(device.encode(), multiprocessors, seed, capturing), device
+    failed: Exception | None = None
+    try:
+        yield current
+    except RuntimeError as error:  # a launch that was refused or that found an error
+        failed = error
+    finally:
+        lib.runner_end()
+        current.launches = lib.runner_launches().decode().splitlines()
+    text = lib.runner_reports().decode()
+    if text:
+        raise Reported(f"seed {seed}, {device}: {text}") from failed
+    if failed is not None:
+        raise failed
+
+
+@dataclasses.dataclass
+class Epilogue:
+    """What follows the normalisation: act(normalised + residual)."""
+
+    act: str = "identity"
+    slope: float = 0.01  # of leaky_relu
+    residual: Tensor | None = None
+    # Whether backward reads the mask that forward has left, where it leaves one, or the residual.
+    masked: bool = True
+
+    def leaves_mask(self) -> bool:
+        return self.residual is not None and self.act in ("relu", "relu6", "leaky_relu")
+
+
+def group_of(x: Tensor) -> int:
+    """How many channels of x the kernels take together, or 0 (csrc/cuda/plan.h)."""
+    channels, positions = x.shape[1], x.numel() // (x.shape[0] * x.shape[1])
+    width = 16 // x.element_size()
+    if not is_channels_first(x) or channels == 1 or x.element_size() > 4:
+        return 0
+    if positions < width or positions % width == 0:
+        return 0
+    group = width // math.gcd(width, positions)
+    while 2 * group <= 16 and group * positions < 16 * width and channels % (2 * group) == 0:
+        group *= 2
+    return group if channels % group == 0 else 0
+
+
+def is_channels_first(x: Tensor) -> bool:
+    positions = x.numel() // x.shape[1]
+    return x.shape[1] == 1 or (x.is_contiguous() and positions > x.shape[0])
+
+
+def mask_shape(x: Tensor) -> tuple[int, int]:
+    """Of the mask for x: rows, and bytes in each (csrc/cuda/mask.h)."""
+    if group_of(x):
+        return x.numel() * x.element_size() // 16, 1
+    positions = x.numel() // x.shape[1]
+    rows, bits = (x.shape[1], positions) if is_channels_first(x) else (positions, x.shape[1])
+    return rows, -(-bits // 8)
+
+
+def run(
+    c: Case,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008  never changed
+    *,
+    launches: Callable[[str], None] = lambda line: None,
+    **where: Any,
+) -> Results:
+    """Forward and backward of one case in the emulator; everything that came out, by name.
+
+    launches: called with a line for each launch.
+    """
+    e = epilogue
+    is_plain = e.act == "identity" and e.residual is None
+    with session(**where) as s:
+        x, dy, weight, bias = (s.copy(t) for t in (c.x, c.dy, c.weight, c.bias))
+        residual = s.copy(e.residual)
+        running = [s.copy(t, inout=True) for t in (c.running_mean, c.running_var)]
+        channels = c.x.shape[1]
+        copied = group_of(c.x) > 0 and any(
+            t is not None and t.data_ptr() % 16 for t in (c.x, c.dy, e.residual)
+        )
+        # Copies of x's size are torch's, and written by it.
+        sizes: list[Any] = [] if copied else [c.x]
+        sizes += [channels * torch.empty((), dtype=accumulation_type(c.x.dtype)).nbytes]
+        sizes += [t for t in (c.weight, c.bias) if t is not None]
+        save_mask = e.masked and e.leaves_mask()
+        if save_mask:
+            sizes.append(math.prod(mask_shape(c.x)))
+        output_mask = [True, not is_plain, weight is not None, bias is not None]
+        act = (e.act, e.slope)
+        if c.training:
+            y, mean, rstd, mask = s.call(
+                *("batch_norm_training", x, residual, weight, bias, *running, None, c.momentum),
+                *(c.eps, *act, e.masked),
+                outputs=sizes,
+            )
+            backward, statistics = "batch_norm_backward", (mean, rstd)
+        else:
+            y, mask = s.call(
+                *("batch_norm_inference", x, residual, weight, bias, *running, c.eps, *act),
+                e.masked,
+                outputs=sizes,
+            )
+            backward, statistics = "batch_norm_inference_backward", (*running, c.eps)
+        assert (mask.numel() > 0) == save_mask
+        dx, dresidual, dweight, dbias = s.call(
+            *(backward, dy, x, None if save_mask else residual, weight, bias, *statistics),
+            *(mask if save_mask else None, *act, output_mask),
+            outputs=sizes,
+        )
+        found = {"y": y, "dx": dx, "dresidual": dresidual, "dweight": dweight, "dbias": dbias}
+        found |= dict(zip(("running_mean", "running_var"), running, strict=True))
+        found["mask"] = mask if save_mask else None
+    for line in s.launches:
+        launches(line)
+    return {name: t.clone() for name, t in found.items() if t is not None}
+
+
+def sanitized_environment() -> dict[str, str]:
+    """In which a new Python process runs the kernels under address and undefined-behaviour
+    sanitizers."""
+    compiler = building.compiler() or "g++"
+    runtimes = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return os.environ | {
+        "BNORM_EXT_EMULATED_LIBRARY": str(build(sanitize=True)),
+        "LD_PRELOAD": " ".join(runtimes),
+        # Python itself leaks, and torch catches signals.
+        "ASAN_OPTIONS": "detect_leaks=0:handle_segv=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }

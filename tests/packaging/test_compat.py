@@ -1,0 +1,206 @@
+"""Private names of torch: what happens where one is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnorm_ext
+from bnorm_ext import _compat, _load
+
+PACKAGE = Path(bnorm_ext.__file__).resolve().parent
+
+compiled_only = pytest.mark.skipif(
+    _load.DISABLED, reason="BNORM_EXT_DISABLE=1: there are no operators"
+)
+
+# The name is renamed in all of torch, as another release might do: torch itself goes on. What C++
+# defines is renamed as soon as it is there.
+RENAME = """
+import importlib.machinery, re, sys
+name = re.compile(r"\\b{name}\\b")
+load = importlib.machinery.SourceFileLoader.get_code
+
+def get_code(self, fullname):
+    holder = sys.modules.get("torch._C")
+    for part in {parts!r}:
+        holder = getattr(holder, part, None)
+    if {in_c} and hasattr(holder, "{name}"):
+        holder.{name}_renamed = holder.{name}
+        del holder.{name}
+    if fullname.split(".")[0] == "torch":
+        text = self.get_data(self.path)
+        if b"{name}" in text:
+            renamed = name.sub("{name}_renamed", text.decode())
+            return compile(renamed, self.path, "exec", dont_inherit=True)
+    return load(self, fullname)
+
+importlib.machinery.SourceFileLoader.get_code = get_code
+import torch
+"""
+USE = """
+import copy, warnings
+import torch
+from torch import nn
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+
+def is_missing(path):
+    held = torch
+    *parts, last = path.split(".")[1:]
+    for part in parts:
+        held = getattr(held, part, None)
+    return not hasattr(held() if held is nn.Module else held, last)
+
+
+assert is_missing({path!r})
+import bnorm_ext
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.bn2 = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.relu(self.bn(self.conv(x)))
+        return self.relu(self.bn2(y) + y)
+
+
+def step(net, x):
+    net.zero_grad()
+    loss = net(x).square().mean()
+    loss.backward()
+    with torch.no_grad():
+        for p in net.parameters():
+            p -= 0.1 * p.grad
+    net.eval()
+    with torch.no_grad():
+        y = net(x)
+    net.train()
+    return [loss.detach(), y, *(t.detach() for t in net.state_dict().values())]
+
+
+def compare(net, expected):
+    for a, b in zip(step(net, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+native = Block().double()
+for p in native.parameters():
+    nn.init.normal_(p)
+x = torch.randn(4, 3, 7, 7, dtype=torch.float64)
+converted = bnorm_ext.convert_batchnorm(copy.deepcopy(native))
+fused, report = bnorm_ext.fuse_batchnorm_act(copy.deepcopy(native))
+expected = step(copy.deepcopy(native), x)
+assert isinstance(converted.bn, bnorm_ext.BatchNorm2d)
+compare(copy.deepcopy(converted), expected)
+compare(copy.deepcopy(fused), expected)
+
+# A change of the net is followed, fused or not.
+fused.relu = nn.Tanh()
+native.relu = nn.Tanh()
+compare(fused, step(copy.deepcopy(native), x))
+
+# Transforms: of a function, over and over.
+f = lambda x: bnorm_ext.batch_norm(x, None, None, training=True).pow(3).sum()
+g = lambda x: nn.functional.batch_norm(x, None, None, training=True).pow(3).sum()
+small = torch.randn(3, 2, 2, dtype=torch.float64)
+for transform in (torch.func.grad, lambda f: torch.func.hessian(f)):
+    torch.testing.assert_close(transform(f)(small), transform(g)(small))
+second = lambda f: torch.func.jacfwd(torch.func.jacfwd(f))(small)
+torch.testing.assert_close(second(f), torch.func.jacrev(torch.func.jacrev(g))(small))
+with torch.autograd.forward_ad.dual_level():
+    dual = torch.autograd.forward_ad.make_dual(small, torch.ones_like(small))
+    tangents = [torch.autograd.forward_ad.unpack_dual(h(dual)).tangent for h in (f, g)]
+    torch.testing.assert_close(*tangents)
+
+# Errors are native's.
+for cls in (nn.BatchNorm2d, bnorm_ext.BatchNorm2d):
+    try:
+        cls(3)(torch.randn(2, 3))
+    except ValueError as error:
+        assert str(error) == "expected 4D input (got 2D input)", error
+    else:
+        raise AssertionError("2D input was taken")
+
+# The layouts that the compiler is told are those that the kernels write.
+image = torch.randn(2, 3, 4, 5)
+for base in (image, image.to(memory_format=torch.channels_last)):
+    for t in (base, base[:, :, ::2], base[:, :2], base.transpose(2, 3)):
+        given = t, None, None, None, None, None, None, 0.1, 1e-5
+        real = torch.ops.bnorm_ext.batch_norm_training(*given)[0]
+        fake = torch.ops.bnorm_ext.batch_norm_training(
+            torch.empty_strided(t.shape, t.stride(), device="meta"), *given[1:]
+        )[0]
+        assert real.stride() == fake.stride(), (t.stride(), real.stride(), fake.stride())
+
+print("fused:", len(report.fused))
+print("reasons:", report.refused + report.not_traced)
+print("runs a graph:", bool(report.fused) and not bnorm_ext._compat.has_global_module_hooks())
+"""
+
+
+def run_without(path: str) -> str:
+    *holder, name = path.split(".")
+    filled = {
+        "{name}": name,
+        "{parts!r}": repr(holder[2:]),
+        "{in_c}": repr(holder[:2] == ["torch", "_C"]),
+        "{path!r}": repr(path),
+    }
+    code = RENAME + USE
+    for hole, text in filled.items():
+        code = code.replace(hole, text)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@compiled_only
+@pytest.mark.parametrize("path", _compat.NAMES)
+def test_without_a_private_name(path):
+    """Imports, trains, differentiates and fuses, or says why it does not fuse."""
+    output = run_without(path)
+    refused = "fusing is refused" in _compat.NAMES[path]
+    assert ("fused: 0" if refused else "fused: 2") in output
+    assert ("reasons: []" in output) is not refused
+    if refused:
+        assert f"with torch {torch.__version__}" in output
+    graphs_run = not refused and "_global_" not in path
+    assert f"runs a graph: {graphs_run}" in output
+
+
+@compiled_only
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_channels_last_is_told_as_the_kernels_tell_it(rank):
+    sizes, strides = (1, 2, 3), (0, 1, 2, 3, 6, 12)
+    buffer = torch.zeros(200)
+    formats = set()
+    for _ in range(1000):
+        shape = [sizes[int(i)] for i in torch.randint(len(sizes), (rank,))]
+        stride = [strides[int(i)] for i in torch.randint(len(strides), (rank,))]
+        x = buffer.as_strided(shape, stride)
+        if x.is_contiguous():  # the kernels do not ask then
+            continue
+        v = torch.ones(shape[1])
+        y, _ = torch.ops.bnorm_ext.batch_norm_inference(x, None, v, v, v, v, 1e-5)
+        formats.add(told := _compat.channels_last_or_contiguous(x))
+        assert y.stride() == torch.empty(shape, memory_format=told).stride(), (shape, stride)
+    assert len(formats) == (1 if rank < 4 else 2)
