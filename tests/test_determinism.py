@@ -100,9 +100,9 @@ def test_operators_of_synchronised_training_are_independent_of_threads():
 
 # ---- Large outputs ------------------------------------------------------------------------------
 
-# Calls that touch 20 MiB and more use nontemporal stores, for whole aligned vectors only. In rows of
-# odd lengths the partial vectors before and after them are at every offset. Joined rows have one loop
-# for samples of whole vectors and one for others.
+# Calls that touch 20 MiB and more use nontemporal stores, for whole aligned vectors only. In rows
+# of odd lengths the partial vectors before and after them are at every offset. Joined rows have one
+# loop for samples of whole vectors and one for others.
 LARGE = {
     "rows of channels": (67,),
     "planes": (3, 4099),
