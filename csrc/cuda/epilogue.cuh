@@ -60,7 +60,7 @@ __device__ __forceinline__ unsigned epilogue_forward(const EpilogueParams& e, bo
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
       if (is_piecewise(act.value) && with_bits) {
-        mask_bits |= static_cast<unsigned>(is_open(act.value, z[v])) << v;
+        mask_bits |= static_cast<unsigned>(passes_gradient(act.value, z[v])) << v;
       }
       vec.set(v, activate(act.value, z[v], slope));
     }
@@ -85,13 +85,13 @@ __device__ __forceinline__ void epilogue_backward(const EpilogueParams& e, bool 
   } else if (masked) {
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
-      g[v] = through_open(e.act, dy[v], (mask_bits >> v & 1) != 0, slope);
+      g[v] = masked_backward(e.act, dy[v], (mask_bits >> v & 1) != 0, slope);
     }
   } else {
     z_of(affines, x, e.residual != nullptr, residual, g);
     with_activation(e.act, [&](auto act) {
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) g[v] = through(act.value, dy[v], g[v], slope);
+      for (int v = 0; v < kWidth; ++v) g[v] = activation_backward(act.value, dy[v], g[v], slope);
     });
   }
 }

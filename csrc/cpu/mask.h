@@ -1,33 +1,28 @@
-// Reading and writing the bits of a mask (MaskRows in kernels.h), and the expression whose sign
-// they keep.
+// Reading and writing the bits of a mask. MaskRows (plan.h) says where they are.
 #pragma once
 
-#include "kernels.h"
-#include "vec_activation.h"
+#include <cstdint>
+#include <cstring>
+
+#include "vec.h"
 
 namespace bnorm_ext {
 namespace cpu {
 namespace {
 
-// The one expression of the normalisation; d is x - mean.
-template <typename V>
-BNORM_INLINE V normalise(V d, V scale, V shift) {
-  return fma(d, scale, shift);
-}
-
-// Bits from `bit` on, the lowest one first; 57 of them are good.
+// The bits from `bit` on, lowest first. At least 57 of them are valid.
 BNORM_INLINE uint64_t read_bits(const uint8_t* mask, int64_t bit) {
   uint64_t word;
   std::memcpy(&word, mask + bit / 8, sizeof word);
   return word >> (bit % 8);
 }
 
-// Writes bits in the order of memory. Rows that follow each other within a byte are one to it;
-// where a row starts elsewhere, it starts at a whole byte.
-class BitWriter {
+// Writes bits in memory order. A row that starts where the one before ends continues its last byte;
+// any other row must start at a whole byte.
+class MaskWriter {
  public:
-  explicit BNORM_INLINE BitWriter(uint8_t* mask) : mask_(mask) {}
-  BNORM_INLINE void start(int64_t bit) {
+  explicit BNORM_INLINE MaskWriter(uint8_t* mask) : mask_(mask) {}
+  BNORM_INLINE void start_row(int64_t bit) {
     if (bit == next_) return;
     finish();
     p_ = mask_ + bit / 8;
@@ -44,7 +39,7 @@ class BitWriter {
   }
 
  private:
-  // count <= 32, and fewer than 32 are waiting.
+  // count <= 32. Fewer than 32 bits are pending before and after.
   BNORM_INLINE void put(uint64_t bits, int64_t count) {
     bits_ |= bits << count_;
     count_ += count;
@@ -58,10 +53,17 @@ class BitWriter {
   }
 
   uint8_t* mask_;
-  uint8_t* p_ = nullptr;  // where the waiting bits go
+  uint8_t* p_ = nullptr;  // where the pending bits go
   int64_t next_ = -1;     // the bit that is put next
-  uint64_t bits_ = 0;     // waiting, count_ of them
+  uint64_t bits_ = 0;     // pending, count_ of them
   int64_t count_ = 0;
+};
+
+// In place of MaskWriter where no mask is written.
+struct NoMask {
+  explicit BNORM_INLINE NoMask(uint8_t*) {}
+  BNORM_INLINE void start_row(int64_t) {}
+  BNORM_INLINE void finish() {}
 };
 
 }  // namespace
