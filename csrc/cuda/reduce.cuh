@@ -1,7 +1,7 @@
 // All reductions over warp, block and grid.
 //
-// Numerics      Everything is added in double; only sums of a few values, within a thread, are in the
-//               accumulation type.
+// Numerics      Everything is added in double; only sums of a few values, within a thread, are in
+//               the accumulation type.
 // Determinism   A fixed tree within the warp, then warps in order, then chunks in order, whichever
 //               block arrives last. No floating-point atomics.
 #pragma once

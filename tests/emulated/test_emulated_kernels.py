@@ -248,7 +248,7 @@ def test_merged_counter() -> None:
 
 
 def test_launches_of_one_stream_share_their_semaphores() -> None:
-    """Many blocks per tile, three calls in one session: the semaphores are back at zero each time."""
+    """Many blocks per tile, three calls in one session: each leaves the semaphores at zero."""
     c = made((8, 2, 32, 48), torch.float32, "contiguous")
     with emulated.session(capturing=False) as s:
         found = [s.call("batch_norm_stats", s.copy(c.x)) for _ in range(3)]
