@@ -40,7 +40,7 @@ __device__ __forceinline__ void sum_on_chip(
         A of_4 = 0, squares_of_4 = 0;
 #pragma unroll
         for (int j = begin; j < begin + 4; ++j) {
-          const A d = f(value[j / kPerVector][k * kPerVector + j % kPerVector], k);
+          const A d = f(x_vec[j / kPerVector][k * kPerVector + j % kPerVector], k);
           of_4 += j / kPerVector < valid ? d : A{0};
           if (kSquares)
             squares_of_4 = j / kPerVector < valid ? fma(d, d, squares_of_4) : squares_of_4;
