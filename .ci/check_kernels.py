@@ -116,9 +116,9 @@ def main() -> None:
             (source.name, f"sm_{arch}", name, figures)
             for name, (_, figures) in zip(names, found, strict=True)
         ]
-    print(f"{'file':14}{'arch':8}{'kernel':60}{'registers':>10}{'shared':>8}{'stack':>7}")
+    print(f"{'file':22}{'arch':8}{'kernel':60}{'registers':>10}{'shared':>8}{'stack':>7}")
     for file, arch, name, f in sorted(rows, key=lambda row: row[:3]):
-        print(f"{file:14}{arch:8}{name:60}{f['registers']:10}{f['shared']:8}{f['stack']:7}")
+        print(f"{file:22}{arch:8}{name:60}{f['registers']:10}{f['shared']:8}{f['stack']:7}")
     spilling = [row for row in rows if row[3]["spills"] or row[3]["loads"]]
     for file, arch, name, f in spilling:
         print(f"SPILLS: {file} {arch} {name}: {f['spills']} + {f['loads']} bytes")

@@ -79,7 +79,7 @@ def _mask(x: Tensor, residual: Tensor | None, act: str, save_mask: bool) -> Tens
 
 
 def _mask_bytes(x: Tensor) -> int:
-    """As ``MaskRows`` in ``csrc/cpu/kernels.h``, and ``mask_bytes`` in ``csrc/cuda/mask.h``."""
+    """As ``MaskRows`` in ``csrc/cpu/plan.h``, and ``mask_bytes`` in ``csrc/cuda/mask.h``."""
     N, C = x.shape[:2]
     S = math.prod(x.shape[2:])
     channels_last = S == 1 or not x.is_contiguous()

@@ -1,5 +1,6 @@
 // The elementwise activations and their derivatives, written once for scalars (CUDA) and for the
-// vectors of the CPU kernels, which bring the primitives below for themselves (csrc/cpu/vec.h).
+// vectors of the CPU kernels. A vector type brings its own overloads of the primitives below
+// (csrc/cpu/vec.h, csrc/cpu/vec_activation.h).
 //
 // With z the pre-activation, fma(x - mean, scale, shift) + residual in the accumulation type:
 //   relu         max(z, 0)
@@ -8,7 +9,7 @@
 //   silu         z * sigmoid(z)
 //   hardswish    z * relu6(z + 3) / 6
 // NaN stays NaN. Derivatives at the kinks are torch's: 0 for relu and relu6, slope for leaky_relu,
-// 0 and 1 for hardswish; where z is NaN, relu lets the gradient through, relu6 does not.
+// 0 and 1 for hardswish. Where z is NaN, relu passes the gradient and relu6 does not.
 #pragma once
 
 #include <cmath>
@@ -20,7 +21,7 @@
 #define BNORM_HOST_DEVICE_OUTLINE __host__ __device__ __forceinline__
 #else
 #define BNORM_HOST_DEVICE inline __attribute__((always_inline))
-// What takes long enough not to notice a call: kept out of loops that are unrolled.
+// For functions that take much longer than a call: not inlined, which keeps unrolled loops small.
 #define BNORM_HOST_DEVICE_OUTLINE __attribute__((noinline))
 #endif
 
@@ -28,12 +29,13 @@ namespace bnorm_ext {
 
 enum class Activation : int8_t { Identity, Relu, Relu6, LeakyRelu, Silu, Hardswish };
 
-// Piecewise linear: whether z is on the open side of its kinks is all that backward needs to know.
+// Backward of a piecewise linear activation needs one bit of z: whether z passes the gradient
+// (passes_gradient below).
 BNORM_HOST_DEVICE constexpr bool is_piecewise(Activation act) {
   return act == Activation::Relu || act == Activation::Relu6 || act == Activation::LeakyRelu;
 }
 
-// In an unnamed namespace, since files compiled for several instruction sets include this.
+// In an unnamed namespace, because files compiled for different instruction sets include this.
 namespace {
 
 // ---- Primitives, for scalars ------------------------------------------------------------------
@@ -53,13 +55,10 @@ template <typename A, typename = IfScalar<A>>
 BNORM_HOST_DEVICE bool greater(A a, A b) {
   return a > b;
 }
-// Not a <= b: also where one is NaN.
+// !(a <= b), which is true where a or b is NaN.
 template <typename A, typename = IfScalar<A>>
-BNORM_HOST_DEVICE bool beyond(A a, A b) {
+BNORM_HOST_DEVICE bool not_less_equal(A a, A b) {
   return !(a <= b);
-}
-BNORM_HOST_DEVICE bool both(bool a, bool b) {
-  return a && b;
 }
 template <typename A>
 BNORM_HOST_DEVICE IfScalar<A> select(bool which, A a, A b) {
@@ -71,18 +70,18 @@ BNORM_HOST_DEVICE IfScalar<A> select(bool which, A a, A b) {
 template <typename V>
 BNORM_HOST_DEVICE V relu(V z) {
   const V zero = constant(z, 0);
-  return select(beyond(z, zero), z, zero);
+  return select(not_less_equal(z, zero), z, zero);
 }
 
 template <typename V>
 BNORM_HOST_DEVICE V relu6(V z) {
   const V six = constant(z, 6);
-  return select(beyond(six, z), relu(z), six);
+  return select(not_less_equal(six, z), relu(z), six);
 }
 
-// silu or hardswish of z. exp is taken of -|z|, which cannot overflow, so that
-//   sigmoid(z) = 1 / (1 + t) and 1 - sigmoid(z) = t / (1 + t), or the other way round for z < 0,
-// are both exact to rounding, however close to 1 one of them is.
+// silu or hardswish of z. With t = exp(-|z|), which cannot overflow,
+//   sigmoid(z) = 1 / (1 + t) and 1 - sigmoid(z) = t / (1 + t), or the other way round for z < 0.
+// Neither is computed by subtraction, so both are accurate even where sigmoid(z) is close to 1.
 template <typename V>
 BNORM_HOST_DEVICE_OUTLINE V smooth(Activation act, V z) {
   const V zero = constant(z, 0), one = constant(z, 1);
@@ -94,7 +93,7 @@ BNORM_HOST_DEVICE_OUTLINE V smooth(Activation act, V z) {
   return z * relu6(z + constant(z, 3)) / constant(z, 6);
 }
 
-// The gradient of z from that of y. Where hardswish is flat, an infinite dy gives 0 as well.
+// The gradient of z from dy. Where hardswish is constant, it is 0 even if dy is infinite.
 template <typename V>
 BNORM_HOST_DEVICE_OUTLINE V smooth_gradient(Activation act, V dy, V z) {
   const V zero = constant(z, 0), one = constant(z, 1), three = constant(z, 3);
@@ -106,7 +105,8 @@ BNORM_HOST_DEVICE_OUTLINE V smooth_gradient(Activation act, V dy, V z) {
     return dy * (s * (one + z * one_less_s));
   }
   const V between = dy * (z / three + constant(z, 0.5));
-  return select(beyond(z, zero - three), select(beyond(three, z), between, dy), zero);
+  return select(not_less_equal(z, zero - three), select(not_less_equal(three, z), between, dy),
+                zero);
 }
 
 template <typename V>
@@ -125,46 +125,47 @@ BNORM_HOST_DEVICE V activate(Activation act, V z, V slope) {
   }
 }
 
-// Of a piecewise linear activation: where the gradient passes as it is.
+// Whether the gradient passes unchanged through a piecewise linear activation at z.
 template <typename V>
-BNORM_HOST_DEVICE auto is_open(Activation act, V z) {
+BNORM_HOST_DEVICE auto passes_gradient(Activation act, V z) {
   const V zero = constant(z, 0);
-  if (act == Activation::Relu) return beyond(z, zero);
-  const auto positive = greater(z, zero);
-  return act == Activation::Relu6 ? both(positive, greater(constant(z, 6), z)) : positive;
+  if (act == Activation::Relu) return not_less_equal(z, zero);
+  auto passes = greater(z, zero);
+  if (act == Activation::Relu6) passes = passes & greater(constant(z, 6), z);
+  return passes;
 }
 
-// What activate gives where it is known whether a piecewise linear one is open.
+// activate for a piecewise linear activation, where passes = passes_gradient(act, z) is known.
 template <typename V, typename Mask>
-BNORM_HOST_DEVICE V activate_open(Activation act, V z, Mask open, V slope) {
-  if (act == Activation::Relu) return select(open, z, constant(z, 0));
-  return act == Activation::LeakyRelu ? select(open, z, z * slope) : relu6(z);
+BNORM_HOST_DEVICE V activate_piecewise(Activation act, V z, Mask passes, V slope) {
+  if (act == Activation::Relu) return select(passes, z, constant(z, 0));
+  return act == Activation::LeakyRelu ? select(passes, z, z * slope) : relu6(z);
 }
 
-// The gradient of z from that of y, for a piecewise linear activation: where z is known to be open,
-// or from z.
+// The gradient of z from dy for a piecewise linear activation: from passes_gradient(act, z), which
+// forward may have saved, or from z.
 template <typename V, typename Mask>
-BNORM_HOST_DEVICE V through_open(Activation act, V dy, Mask open, V slope) {
-  return act == Activation::LeakyRelu ? select(open, dy, dy * slope)
-                                      : select(open, dy, constant(dy, 0));
+BNORM_HOST_DEVICE V masked_backward(Activation act, V dy, Mask passes, V slope) {
+  return act == Activation::LeakyRelu ? select(passes, dy, dy * slope)
+                                      : select(passes, dy, constant(dy, 0));
 }
 template <typename V>
-BNORM_HOST_DEVICE V through_piecewise(Activation act, V dy, V z, V slope) {
+BNORM_HOST_DEVICE V piecewise_backward(Activation act, V dy, V z, V slope) {
   const V zero = constant(z, 0);
-  if (act == Activation::Relu) return select(beyond(z, zero), dy, zero);
-  return through_open(act, dy, is_open(act, z), slope);
+  if (act == Activation::Relu) return select(not_less_equal(z, zero), dy, zero);
+  return masked_backward(act, dy, passes_gradient(act, z), slope);
 }
 
-// The same for the others.
+// The same for the other activations.
 template <typename V>
-BNORM_HOST_DEVICE V through_smooth(Activation act, V dy, V z) {
+BNORM_HOST_DEVICE V smooth_backward(Activation act, V dy, V z) {
   return act == Activation::Identity ? dy : smooth_gradient(act, dy, z);
 }
 
-// The same for any.
+// The same for any activation.
 template <typename V>
-BNORM_HOST_DEVICE V through(Activation act, V dy, V z, V slope) {
-  return is_piecewise(act) ? through_piecewise(act, dy, z, slope) : through_smooth(act, dy, z);
+BNORM_HOST_DEVICE V activation_backward(Activation act, V dy, V z, V slope) {
+  return is_piecewise(act) ? piecewise_backward(act, dy, z, slope) : smooth_backward(act, dy, z);
 }
 
 }  // namespace

@@ -21,8 +21,8 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   const cuda::ResidentPlan plan =
       cuda::plan_resident(in.shape, bytes, aligned, tensors, device, cuda::ByLimits{device});
   const bool resident = plan.path != cuda::Path::TwoPass;
-  const cuda::WalkPlan walk =
-      resident ? plan.walk : cuda::plan_two_pass(in.shape, bytes, aligned, device);
+  const cuda::TilePlan walk =
+      resident ? plan.tile_plan : cuda::plan_two_pass(in.shape, bytes, aligned, device);
   constexpr const char* kNames[] = {"two_pass", "block", "cluster", "grid"};
   pybind11::dict found;
   found["path"] = kNames[static_cast<int>(plan.path)];

@@ -1,5 +1,5 @@
 // The backward operators on CPU tensors: checks, allocation, per-channel coefficients, and which
-// kernels to run (drive.h runs them, backward_kernels.h is what they do).
+// kernels to run (parallel.h runs them, backward_kernels.h is what they do).
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -7,7 +7,8 @@
 #include <tuple>
 
 #include "channel.h"
-#include "drive.h"
+#include "huge_pages.h"
+#include "parallel.h"
 
 namespace bnorm_ext {
 namespace cpu {
@@ -82,10 +83,11 @@ struct Backward {
           shift[c] = static_cast<A>(get_or(b, c, 0));
         }
       }
-      // What is streamed must be aligned alike.
-      p.stream =
-          streams(wants_dx ? dx : dresidual,
-                  2 + (p.residual != nullptr) + wants_dx + wants_dresidual) &&
+      // Nontemporal stores are for outputs with the same alignment: both are written in one loop.
+      p.nontemporal =
+          writes &&
+          is_nontemporal(p.shape, x.element_size(),
+                         2 + (p.residual != nullptr) + wants_dx + wants_dresidual) &&
           (!wants_dx || !wants_dresidual ||
            reinterpret_cast<uintptr_t>(p.dx) % 64 == reinterpret_cast<uintptr_t>(p.dresidual) % 64);
       const auto set_coefficients = [&](int64_t c, double dy_mean, double dy_xhat_mean) {
@@ -104,10 +106,11 @@ struct Backward {
         if (writes) one_pass(p.shape, second);
         return;
       }
-      const int64_t slab = slab_channels(p.shape, 2 * x.element_size(), p.stream);
-      p.ahead = slab * p.shape.S;
+      const int64_t block_channels =
+          cache_block_channels(p.shape, 2 * x.element_size(), p.nontemporal, at::get_num_threads());
+      p.prefetch_distance = prefetch_distance(p.shape, block_channels);
       two_passes<Sums, ChannelSums>(
-          p.shape, slab,
+          p.shape, block_channels,
           [&](const Span& span, int64_t c0, int64_t c1, Sums* out) { sums(p, span, c0, c1, out); },
           [&](int64_t c, const ChannelSums& total) {
             const A dy_sum = static_cast<A>(total.dy), dy_xhat_sum = static_cast<A>(total.dy_xhat);

@@ -1,63 +1,27 @@
 // The backward kernels.
 //
-// Formula   With xhat = (x - mean) * rstd and g the gradient of z = fma(x - mean, scale, shift) +
-//           residual, g = dy * act'(z): sums of g and g * xhat of a chunk, and
-//           dx = ((g - mean_g) - xhat * mean_g_xhat) * scale, scale = weight * rstd; in inference,
-//           where the statistics are constants, dx = g * scale; dresidual = g
+// Formula   With xhat = (x - mean) * rstd and g = dy * act'(z), the gradient of
+//           z = fma(x - mean, scale, shift) + residual, scale = weight * rstd:
+//           sums: of g and of g * xhat over a chunk;
+//           dx: dx = ((g - mean_g) - xhat * mean_g_xhat) * scale, dresidual = g; in inference,
+//           where the statistics are constants, dx = g * scale
 //           (Ioffe and Szegedy 2015, arXiv:1502.03167)
-// Bytes     sums: reads dy and x; dx: reads dy and x, writes dx and, where asked for, dresidual;
-//           both read residual or, in its place, the mask of one bit an element, if forward had any
-// Numerics  Products and trees of 16 in the accumulation type, added up in double. Where a sum
-//           is not finite the chunk is gathered again in double. z has the forward's very bits.
+// Bytes     sums: reads dy and x; dx: reads dy and x, writes dx and, if wanted, dresidual. Both
+//           read the residual, if there is one, or the mask of one bit per element in its place.
+// Numerics  Products and trees of 16 values in the accumulation type, accumulated in double. Where
+//           a sum is not finite, the chunk is summed again in double. z has the same bits as in
+//           forward.
 #pragma once
 
-#include "bits.h"
 #include "elementwise.h"
+#include "epilogue.h"
 #include "sums.h"
 
 namespace bnorm_ext {
 namespace cpu {
 namespace {
 
-// g of a vector, for the piecewise linear activations or for the others. Two types, since loops
-// with a call in them (`smooth_gradient`) keep no vector in a register.
-template <typename T, bool kPiecewise>
-struct PreActivationGradient {
-  using V = VectorOf<T>;
-  Activation act;
-  V slope;
-  const T* residual;    // or null
-  const uint8_t* mask;  // or null
-
-  explicit BNORM_INLINE PreActivationGradient(const BackwardParams& p)
-      : act(p.act),
-        slope(V::all(static_cast<Acc<T>>(p.slope))),
-        residual(static_cast<const T*>(p.residual)),
-        mask(p.mask) {}
-
-  // d: x - mean
-  template <typename P>
-  BNORM_INLINE V operator()(V dy, V d, Place place, P part, V scale, V shift) const {
-    if (kPiecewise && mask != nullptr) {
-      return through_open(act, dy, lanes_of(V{}, read_bits(mask, place.bit)), slope);
-    }
-    V z = normalise(d, scale, shift);
-    if (residual != nullptr) z = z + load(residual + place.at, part, V::all(0));
-    if (kPiecewise) return through_piecewise(act, dy, z, slope);
-    return through_smooth(act, dy, z);
-  }
-};
-
-// f(PreActivationGradient) for the activation of this call.
-template <typename T, typename F>
-BNORM_INLINE void with_gradient(const BackwardParams& p, F f) {
-  if (is_piecewise(p.act)) {
-    f(PreActivationGradient<T, true>(p));
-  } else {
-    f(PreActivationGradient<T, false>(p));
-  }
-}
-
+// The sums of channel c of a chunk; products and additions are in double, g as in the vectors.
 template <typename T>
 void sums_in_double(const BackwardParams& p, const Span& span, int64_t c, Sums* out) {
   const T* dy = static_cast<const T*>(p.dy);
@@ -65,12 +29,12 @@ void sums_in_double(const BackwardParams& p, const Span& span, int64_t c, Sums* 
   const double mean = static_cast<const Acc<T>*>(p.mean)[c];
   const double rstd = static_cast<const Acc<T>*>(p.rstd)[c];
   *out = {0, 0};
-  const auto add = [&](double g, int64_t at) {
+  const auto add = [&](double g, int64_t i) {
     out->dy += g;
-    out->dy_xhat += g * ((value(x + at) - mean) * rstd);
+    out->dy_xhat += g * ((value(x + i) - mean) * rstd);
   };
   if (p.act == Activation::Identity) {
-    each_element(p.shape, span, c, [&](Place i) { add(value(dy + i.at), i.at); });
+    for_each_element(p.shape, span, c, [&](Offset at) { add(value(dy + at.element), at.element); });
     return;
   }
   using V = VectorOf<T>;
@@ -78,15 +42,16 @@ void sums_in_double(const BackwardParams& p, const Span& span, int64_t c, Sums* 
   const V scale = V::all(static_cast<const Acc<T>*>(p.scale)[c]);
   const V shift = V::all(static_cast<const Acc<T>*>(p.shift)[c]);
   const Part one{1};
-  with_gradient<T>(p, [&](auto gradient) {
-    each_element(p.shape, span, c, [&](Place i) {
-      const V g = load(dy + i.at, one, V::all(0)), d = load(x + i.at, one, m) - m;
-      add(sum(gradient(g, d, i, one, scale, shift)), i.at);
+  with_epilogue_backward<T>(p, [&](auto epilogue_backward) {
+    for_each_element(p.shape, span, c, [&](Offset at) {
+      const int64_t i = at.element;
+      const V dy_vec = load(dy + i, one, V::all(0)), d = load(x + i, one, m) - m;
+      add(sum(epilogue_backward(dy_vec, d, at, one, scale, shift)), i);
     });
   });
 }
 
-// Channels [c0, c1), at most kChannelBlock of them.
+// Channels [c0, c1), at most kMaxChannelsPerCall of them.
 template <typename T>
 void sums(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1, Sums* out) {
   using A = Acc<T>;
@@ -95,39 +60,39 @@ void sums(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1, Sum
   const T* x = static_cast<const T*>(p.x);
   const A* rstd = static_cast<const A*>(p.rstd) + c0;
   const V zero = V::all(0);
-  double sum_dy[kChannelBlock], dot[kChannelBlock];
+  double sum_dy[kMaxChannelsPerCall], dot[kMaxChannelsPerCall];
   if (p.act == Activation::Identity) {
     const A* const coefficients[] = {static_cast<const A*>(p.mean) + c0};
     sums_of_pairs<T>(p.shape, span, c0, c1, coefficients, sum_dy, dot,
-                     [=](Place place, auto part, const V(&k)[1]) BNORM_INLINE_LAMBDA {
-                       return Pair<V>{load(dy + place.at, part, zero),
-                                      load(x + place.at, part, k[0]) - k[0]};
+                     [=](Offset at, auto part, const V(&k)[1]) BNORM_INLINE_LAMBDA {
+                       return Pair<V>{load(dy + at.element, part, zero),
+                                      load(x + at.element, part, k[0]) - k[0]};
                      });
   } else {
     const A* const coefficients[] = {static_cast<const A*>(p.mean) + c0,
                                      static_cast<const A*>(p.scale) + c0,
                                      static_cast<const A*>(p.shift) + c0};
-    with_gradient<T>(p, [&](auto gradient) {
+    with_epilogue_backward<T>(p, [&](auto epilogue_backward) {
       sums_of_pairs<T>(p.shape, span, c0, c1, coefficients, sum_dy, dot,
-                       [=](Place place, auto part, const V(&k)[3]) BNORM_INLINE_LAMBDA {
-                         const V g = load(dy + place.at, part, zero),
-                                 d = load(x + place.at, part, k[0]) - k[0];
-                         return Pair<V>{gradient(g, d, place, part, k[1], k[2]), d};
+                       [=](Offset at, auto part, const V(&k)[3]) BNORM_INLINE_LAMBDA {
+                         const V dy_vec = load(dy + at.element, part, zero),
+                                 d = load(x + at.element, part, k[0]) - k[0];
+                         return Pair<V>{epilogue_backward(dy_vec, d, at, part, k[1], k[2]), d};
                        });
     });
   }
   for (int64_t k = 0; k < c1 - c0; ++k) {
     out[k] = {sum_dy[k], dot[k] * static_cast<double>(rstd[k])};
-    if (!finite(out[k].dy) || !finite(out[k].dy_xhat)) {
+    if (!is_finite(out[k].dy) || !is_finite(out[k].dy_xhat)) {
       sums_in_double<T>(p, span, c0 + k, out + k);
     }
   }
 }
 
-// d: x - mean
+// deviation: x - mean
 template <typename V>
-BNORM_INLINE V input_gradient(V g, V d, V rstd, V mean_g, V mean_g_xhat, V scale) {
-  return ((g - mean_g) - (d * rstd) * mean_g_xhat) * scale;
+BNORM_INLINE V input_gradient(V g, V deviation, V rstd, V mean_g, V mean_g_xhat, V scale) {
+  return ((g - mean_g) - (deviation * rstd) * mean_g_xhat) * scale;
 }
 
 template <typename T>
@@ -146,7 +111,8 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
   const bool training = p.mean_dy != nullptr;
   const T* residual = static_cast<const T*>(p.residual);
   T* dresidual = static_cast<T*>(p.dresidual);
-  const int64_t ahead = p.ahead;  // read once: the compiler must think that a store may change it
+  // Local copies: for all that the compiler knows, a store to dx could change a member of p.
+  const int64_t prefetch_distance = p.prefetch_distance;
   if (p.act != Activation::Identity || dresidual != nullptr) {
     const A* const coefficients[] = {mean,
                                      rstd,
@@ -154,43 +120,44 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
                                      p.shift == nullptr ? scale : static_cast<const A*>(p.shift),
                                      training ? mean_g : scale,
                                      training ? mean_g_xhat : scale};
-    with_gradient<T>(p, [&](auto gradient) {
-      each_vector_of_span<NoBits>(
-          p.shape, span, c0, c1, coefficients, dx != nullptr ? dx : dresidual, p.stream, nullptr,
-          [=](Place place, auto part, auto how, const V(&k)[6], NoBits&) BNORM_INLINE_LAMBDA {
-            const int64_t at = place.at;
-            fetch_ahead(dy + at + ahead, how);
-            fetch_ahead(x + at + ahead, how);
-            if (residual != nullptr) fetch_ahead(residual + at + ahead, how);
-            const V d = load(x + at, part, zero) - k[0];
-            const V g = gradient(load(dy + at, part, zero), d, place, part, k[2], k[3]);
-            if (dresidual != nullptr) store(dresidual + at, part, g, how);
+    with_epilogue_backward<T>(p, [&](auto epilogue_backward) {
+      for_each_vector_of_span<NoMask>(
+          p.shape, span, c0, c1, coefficients, dx != nullptr ? dx : dresidual, p.nontemporal,
+          nullptr,
+          [=](Offset at, auto part, auto hint, const V(&k)[6], NoMask&) BNORM_INLINE_LAMBDA {
+            const int64_t i = at.element;
+            prefetch(dy + i + prefetch_distance, hint);
+            prefetch(x + i + prefetch_distance, hint);
+            if (residual != nullptr) prefetch(residual + i + prefetch_distance, hint);
+            const V d = load(x + i, part, zero) - k[0];
+            const V g = epilogue_backward(load(dy + i, part, zero), d, at, part, k[2], k[3]);
+            if (dresidual != nullptr) store(dresidual + i, part, g, hint);
             if (dx == nullptr) return;
-            store(dx + at, part, training ? input_gradient(g, d, k[1], k[4], k[5], k[2]) : g * k[2],
-                  how);
+            store(dx + i, part, training ? input_gradient(g, d, k[1], k[4], k[5], k[2]) : g * k[2],
+                  hint);
           });
     });
     return;
   }
-  if (!training) {  // in inference dx does not depend on x, be it infinite
+  if (!training) {  // x is not read: an infinite one must not reach dx
     const A* const coefficients[] = {scale};
-    each_vector_of_span<NoBits>(p.shape, span, c0, c1, coefficients, dx, p.stream, nullptr,
-                                [=](Place place, auto part, auto how, const V(&k)[1], NoBits&)
-                                    BNORM_INLINE_LAMBDA {
-                                      const int64_t at = place.at;
-                                      store(dx + at, part, load(dy + at, part, zero) * k[0], how);
-                                    });
+    for_each_vector_of_span<NoMask>(
+        p.shape, span, c0, c1, coefficients, dx, p.nontemporal, nullptr,
+        [=](Offset at, auto part, auto hint, const V(&k)[1], NoMask&) BNORM_INLINE_LAMBDA {
+          const int64_t i = at.element;
+          store(dx + i, part, load(dy + i, part, zero) * k[0], hint);
+        });
     return;
   }
   const A* const coefficients[] = {mean, rstd, mean_g, mean_g_xhat, scale};
-  each_vector_of_span<NoBits>(
-      p.shape, span, c0, c1, coefficients, dx, p.stream, nullptr,
-      [=](Place place, auto part, auto how, const V(&k)[5], NoBits&) BNORM_INLINE_LAMBDA {
-        const int64_t at = place.at;
-        fetch_ahead(dy + at + ahead, how);
-        fetch_ahead(x + at + ahead, how);
-        const V g = load(dy + at, part, zero), d = load(x + at, part, zero) - k[0];
-        store(dx + at, part, input_gradient(g, d, k[1], k[2], k[3], k[4]), how);
+  for_each_vector_of_span<NoMask>(
+      p.shape, span, c0, c1, coefficients, dx, p.nontemporal, nullptr,
+      [=](Offset at, auto part, auto hint, const V(&k)[5], NoMask&) BNORM_INLINE_LAMBDA {
+        const int64_t i = at.element;
+        prefetch(dy + i + prefetch_distance, hint);
+        prefetch(x + i + prefetch_distance, hint);
+        const V g = load(dy + i, part, zero), d = load(x + i, part, zero) - k[0];
+        store(dx + i, part, input_gradient(g, d, k[1], k[2], k[3], k[4]), hint);
       });
 }
 

@@ -1,4 +1,4 @@
-// Which compiled instruction set of the CPU kernels this process uses.
+// Which of the compiled kernel tables this process uses.
 #pragma once
 
 #include <string>
@@ -8,8 +8,8 @@
 namespace bnorm_ext {
 namespace cpu {
 
-// The best that was compiled and that this CPU has, or a lower one named by the environment
-// variable BNORM_EXT_CPU_CAPABILITY. Chosen at the first call.
+// The best instruction set that was compiled and that this CPU has, or the one named by the
+// environment variable BNORM_EXT_CPU_CAPABILITY. Chosen at the first call.
 const KernelTable& kernels();
 
 std::string capability();

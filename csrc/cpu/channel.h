@@ -1,5 +1,5 @@
-// What the host code of both directions does per channel: reading parameters, coefficients for the
-// kernels, running statistics.
+// What the host code of forward and backward does per channel: it reads and writes parameters,
+// merges the results of chunks, keeps coefficients for the kernels, updates running statistics.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../variance.h"
+#include "params.h"
 
 namespace bnorm_ext {
 namespace cpu {
@@ -51,8 +53,42 @@ inline double get_or(const ChannelVector& v, int64_t c, double otherwise) {
   return v.data == nullptr ? otherwise : get(v, c);
 }
 
-// Some [C] arrays of the accumulation type, written per channel by whichever thread finishes it. On
-// the stack for usual numbers of channels.
+// The moments of one channel, merged from those of its chunks in index order. Deviations are taken
+// from the first chunk's anchor (0 where that is not finite), which in double loses at most
+// log2(number of chunks) + 1 of 53 bits.
+class ChannelMoments {
+ public:
+  void add(const Moments& chunk, double count) {
+    if (count_ == 0 && chunk.anchor - chunk.anchor == 0) anchor_ = chunk.anchor;
+    const double d = (chunk.anchor - anchor_) + chunk.delta;
+    count_ += count;
+    d_ += count * d;
+    d2_ += chunk.m2 + count * d * d;
+  }
+  struct MeanVar {
+    double mean, var;
+  };
+  MeanVar result() const {
+    const double per_value = 1 / count_, d = d_ * per_value, v = d2_ * per_value - d * d;
+    return {anchor_ + d, clamp_variance(v)};
+  }
+
+ private:
+  double count_ = 0, anchor_ = 0, d_ = 0, d2_ = 0;
+};
+
+// The backward sums of one channel, merged in the same order.
+class ChannelSums {
+ public:
+  void add(const Sums& chunk, double) {
+    dy += chunk.dy;
+    dy_xhat += chunk.dy_xhat;
+  }
+  double dy = 0, dy_xhat = 0;
+};
+
+// [C] arrays of the accumulation type, which threads fill channel by channel. On the stack for
+// usual numbers of channels.
 template <typename A>
 class Coefficients {
  public:
@@ -72,7 +108,7 @@ class Coefficients {
   A* data_;
 };
 
-// Moves the running statistics towards this batch. In double, whatever the buffers are.
+// Updates the running statistics with this batch: computed in double, whatever their dtype.
 class RunningStatistics {
  public:
   RunningStatistics(const ForwardArguments& a, int64_t count)
@@ -102,7 +138,7 @@ class RunningStatistics {
 
  private:
   RunningUpdate update_;
-  double unbiased_;  // variance over the biased one
+  double unbiased_;  // n / (n - 1), from the biased to the unbiased variance
 };
 
 template <typename F>

@@ -1,109 +1,109 @@
-// An elementwise pass over a chunk.
+// An elementwise pass over a chunk: the loops that write y, dx and dresidual.
 #pragma once
 
-#include "walk.h"
+#include <type_traits>
+
+#include "iterate.h"
+#include "mask.h"
 
 namespace bnorm_ext {
 namespace cpu {
 namespace {
 
-// Rows are taken across the samples below this many positions only.
-constexpr int64_t kTinyRow = 16;
-
-// Rows of fewer vectors than this run into each other; longer ones gain nothing by it.
-constexpr int64_t kFewVectors = 8;
-
-// For passes that write no mask.
-struct NoBits {
-  explicit BNORM_INLINE NoBits(uint8_t*) {}
-  BNORM_INLINE void start(int64_t) {}
-  BNORM_INLINE void finish() {}
-};
-
-// The short rows of channels [c0, c1) of a sample one after the other, as they lie in memory from
-// `place` on: what is left of a row makes one vector with the beginning of the next, whose lanes
-// have coefficients of either. Rows are no shorter than V.
-template <typename V, typename How, typename Bits, typename A, int kCount, typename F>
-BNORM_INLINE void each_vector_of_rows(int64_t S, Place place, int64_t c0, int64_t c1, How how,
-                                      const A* const (&coefficients)[kCount], Bits& bits, F f) {
+// Joins the short rows of channels [c0, c1) of one sample, which follow each other in memory from
+// `at` on: the rest of a row makes one vector with the beginning of the next, and its lanes have
+// the coefficients of both channels. Rows are no shorter than V.
+template <typename V, typename Hint, typename Mask, typename A, int kCount, typename F>
+BNORM_INLINE void for_each_vector_of_joined_rows(int64_t S, Offset at, int64_t c0, int64_t c1,
+                                                 Hint hint, const A* const (&coefficients)[kCount],
+                                                 Mask& mask, F f) {
   int64_t left = 0;  // of row c
   for (int64_t c = c0; c < c1; ++c) {
     V k[kCount];
     for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c]);
-    for (left += S; left >= V::W; left -= V::W, place = place + V::W) {
-      f(place, Full{}, how, k, bits);
+    for (left += S; left >= V::W; left -= V::W, at = at + V::W) {
+      f(at, Full{}, hint, k, mask);
     }
     if (left == 0 || c + 1 == c1) continue;
-    const auto own = lanes_of(V{}, (uint64_t{1} << left) - 1);
+    const auto own = from_mask(V{}, (uint64_t{1} << left) - 1);
     for (int i = 0; i < kCount; ++i) k[i] = select(own, k[i], V::all(coefficients[i][c + 1]));
-    f(place, Full{}, how, k, bits);
-    place = place + V::W;
+    f(at, Full{}, hint, k, mask);
+    at = at + V::W;
     left -= V::W;
   }
   if (left == 0) return;
   V k[kCount];
   for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c1 - 1]);
-  f(place, Part{left}, Cached{}, k, bits);
+  f(at, Part{left}, Cached{}, k, mask);
 }
 
-// Calls f(place, Full | Part, how, k, bits) for every vector of channels [c0, c1) of a span, where
-// k[i] are the coefficients of its lanes, from the arrays coefficients[i][c], `how` is the way to
-// store at out + place.at, and `bits` (NoBits or BitWriter) takes the row's bits of the mask.
-template <typename Bits, typename T, int kCount, typename F>
-BNORM_INLINE void each_vector_of_span(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
-                                      const Acc<T>* const (&coefficients)[kCount], T* out,
-                                      bool stream, uint8_t* mask, F f) {
+// Calls f(at, Full | Part, hint, k, mask) for every vector of channels [c0, c1) of a span.
+//   at    the offset of its first element
+//   hint  Cached | Nontemporal: how to store at out + at.element
+//   k[i]  the coefficients of its lanes, from the arrays coefficients[i][c]
+//   mask  Mask (MaskWriter or NoMask), which takes the vector's bits
+template <typename Mask, typename T, int kCount, typename F>
+BNORM_INLINE void for_each_vector_of_span(const Shape& shape, const Span& span, int64_t c0,
+                                          int64_t c1, const Acc<T>* const (&coefficients)[kCount],
+                                          T* out, bool nontemporal, uint8_t* mask_bytes, F f) {
   using V = VectorOf<T>;
-  Bits bits(mask);
-  if (shape.S >= kTinyRow && shape.S >= V::W && shape.S < kFewVectors * V::W) {
-    static_assert(kFewVectors * V::W <= kShortRow, "a mask's bits lie as the elements do");
+  Mask mask(mask_bytes);
+  if (shape.S >= kTinyRow && shape.S >= V::W && shape.S < kJoinedVectors * V::W) {
+    static_assert(kJoinedVectors * V::W <= kShortRow, "the rows of a sample are one mask row");
     const MaskRows rows(shape);
     for (int64_t n = span.n0; n < span.n1; ++n) {
       const int64_t first = (n * shape.C + c0) * shape.S;
-      const Place place{first, rows.bit(first, n, c0)};
-      bits.start(place.bit);
-      if (stream && is_aligned<V>(out + first)) {
-        each_vector_of_rows<V>(shape.S, place, c0, c1, Streamed{}, coefficients, bits, f);
+      const Offset at{first, rows.bit(first, n, c0)};
+      mask.start_row(at.bit);
+      if (nontemporal && is_aligned<V>(out + first)) {
+        for_each_vector_of_joined_rows<V>(shape.S, at, c0, c1, Nontemporal{}, coefficients, mask,
+                                          f);
       } else {
-        each_vector_of_rows<V>(shape.S, place, c0, c1, Cached{}, coefficients, bits, f);
+        for_each_vector_of_joined_rows<V>(shape.S, at, c0, c1, Cached{}, coefficients, mask, f);
       }
     }
-    bits.finish();
+    mask.finish();
     return;
   }
   if (shape.S >= kTinyRow) {
-    each_row(shape, span, c0, c1, [&](Place place, int64_t length, int64_t c) BNORM_INLINE_LAMBDA {
-      V k[kCount];
-      for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c0 + c]);
-      bits.start(place.bit);
-      each_vector_to<V>(out + place.at, length, stream,
-                        [&](int64_t i, auto part, auto how)
-                            BNORM_INLINE_LAMBDA { f(place + i, part, how, k, bits); });
-    });
-    bits.finish();
+    for_each_row(
+        shape, span, c0, c1, [&](Offset first, int64_t length, int64_t c) BNORM_INLINE_LAMBDA {
+          V k[kCount];
+          for (int i = 0; i < kCount; ++i) k[i] = V::all(coefficients[i][c0 + c]);
+          mask.start_row(first.bit);
+          for_each_stored_vector<V>(out + first.element, length, nontemporal,
+                                    [&](int64_t i, auto part, auto hint)
+                                        BNORM_INLINE_LAMBDA { f(first + i, part, hint, k, mask); });
+        });
+    mask.finish();
     return;
   }
   Columns<Acc<T>> columns[kCount];
-  each_tile(shape, span, c0, c1, [&](const Tile& tile) BNORM_INLINE_LAMBDA {
+  for_each_tile(shape, span, c0, c1, [&](const Tile& tile) BNORM_INLINE_LAMBDA {
     for (int i = 0; i < kCount; ++i) {
-      spread<V>(tile, shape.S, coefficients[i] + tile.c0, columns[i].a);
+      expand_to_columns<V>(tile, shape.S, coefficients[i] + tile.c0, columns[i].a);
     }
     for (int64_t r = 0; r <= tile.rows; ++r) {
-      const Place place = tile.row(r);
+      const Offset first = tile.row(r);
       const int64_t width = r < tile.rows ? tile.width : tile.rest;
       if (width == 0) continue;
-      // Columns by even and odd places can be had from whole vectors on only.
-      const bool whole = std::is_same<V, EvenOdd>::value && !is_aligned<V>(out + place.at);
-      bits.start(place.bit);
-      each_vector_to<V>(out + place.at, width, stream && !whole,
-                        [&](int64_t j, auto part, auto how) BNORM_INLINE_LAMBDA {
-                          V k[kCount];
-                          for (int i = 0; i < kCount; ++i) k[i] = load_lanes(columns[i].a + j, V{});
-                          f(place + j, part, how, k, bits);
-                        });
+      // Nontemporal stores to a row that is not aligned begin with a part of a vector. All later
+      // vectors then start between two vectors of columns, which the lane order of EvenOdd does not
+      // allow: such rows are stored as usual.
+      const bool needs_usual_stores =
+          std::is_same<V, EvenOdd>::value && !is_aligned<V>(out + first.element);
+      mask.start_row(first.bit);
+      for_each_stored_vector<V>(out + first.element, width, nontemporal && !needs_usual_stores,
+                                [&](int64_t j, auto part, auto hint) BNORM_INLINE_LAMBDA {
+                                  V k[kCount];
+                                  for (int i = 0; i < kCount; ++i) {
+                                    k[i] = load_lane_order(columns[i].a + j, V{});
+                                  }
+                                  f(first + j, part, hint, k, mask);
+                                });
     }
   });
-  bits.finish();
+  mask.finish();
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The forward operators on CPU tensors: checks, allocation, per-channel coefficients, and which
-// kernels to run (drive.h runs them, forward_kernels.h is what they do).
+// kernels to run (parallel.h runs them, forward_kernels.h is what they do).
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -8,7 +8,8 @@
 #include <tuple>
 
 #include "channel.h"
-#include "drive.h"
+#include "huge_pages.h"
+#include "parallel.h"
 
 namespace bnorm_ext {
 namespace cpu {
@@ -35,7 +36,7 @@ ForwardParams forward_params(const Input& in, const Tensor& y, const Epilogue& e
   p.dtype = in.dtype;
   p.x = in.tensor.const_data_ptr();
   p.y = y.data_ptr();
-  p.stream = streams(y, p.residual != nullptr ? 3 : 2);
+  p.nontemporal = is_nontemporal(p.shape, y.element_size(), p.residual != nullptr ? 3 : 2);
   return p;
 }
 
@@ -76,12 +77,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     p.mean = mean_of;
     p.scale = scale;
     p.shift = shift;
-    const int64_t slab = slab_channels(p.shape, x.element_size(), p.stream, p.mask != nullptr);
-    p.ahead = slab * p.shape.S;
+    const int64_t block_channels =
+        cache_block_channels(p.shape, x.element_size(), p.nontemporal, at::get_num_threads(),
+                             /*writes_mask=*/p.mask != nullptr);
+    p.prefetch_distance = prefetch_distance(p.shape, block_channels);
     const auto moments = kernels().moments[static_cast<int>(in.dtype)];
     const auto apply = kernels().apply[static_cast<int>(in.dtype)];
     two_passes<Moments, ChannelMoments>(
-        p.shape, slab,
+        p.shape, block_channels,
         [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
           moments(p, span, c0, c1, out);
         },
@@ -174,7 +177,7 @@ std::tuple<Tensor, Tensor> stats(const Tensor& x) {
   p.x = in.tensor.const_data_ptr();
   const auto moments = kernels().moments[static_cast<int>(in.dtype)];
   two_passes<Moments, ChannelMoments>(
-      p.shape, slab_channels(p.shape, x.element_size(), false),
+      p.shape, cache_block_channels(p.shape, x.element_size(), false, at::get_num_threads()),
       [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
         moments(p, span, c0, c1, out);
       },

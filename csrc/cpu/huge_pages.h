@@ -1,8 +1,10 @@
-// Fresh memory for large outputs in huge pages.
+// Huge pages for large outputs.
 //
-// A tensor of 64 MB is 16,000 ordinary pages. Where the allocator has just got them from the system
-// (always, above its 32 MB), entering them one by one costs several times what the kernels do.
-// Only advice: a system without huge pages, or with them set to `never`, ignores it, and
+// A tensor of 64 MB has 16,000 ordinary pages. Where the allocator has just got them from the
+// system (above 32 MB it always does), their page faults take several times as long as the kernels.
+// With huge pages there are 32.
+//
+// This is only advice: a system without huge pages, or with them set to `never`, ignores it, and
 // `prctl(PR_SET_THP_DISABLE)` turns it off for a process.
 #pragma once
 

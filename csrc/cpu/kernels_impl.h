@@ -1,5 +1,5 @@
-// The table of one instruction set, compiled by kernels_<isa>.cpp with BNORM_EXT_ISA set to its
-// name.
+// The kernel table of one instruction set. kernels_<isa>.cpp defines BNORM_EXT_ISA as its name and
+// includes this.
 #pragma once
 
 #include "backward_kernels.h"

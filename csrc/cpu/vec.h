@@ -1,16 +1,19 @@
-// The one place with SIMD in it: a vector of accumulators, and loads and stores that convert.
+// Vectors of the accumulation type, with loads and stores that convert from and to the data's type.
+// SIMD instructions are in vec_*.inc only, one file for each instruction set.
 //
 //   Vec<float>   16 lanes with AVX-512, 8 with AVX2, 4 otherwise
 //   Vec<double>   8 lanes with AVX-512, 4 with AVX2, 2 otherwise
-//   EvenOdd      two Vec<float>: the elements at even and at odd places of W bfloat16, which is how
-//                they come apart and together again without moving between lanes
-//   VectorOf<T>  the one that elements of type T are loaded as
+//   EvenOdd      two Vec<float>, with the even and the odd elements of W bfloat16, which shifts and
+//                masks convert without moves between lanes
+//   VectorOf<T>  the type that elements of type T are loaded as
 //   load(pointer, Full, fill)    W elements of float, double, half or bfloat16
 //   load(pointer, Part, fill)    the first n < W of them, the other lanes from fill
 //   store(pointer, Full | Part, vector)
+//   store(pointer, Full | Part, vector, Cached | Nontemporal)
 //
-// Everything here is in an unnamed namespace and always inlined. A file compiled for AVX-512 that
-// emitted a shared inline function would hand the linker a copy which crashes older CPUs.
+// Everything here is in an unnamed namespace and always inlined. If a file compiled for AVX-512
+// emitted an inline function with external linkage, the linker could keep that copy for all files,
+// which would crash on older CPUs.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +22,7 @@
 #include "../params.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
-// GCC's own header initialises "undefined" vectors with themselves and then warns of it.
+// GCC's header initialises "undefined" vectors with themselves, and GCC warns about it.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -30,7 +33,7 @@
 #endif
 
 #define BNORM_INLINE inline __attribute__((always_inline))
-// Behind the parameters of a lambda that a loop calls: a call would spill every vector.
+// Stands behind the parameters of a lambda that a loop calls: a real call would spill every vector.
 #define BNORM_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace bnorm_ext {
@@ -44,15 +47,16 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// How much of a vector takes part: all of it, or the first n lanes.
+// How much of a vector is loaded or stored: all of it, or the first n lanes.
 struct Full {};
 struct Part {
   int64_t n;
 };
 
-// How to store: through the caches, or past them.
+// How to store: as usual, or past the caches. Nontemporal stores take whole vectors to aligned
+// addresses; fence() makes them visible to other threads.
 struct Cached {};
-struct Streamed {};
+struct Nontemporal {};
 
 template <typename A>
 struct Vec;
@@ -96,7 +100,8 @@ BNORM_INLINE double sum(EvenOdd a) {
   return sum(a.even) + sum(a.odd);
 }
 
-// Elements 2 i of W bfloat16 as 32-bit words, elements 2 i + 1, and both again.
+// W bfloat16 are loaded as 32-bit words. Element 2 i is the lower half of word i, element 2 i + 1
+// the upper half.
 BNORM_INLINE EvenOdd widen(Words two) {
   return {as_floats(shift_left16(two)), as_floats(upper16(two))};
 }
@@ -114,8 +119,8 @@ template <typename N>
 BNORM_INLINE void store(BFloat16* p, N n, EvenOdd a) {
   store_words(p, n, narrow(a));
 }
-BNORM_INLINE void store(BFloat16* p, Full, EvenOdd a, Streamed) {
-  stream_words(p, narrow(a));
+BNORM_INLINE void store(BFloat16* p, Full, EvenOdd a, Nontemporal) {
+  store_words_nontemporal(p, narrow(a));
 }
 
 template <typename T>
@@ -129,12 +134,14 @@ struct VectorFor<BFloat16> {
 template <typename T>
 using VectorOf = typename VectorFor<T>::type;
 
-// Arrays with a value for each lane of vectors in a row, by place in memory and by lane.
+// Arrays with one value per element come in two orders: memory order, and lane order, in which each
+// W values have the order of a vector's lanes. They differ for EvenOdd only, where all even
+// elements of a vector come first. These convert `count` values in place.
 template <typename A>
-BNORM_INLINE void to_lanes(Vec<A>, A*, int64_t) {}
+BNORM_INLINE void to_lane_order(Vec<A>, A*, int64_t) {}
 template <typename A>
-BNORM_INLINE void to_places(Vec<A>, double*, int64_t) {}
-BNORM_INLINE void to_lanes(EvenOdd, float* values, int64_t count) {
+BNORM_INLINE void to_memory_order(Vec<A>, double*, int64_t) {}
+BNORM_INLINE void to_lane_order(EvenOdd, float* values, int64_t count) {
   constexpr int64_t H = Vec<float>::W;
   for (float* v = values; v < values + count; v += 2 * H) {
     float lanes[2 * H];
@@ -142,25 +149,25 @@ BNORM_INLINE void to_lanes(EvenOdd, float* values, int64_t count) {
     for (int64_t i = 0; i < 2 * H; ++i) v[i] = lanes[i];
   }
 }
-BNORM_INLINE void to_places(EvenOdd, double* values, int64_t count) {
+BNORM_INLINE void to_memory_order(EvenOdd, double* values, int64_t count) {
   constexpr int64_t H = Vec<float>::W;
   for (double* v = values; v < values + count; v += 2 * H) {
-    double places[2 * H];
-    for (int64_t i = 0; i < H; ++i) places[2 * i] = v[i], places[2 * i + 1] = v[H + i];
-    for (int64_t i = 0; i < 2 * H; ++i) v[i] = places[i];
+    double elements[2 * H];
+    for (int64_t i = 0; i < H; ++i) elements[2 * i] = v[i], elements[2 * i + 1] = v[H + i];
+    for (int64_t i = 0; i < 2 * H; ++i) v[i] = elements[i];
   }
 }
 
-// A vector of such an array of coefficients.
+// Loads a vector from an array of coefficients in lane order.
 template <typename A>
-BNORM_INLINE Vec<A> load_lanes(const A* p, Vec<A> v) {
+BNORM_INLINE Vec<A> load_lane_order(const A* p, Vec<A> v) {
   return load(p, Full{}, v);
 }
-BNORM_INLINE EvenOdd load_lanes(const float* p, EvenOdd v) {
+BNORM_INLINE EvenOdd load_lane_order(const float* p, EvenOdd v) {
   return {load(p, Full{}, v.even), load(p + Vec<float>::W, Full{}, v.odd)};
 }
 
-// Adds a vector to such an array of sums.
+// Adds a vector to an array of sums in lane order.
 BNORM_INLINE void add_to(double* p, Vec<double> a) {
   store(p, Full{}, load(p, Full{}, a) + a);
 }
@@ -173,19 +180,19 @@ BNORM_INLINE void add_to(double* p, EvenOdd a) {
   add_to(p + Vec<float>::W, a.odd);
 }
 
-// Calls f(i, Full) for every whole vector of [0, length), and f(i, Part) for what is left.
+// Calls f(i, Full) for every whole vector of [0, length), and f(i, Part) for the rest.
 template <typename V, typename F>
-BNORM_INLINE void each_vector(int64_t length, F f) {
+BNORM_INLINE void for_each_vector(int64_t length, F f) {
   constexpr int64_t W = V::W;
   int64_t i = 0;
   for (; i + W <= length; i += W) f(i, Full{});
   if (i < length) f(i, Part{length - i});
 }
 
-// The same for sums: f(i, u, part) adds to accumulator u of four, since one alone would wait for
-// its own latency.
+// The same for sums: f(i, u, part) adds to accumulator u of four. Additions to a single one would
+// each wait for the one before.
 template <typename V, typename F>
-BNORM_INLINE void each_vector_of_four(int64_t length, F f) {
+BNORM_INLINE void for_each_vector_by_four(int64_t length, F f) {
   constexpr int64_t W = V::W;
   int64_t i = 0;
   for (; i + 4 * W <= length; i += 4 * W) {
@@ -200,27 +207,27 @@ BNORM_INLINE void each_vector_of_four(int64_t length, F f) {
   if (i < length) f(i, 3, Part{length - i});
 }
 
-// Whether vectors of V from out on are aligned, as streaming wants them.
+// Whether out is aligned for nontemporal stores of V.
 template <typename V, typename T>
 BNORM_INLINE bool is_aligned(const T* out) {
   return reinterpret_cast<uintptr_t>(out) % (V::W * sizeof(T)) == 0;
 }
 
-// The same for writing to `out`: f(i, part, how) where `how` is the way to store there. Streaming
-// passes by the caches, whole aligned lines only: the ends of the row are written as usual.
+// The same for writing to `out`: f(i, part, hint), where hint is Nontemporal for whole aligned
+// vectors if `nontemporal`. The ends of the row are Cached.
 template <typename V, typename T, typename F>
-BNORM_INLINE void each_vector_to(T* out, int64_t length, bool stream, F f) {
+BNORM_INLINE void for_each_stored_vector(T* out, int64_t length, bool nontemporal, F f) {
   constexpr int64_t W = V::W;
-  if (!stream) {
-    each_vector<V>(length, [&](int64_t i, auto part) { f(i, part, Cached{}); });
+  if (!nontemporal) {
+    for_each_vector<V>(length, [&](int64_t i, auto part) { f(i, part, Cached{}); });
     return;
   }
   constexpr int64_t alignment = W * static_cast<int64_t>(sizeof(T));
-  const int64_t beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % alignment);
-  int64_t i = beyond == 0 ? 0 : (alignment - beyond) / static_cast<int64_t>(sizeof(T));
+  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % alignment);
+  int64_t i = misaligned == 0 ? 0 : (alignment - misaligned) / static_cast<int64_t>(sizeof(T));
   if (i > length) i = length;
   if (i > 0) f(0, Part{i}, Cached{});
-  for (; i + W <= length; i += W) f(i, Full{}, Streamed{});
+  for (; i + W <= length; i += W) f(i, Full{}, Nontemporal{});
   if (i < length) f(i, Part{length - i}, Cached{});
 }
 

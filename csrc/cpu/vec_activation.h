@@ -1,4 +1,5 @@
-// What the formulas of ../activation.h need of the vectors, and what EvenOdd is made of by halves.
+// The primitives of the formulas in ../activation.h for vectors. Those of Vec that use SIMD
+// instructions are in vec_*.inc; those of EvenOdd apply them to both halves.
 #pragma once
 
 #include "../activation.h"
@@ -13,12 +14,12 @@ BNORM_INLINE Vec<A> constant(Vec<A>, double c) {
   return Vec<A>::all(static_cast<A>(c));
 }
 
-// e^a for a <= 0, to about one unit in the last place: 2^n * e^r with |r| <= ln(2) / 2, e^r by a
-// polynomial (Cephes' expf), 2^n in two factors since it may be less than any normal float.
+// e^a for a <= 0, to about one unit in the last place: 2^n * e^r with |r| <= ln(2) / 2. e^r is a
+// polynomial (of Cephes' expf). 2^n is two factors, because it may be too small for a normal float.
 BNORM_INLINE Vec<float> exponential(Vec<float> a) {
   using V = Vec<float>;
   const V shift = V::all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const V lowest = V::all(-104.0f);     // e^a is 0 from here on down
+  const V lowest = V::all(-104.0f);     // below it e^a is 0
   a = select(greater(lowest, a), lowest, a);
   const V n = multiply_add(a, V::all(1.44269504088896341f), shift) - shift;
   V r = multiply_add(n, V::all(-0.693359375f), a);
@@ -33,7 +34,7 @@ BNORM_INLINE Vec<float> exponential(Vec<float> a) {
   return (e_r * power_of_two(half)) * power_of_two(rest);
 }
 
-// One value at a time: double data is for checking.
+// One value at a time: double data serves for checks, where speed does not matter.
 BNORM_INLINE Vec<double> exponential(Vec<double> a) {
   double lanes[Vec<double>::W];
   store(lanes, Full{}, a);
@@ -52,11 +53,11 @@ struct EvenOddMask {
 BNORM_INLINE EvenOddMask greater(EvenOdd a, EvenOdd b) {
   return {greater(a.even, b.even), greater(a.odd, b.odd)};
 }
-BNORM_INLINE EvenOddMask beyond(EvenOdd a, EvenOdd b) {
-  return {beyond(a.even, b.even), beyond(a.odd, b.odd)};
+BNORM_INLINE EvenOddMask not_less_equal(EvenOdd a, EvenOdd b) {
+  return {not_less_equal(a.even, b.even), not_less_equal(a.odd, b.odd)};
 }
-BNORM_INLINE EvenOddMask both(EvenOddMask a, EvenOddMask b) {
-  return {both(a.even, b.even), both(a.odd, b.odd)};
+BNORM_INLINE EvenOddMask operator&(EvenOddMask a, EvenOddMask b) {
+  return {a.even & b.even, a.odd & b.odd};
 }
 BNORM_INLINE EvenOdd select(EvenOddMask which, EvenOdd a, EvenOdd b) {
   return {select(which.even, a.even, b.even), select(which.odd, a.odd, b.odd)};
@@ -69,12 +70,12 @@ BNORM_INLINE EvenOdd smooth_gradient(Activation act, EvenOdd dy, EvenOdd z) {
           bnorm_ext::smooth_gradient(act, dy.odd, z.odd)};
 }
 
-static_assert(EvenOdd::W <= 32, "their bits are put at once");
-BNORM_INLINE uint64_t bits_of(EvenOddMask a) {
-  return bits_of(a.even, a.odd);
+static_assert(EvenOdd::W <= 32, "MaskWriter::put takes at most 32 bits");
+BNORM_INLINE uint64_t movemask(EvenOddMask a) {
+  return movemask(a.even, a.odd);
 }
-BNORM_INLINE EvenOddMask lanes_of(EvenOdd, uint64_t bits) {
-  return {even_lanes_of(bits), odd_lanes_of(bits)};
+BNORM_INLINE EvenOddMask from_mask(EvenOdd, uint64_t bits) {
+  return {even_from_mask(bits), odd_from_mask(bits)};
 }
 
 }  // namespace

@@ -84,8 +84,8 @@ bool train_resident(const Call& c, const RunningUpdate& running, double eps, con
   auto p = c.params<ResidentForwardParams>();
   p.plan = plan_forward(c.in, c.is_aligned);
   if (p.plan.path == Path::TwoPass) return false;
-  const TeamMemory memory(p.plan, c.in, running.cumulative && p.plan.walk.tiles > 1);
-  p.exchange = *memory;
+  const TeamMemory memory(p.plan, c.in, running.cumulative && p.plan.tile_plan.tiles > 1);
+  p.staging = *memory;
   p.tiles_done = memory.tiles_done();
   p.eps = eps;
   p.mean = mean.data_ptr();
@@ -123,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
   if (train_resident(c, running, eps, mean, rstd)) return {c.y, mean, rstd, c.mask};
   auto p =
       params_for<StatisticsParams>(c.in, plan_for(c.in, aligned(c.in.tensor.const_data_ptr())));
-  const ExchangeMemory exchange(p.plan, c.in);
-  p.exchange = *exchange;
+  const StagingMemory staging(p.plan, c.in);
+  p.staging = *staging;
   p.eps = eps;
   p.mean = mean.data_ptr();
   p.rstd = rstd.data_ptr();
@@ -172,8 +172,8 @@ std::tuple<Tensor, Tensor> stats(const Tensor& x) {
   in.tensor = aligned_if_grouped(in.tensor, in);
   Tensor mean = at::empty({x.size(1)}, options), var = at::empty({x.size(1)}, options);
   auto p = params_for<StatisticsParams>(in, plan_for(in, aligned(in.tensor.const_data_ptr())));
-  const ExchangeMemory exchange(p.plan, in);
-  p.exchange = *exchange;
+  const StagingMemory staging(p.plan, in);
+  p.staging = *staging;
   p.wide_mean = mean.data_ptr<double>();
   p.wide_var = var.data_ptr<double>();
   C10_CUDA_CHECK(launch_statistics(p, stream()));

@@ -62,8 +62,8 @@ void reduce(const Call& c, const OptionalTensor& sum_dy, const OptionalTensor& s
             void* mean_dy, void* mean_dy_xhat) {
   auto p = c.params<BackwardReduceParams>();
   p.plan = plan_for(c.in, c.is_aligned({}, {}));
-  const ExchangeMemory exchange(p.plan, c.in);
-  p.exchange = *exchange;
+  const StagingMemory staging(p.plan, c.in);
+  p.staging = *staging;
   p.sum_dy = channel_vector(sum_dy);
   p.sum_dy_xhat = channel_vector(sum_dy_xhat);
   p.mean_dy = mean_dy;
@@ -92,7 +92,7 @@ bool run_resident(const Call& c, bool training, const Tensor& dx, const Tensor& 
   p.plan = plan_backward(c.in, c.is_aligned(dx, dresidual));
   if (p.plan.path == Path::TwoPass) return false;
   const TeamMemory memory(p.plan, c.in, /*counts_tiles=*/false);
-  p.exchange = *memory;
+  p.staging = *memory;
   p.dx = dx.data_ptr();
   if (dresidual.defined()) p.dresidual = dresidual.data_ptr();
   p.constant_statistics = !training;

@@ -1,6 +1,8 @@
-// What kernels do once per channel: parameters of any dtype, statistics, running statistics.
+// What kernels do once per channel: reading parameters of any dtype, statistics, running
+// statistics.
 #pragma once
 
+#include "../variance.h"
 #include "params.h"
 #include "vec.cuh"
 
@@ -41,13 +43,13 @@ __device__ __forceinline__ const T* first_of_channel(const void* x, const Shape&
   return static_cast<const T*>(x) + (shape.layout == Layout::ChannelsLast ? c : c * shape.S);
 }
 
-// A parameter that was perhaps not given, in the accumulation type.
+// A parameter in the accumulation type, or `otherwise` where it was not given.
 template <typename A>
 __device__ __forceinline__ A get_or(const ChannelVector& v, int64_t c, A otherwise) {
   return v.data == nullptr ? otherwise : static_cast<A>(get(v, c));
 }
 
-// The variance with eps as native has it, in double until the last step.
+// In double until the last step, like PyTorch's own batch norm.
 template <typename A>
 __device__ __forceinline__ A rstd_of(double var, double eps) {
   return static_cast<A>(1.0 / sqrt(var + eps));
@@ -61,8 +63,14 @@ struct MeanRstd {
         rstd(s.is_rstd ? static_cast<A>(get(s.var, c)) : rstd_of<A>(get(s.var, c), s.eps)) {}
 };
 
-// Moves the running statistics of channel c towards this batch of `count` values per channel. In
-// double, whatever the buffers are.
+// The biased variance of n values, of which `sums` holds the sums of the deviations from any anchor
+// and of their squares.
+__device__ __forceinline__ double variance_of(const Pair& sums, double n) {
+  return clamp_variance((sums.b - sums.a * (sums.a / n)) / n);
+}
+
+// Moves the running statistics of channel c towards those of a batch of `count` values per channel.
+// In double, whatever the dtype of the buffers.
 __device__ __forceinline__ void update_running(const RunningUpdate& running, int64_t c, double mean,
                                                double var, double count) {
   if (running.mean.data == nullptr) return;

@@ -1,6 +1,6 @@
 // What follows the normalisation, a vector at a time: y = act(z) and the gradient of z, with
 //   z = fma(x - mean, weight * rstd, bias) + residual
-// Forward and backward compute z here both, so that they agree on every bit of it.
+// Forward and backward both compute z here, so that they agree on every bit of it.
 #pragma once
 
 #include <type_traits>
@@ -11,7 +11,7 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// f(std::integral_constant<Activation, act>{}): one branch for all values of a vector.
+// Calls f(std::integral_constant<Activation, act>{}): one branch for all values of a vector.
 template <typename F>
 __device__ __forceinline__ void with_activation(Activation act, F f) {
   switch (act) {
@@ -30,7 +30,7 @@ __device__ __forceinline__ void with_activation(Activation act, F f) {
   }
 }
 
-// z of a vector, in the accumulation type; `residual` is read where `add`.
+// z of a vector, in the accumulation type. `residual` is added if `add`, else not read.
 template <typename T, int kWidth, typename Affines>
 __device__ __forceinline__ void z_of(const Affines& affines, const Values<T, kWidth>& x, bool add,
                                      const Values<T, kWidth>& residual, Acc<T> (&z)[kWidth]) {
@@ -44,39 +44,39 @@ __device__ __forceinline__ void z_of(const Affines& affines, const Values<T, kWi
   for (int v = 0; v < kWidth; ++v) z[v] += residual[v];
 }
 
-// A vector of x becomes that of y. Returns its bits of the mask, where `with_bits`: bit v is 1
-// where z[v] is on the open side of act's kinks.
+// The epilogue of forward: turns a vector of x into the vector of y. With `with_bits` and a
+// piecewise linear activation, returns the vector's bits of the mask: bit v is passes_gradient(act,
+// z[v]).
 template <typename T, int kWidth, typename Affines>
-__device__ __forceinline__ unsigned through_forward(const EpilogueParams& e, bool with_bits,
-                                                    const Affines& affines,
-                                                    Values<T, kWidth>& value,
-                                                    const Values<T, kWidth>& residual) {
+__device__ __forceinline__ unsigned epilogue_forward(const EpilogueParams& e, bool with_bits,
+                                                     const Affines& affines, Values<T, kWidth>& vec,
+                                                     const Values<T, kWidth>& residual) {
   using A = Acc<T>;
   const A slope = static_cast<A>(e.slope);
-  unsigned open = 0;
+  unsigned mask_bits = 0;
   A z[kWidth];
-  z_of(affines, value, e.residual != nullptr, residual, z);
+  z_of(affines, vec, e.residual != nullptr, residual, z);
   with_activation(e.act, [&](auto act) {
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
       if (is_piecewise(act.value) && with_bits) {
-        open |= static_cast<unsigned>(is_open(act.value, z[v])) << v;
+        mask_bits |= static_cast<unsigned>(passes_gradient(act.value, z[v])) << v;
       }
-      value.set(v, activate(act.value, z[v], slope));
+      vec.set(v, activate(act.value, z[v], slope));
     }
   });
-  return open;
+  return mask_bits;
 }
 
-// The gradient g of z from dy, in the accumulation type. `open`: the vector's bits of the mask,
-// which are read in place of x and residual where `masked`.
+// The epilogue of backward: the gradient g of z from dy, in the accumulation type. If `masked`,
+// from the vector's bits of the mask, else from z; then x and residual must have been loaded.
 template <typename T, int kWidth, typename Affines>
-__device__ __forceinline__ void through_epilogue(const EpilogueParams& e, bool masked,
-                                                 unsigned open, const Affines& affines,
-                                                 const Values<T, kWidth>& dy,
-                                                 const Values<T, kWidth>& x,
-                                                 const Values<T, kWidth>& residual,
-                                                 Acc<T> (&g)[kWidth]) {
+__device__ __forceinline__ void epilogue_backward(const EpilogueParams& e, bool masked,
+                                                  unsigned mask_bits, const Affines& affines,
+                                                  const Values<T, kWidth>& dy,
+                                                  const Values<T, kWidth>& x,
+                                                  const Values<T, kWidth>& residual,
+                                                  Acc<T> (&g)[kWidth]) {
   using A = Acc<T>;
   const A slope = static_cast<A>(e.slope);
   if (e.act == Activation::Identity) {
@@ -85,13 +85,13 @@ __device__ __forceinline__ void through_epilogue(const EpilogueParams& e, bool m
   } else if (masked) {
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
-      g[v] = through_open(e.act, dy[v], (open >> v & 1) != 0, slope);
+      g[v] = masked_backward(e.act, dy[v], (mask_bits >> v & 1) != 0, slope);
     }
   } else {
     z_of(affines, x, e.residual != nullptr, residual, g);
     with_activation(e.act, [&](auto act) {
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) g[v] = through(act.value, dy[v], g[v], slope);
+      for (int v = 0; v < kWidth; ++v) g[v] = activation_backward(act.value, dy[v], g[v], slope);
     });
   }
 }

@@ -10,7 +10,7 @@
 
 #include "../checks.h"
 #include "kernels.h"
-#include "tickets.h"
+#include "semaphores.h"
 
 // The emulator registers the same operators beside the real ones.
 #ifndef BNORM_EXT_CUDA_KEY
@@ -49,26 +49,26 @@ bool aligned(const Pointers*... pointers) {
 }
 
 // Memory that the blocks of one launch of a reducing kernel exchange values through.
-class ExchangeMemory {
+class StagingMemory {
  public:
-  ExchangeMemory(const WalkPlan& plan, const Input& in) {
+  StagingMemory(const TilePlan& plan, const Input& in) {
     if (plan.chunks == 1) return;
     const int64_t bytes = partials_of(plan) * static_cast<int64_t>(sizeof(Pair));
     partials_ = at::empty({bytes}, in.tensor.options().dtype(at::kByte));
-    ticket_ = tickets(plan.tiles, in.tensor.options());
-    exchange_ = {static_cast<Pair*>(partials_.data_ptr()),
-                 reinterpret_cast<unsigned*>(ticket_.data_ptr<int32_t>())};
+    semaphores_ = semaphores(plan.tiles, in.tensor.options());
+    staging_ = {static_cast<Pair*>(partials_.data_ptr()),
+                reinterpret_cast<unsigned*>(semaphores_.data_ptr<int32_t>())};
   }
-  const Exchange& operator*() const { return exchange_; }
+  const Staging& operator*() const { return staging_; }
 
  private:
-  Tensor partials_, ticket_;
-  Exchange exchange_;
+  Tensor partials_, semaphores_;
+  Staging staging_;
 };
 
 // What the reducing and the writing kernel of a direction take alike.
 template <typename Params>
-Params params_for(const Input& in, const WalkPlan& plan) {
+Params params_for(const Input& in, const TilePlan& plan) {
   Params p;
   p.shape = in.shape;
   p.plan = plan;
@@ -101,7 +101,7 @@ inline EpilogueParams epilogue_params(const Epilogue& e) {
   return {e.act, e.slope, e.reads_mask() ? nullptr : data_of(e.residual)};
 }
 
-inline WalkPlan plan_for(const Input& in, bool is_aligned) {
+inline TilePlan plan_for(const Input& in, bool is_aligned) {
   return plan_two_pass(in.shape, element_bytes(in), is_aligned, limits());
 }
 

@@ -1,5 +1,5 @@
-// The kernels' host side: each launches on `stream` of the current device and returns the launch's
-// error. Defined in the .cu file of the kernel.
+// The host side of the kernels: each function launches on `stream` of the current device and
+// returns the error of the launch. Each is defined in the .cu file of its kernel.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,19 +9,19 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// forward.cu
+// two_pass_forward.cu
 cudaError_t launch_statistics(const StatisticsParams& p, cudaStream_t stream);
 cudaError_t launch_normalise(const NormaliseParams& p, cudaStream_t stream);
-// backward.cu
+// two_pass_backward.cu
 cudaError_t launch_backward_reduce(const BackwardReduceParams& p, cudaStream_t stream);
 cudaError_t launch_backward_apply(const BackwardApplyParams& p, cudaStream_t stream);
-// resident_forward.cu, resident_backward.cu; and how many blocks of a kernel, or clusters of `team`
-// blocks, the current device holds at once.
+// resident_forward.cu, resident_backward.cu. resident_*_blocks: how many blocks of the kernel, or
+// clusters of `team` blocks, the current device holds at once.
 cudaError_t launch_resident_forward(const ResidentForwardParams& p, cudaStream_t stream);
 cudaError_t launch_resident_backward(const ResidentBackwardParams& p, cudaStream_t stream);
-int64_t resident_forward_blocks(DType dtype, const WalkPlan& walk, Path path, int team,
+int64_t resident_forward_blocks(DType dtype, const TilePlan& tile_plan, Path path, int team,
                                 int shared_bytes);
-int64_t resident_backward_blocks(DType dtype, const WalkPlan& walk, Path path, int team,
+int64_t resident_backward_blocks(DType dtype, const TilePlan& tile_plan, Path path, int team,
                                  int shared_bytes);
 // merge.cu
 cudaError_t launch_merge(const MergeParams& p, cudaStream_t stream);

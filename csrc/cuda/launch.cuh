@@ -1,5 +1,5 @@
-// Launching a kernel: the one place where a grid, its attributes and the instantiation for a dtype,
-// width and layout are chosen.
+// Launching a kernel: the only place where the grid, its attributes and the instantiation for
+// dtype, width and mapping are chosen.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -11,7 +11,7 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// What the kernels that walk a tensor are compiled for.
+// What the kernels that iterate over a tensor are compiled for.
 template <typename T_, int kWidth_, Mapping kMapping_>
 struct Variant {
   using T = T_;
@@ -19,9 +19,10 @@ struct Variant {
   static constexpr Mapping kMapping = kMapping_;
 };
 
-// f(Variant<...>{}) for the one that serves this call. kWidest: of the values that f is for.
+// Calls f(Variant<...>{}) with the variant that serves this call. kWidest: bytes of the largest
+// type that f is compiled for.
 template <int kWidest = 8, typename F>
-cudaError_t with_variant(DType dtype, const WalkPlan& plan, F f) {
+cudaError_t with_variant(DType dtype, const TilePlan& plan, F f) {
   const auto of_type = [&](auto zero) {
     using T = decltype(zero);
     constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(T));
@@ -67,8 +68,8 @@ cudaError_t launch(void (*kernel)(Params), const Params& params, int64_t blocks,
 constexpr int kSharedWithoutOptIn = 48 * 1024;
 constexpr int kPortableCluster = 8;  // blocks
 
-// What a launch of teams needs beside its grid. The kernel is told of its sizes each time: whoever
-// keeps that in mind must know every context there is.
+// The configuration of a launch of teams. Attributes of the kernel are set before every launch:
+// caching that they are set would need one cache per CUDA context.
 class TeamLaunch {
  public:
   template <typename Params>
@@ -112,7 +113,7 @@ template <typename Params>
 cudaError_t launch_teams(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
   const ResidentPlan& plan = params.plan;
   if (plan.blocks() > INT32_MAX) return cudaErrorInvalidConfiguration;
-  TeamLaunch launch(kernel, plan.path, static_cast<int>(plan.walk.chunks), plan.shared_bytes,
+  TeamLaunch launch(kernel, plan.path, static_cast<int>(plan.tile_plan.chunks), plan.shared_bytes,
                     plan.blocks());
   if (launch.error() != cudaSuccess) return launch.error();
   launch.config().stream = stream;
@@ -138,7 +139,7 @@ int64_t co_resident(void (*kernel)(Params), Path path, int team, int shared_byte
     }
   }
   if (error == cudaSuccess) return int64_t{count} * multiprocessors;
-  cudaGetLastError();  // not the next caller's
+  cudaGetLastError();  // clears the error, which the next caller would see
   return 0;
 }
 

@@ -1,88 +1,90 @@
-// The bits of a thread's vectors in a mask (mask.h says how it lies in memory).
+// Reading and writing the mask bits of a thread's vectors (mask.h describes the layout).
 #pragma once
 
 #include "mask.h"
 #include "platform.cuh"
-#include "walk.cuh"
+#include "tile_iterator.cuh"
 
 namespace bnorm_ext {
 namespace cuda {
 
-// Follows a walk, a batch at a time. The bits of a batch travel in one word, those of its vector u
-// from bit u * 8 on. A vector of fewer than 8 values shares its byte with those of adjacent lanes.
+// Follows a TileIterator, a batch at a time. The bits of a batch are one word, those of its vector
+// u from bit u * 8 on. A vector of fewer than 8 values shares its byte with vectors of adjacent
+// lanes.
 //
-// ChannelsFirst  a block's vectors are consecutive in the channel and its first one is a multiple
-//                of kThreads, so 8 / kWidth lanes from a multiple of that on have one byte
-// ChannelsLast   the same for adjacent columns, as far as there are any: a tile is all channels, or
-//                a multiple of 8
+// ChannelsFirst  a block's vectors are consecutive in the channel, and the number of its first one
+//                is a multiple of kThreads, so each aligned group of 8 / kWidth lanes has one byte
+// ChannelsLast   the same for adjacent columns, or for fewer where the block has fewer columns: a
+//                tile is all channels, or a multiple of 8
 // ChannelGroups  each vector has a byte
-// From one vector to the thread's next one the byte moves by a constant and the bit not at all.
+// From one vector of a thread to its next one the byte advances by a constant, and the position in
+// the byte stays the same.
 template <typename Byte, int kWidth, Mapping kMapping>
 class MaskCursor {
  public:
   static_assert(kByteBits % kWidth == 0, "no vector lies in two bytes");
   static_assert(kBatch * kByteBits == 32, "the bits of a batch are one word");
-  static_assert(kThreads % kByteBits == 0, "a thread's vectors have their bits at the same place");
+  static_assert(kThreads % kByteBits == 0, "a thread's bits are at the same position in each byte");
   static_assert(kWideColumns % kByteBits == 0 && kNarrowColumns % kByteBits == 0,
-                "tiles beside each other share no byte");
+                "neighbouring tiles share no byte");
   static_assert(32 % (kByteBits / kWidth) == 0, "the lanes of one byte are in one warp");
 
-  __device__ __forceinline__ MaskCursor(const Mask<Byte>& mask, const WalkPlan& plan,
-                                        const Walk<kWidth, kMapping>& walk)
+  __device__ __forceinline__ MaskCursor(const Mask<Byte>& mask, const TilePlan& plan,
+                                        const TileIterator<kWidth, kMapping>& it)
       : mask_(mask.bytes) {
     if (kMapping == Mapping::ChannelGroups) {
-      byte_ = walk.offset / kWidth;
+      byte_ = it.offset / kWidth;
       step_ = plan.step / kWidth;
       shift_ = 0;
       lanes_ = 1;
       return;
     }
     constexpr bool kLast = kMapping == Mapping::ChannelsLast;
-    const int64_t first = walk.chunk * plan.chunk_length + walk.row;  // vector or row
-    const int64_t bit = kLast ? walk.channel : first * kWidth;
-    byte_ = (kLast ? first : walk.channel) * mask.row_bytes + bit / kByteBits;
+    const int64_t first = it.chunk * plan.chunk_length + it.row;  // vector or row
+    const int64_t bit = kLast ? it.channel : first * kWidth;
+    byte_ = (kLast ? first : it.channel) * mask.row_bytes + bit / kByteBits;
     step_ = kLast ? plan.rows * mask.row_bytes : kThreads * kWidth / kByteBits;
     shift_ = kWidth == kByteBits ? 0 : static_cast<int>(bit % kByteBits);
     lanes_ = kByteBits / kWidth;
     if (kLast && plan.columns < lanes_) lanes_ = plan.columns;
   }
 
-  // Every lane of the warp must call; `open` has bits of the first `valid` vectors only. The first
-  // lane of a byte writes it: if any of them has a vector there, that one does.
-  __device__ __forceinline__ void write(unsigned open, int valid) {
-    open <<= shift_;
+  // Every lane of the warp must call; only the first `valid` vectors may have bits. The first lane
+  // of a byte writes it: if any lane of the byte has a vector, the first one has.
+  __device__ __forceinline__ void write(unsigned mask_bits, int valid) {
+    mask_bits <<= shift_;
     for (int apart = 1; apart < lanes_; apart *= 2) {
-      open |= __shfl_xor_sync(0xffffffffu, open, apart);
+      mask_bits |= __shfl_xor_sync(0xffffffffu, mask_bits, apart);
     }
     const bool is_first = (threadIdx.x & (lanes_ - 1)) == 0;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (!is_first || u >= valid) break;
-      const auto bits = static_cast<unsigned char>(open >> u * kByteBits);
+      const auto bits = static_cast<unsigned char>(mask_bits >> u * kByteBits);
       store_bytes<1>(mask_ + byte_ + u * step_, Bytes<1>{{bits}});
     }
     byte_ += kBatch * step_;
   }
 
-  // Bit u * 8 + v is that of value v of vector u; others mean nothing.
+  // Bit u * 8 + v is that of value v of vector u; the other bits are undefined.
   __device__ __forceinline__ unsigned read(int valid) {
-    unsigned open = 0;
+    unsigned mask_bits = 0;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       if (u >= valid) break;
       const unsigned bits = load_bytes<1>(mask_ + byte_ + u * step_).word[0];
-      open |= bits << u * kByteBits;
+      mask_bits |= bits << u * kByteBits;
     }
     byte_ += kBatch * step_;
-    return open >> shift_;
+    return mask_bits >> shift_;
   }
 
  private:
-  Byte* mask_;    // perhaps null: then nothing may be asked for
+  Byte* mask_;    // may be null: then neither read nor write may be called
   int64_t byte_;  // of the thread's next vector
   int64_t step_;  // in bytes, from one vector of the thread to its next
   int shift_;     // of a vector's first bit in its byte
-  int lanes_;     // adjacent ones whose bits lie in one byte
+  int lanes_;     // number of adjacent lanes that share a byte
 };
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// Statistics of several processes into those of all of them.
+// Merges the statistics of several processes.
 #include "channel.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -13,23 +13,23 @@ namespace {
 // Shapes     mean, var [W, C], count [W]; results [C]
 // Mapping    a thread per channel, processes in order
 // Bytes      reads 16 * W * C
-// Numerics   in double, about the first mean that counts, so that equal means cancel exactly
+// Numerics   in double, relative to the mean of the first process that has values, so that equal
+//            means cancel exactly
 __global__ void __launch_bounds__(kThreads) merge_kernel(MergeParams p) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= p.C) return;
-  double n = 0, anchor = 0, d = 0, d2 = 0;
+  double n = 0, anchor = 0;
+  Pair sums = {0, 0};  // of the deviations from the anchor and of their squares
   for (int64_t w = 0; w < p.W; ++w) {
     const double count = load_one(p.count + w);
     const double mean = load_one(p.mean + w * p.C + c), var = load_one(p.var + w * p.C + c);
     if (!(count > 0)) continue;
     if (n == 0 && is_finite(mean)) anchor = mean;
     n += count;
-    d += count * (mean - anchor);
-    d2 += count * (var + (mean - anchor) * (mean - anchor));
+    sums.a += count * (mean - anchor);
+    sums.b += count * (var + (mean - anchor) * (mean - anchor));
   }
-  const double mean = anchor + d / n;
-  const double spread = (d2 - d * (d / n)) / n;
-  const double var = spread < 0 ? 0 : spread;  // a NaN stays one
+  const double mean = anchor + sums.a / n, var = variance_of(sums, n);
   const ChannelVector merged_mean{p.merged_mean, 1, p.dtype},
       merged_rstd{p.merged_rstd, 1, p.dtype};
   set(merged_mean, c, mean);
@@ -47,7 +47,7 @@ cudaError_t launch_merge(const MergeParams& p, cudaStream_t stream) {
   const cudaError_t error =
       launch(merge_kernel, p, ceil_div(p.C, kThreads), /*shared_bytes=*/0, stream);
   if (error != cudaSuccess || p.running.num_batches_tracked == nullptr) return error;
-  // After every channel has read the counter.
+  // In a second kernel, because every channel must have read the counter first.
   return launch(count_batch_kernel, p.running.num_batches_tracked, 1, 0, stream);
 }
 

@@ -1,4 +1,4 @@
-// The structs that cross from the host files to the CUDA kernels. No torch header here.
+// The parameters of the CUDA kernels, filled by the host files. Free of torch headers.
 //
 // N, C, S and "acc" as in ../params.h. Pointers are device pointers.
 #pragma once
@@ -12,19 +12,20 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// The two sums that a reducing kernel gathers per channel.
+// The two sums that a reducing kernel computes per channel.
 struct Pair {
   double a, b;
 };
 
-// What blocks of one launch exchange values through; none where chunks is 1, or in clusters.
-struct Exchange {
+// Global memory through which the blocks of one launch combine their sums, and the counters that
+// synchronise them. Nothing where chunks is 1, nor in clusters.
+struct Staging {
   Pair* partials = nullptr;        // [tiles, chunks, channels per tile]; Grid: [2, teams, ...]
-  unsigned* ticket = nullptr;      // [tiles]; Grid: [teams]; 0 before and after every launch
-  unsigned* generation = nullptr;  // Grid: [teams], changed by every barrier of the team
+  unsigned* semaphores = nullptr;  // [tiles]; Grid: [teams]; 0 before and after every launch
+  unsigned* phases = nullptr;      // Grid: [teams]; every barrier of the team adds 1
 };
 
-// Statistics that are known, in whichever dtype they are kept.
+// Known statistics, in the dtype that they are stored in.
 struct Statistics {
   ChannelVector mean;  // [C]
   ChannelVector var;   // [C] the variance, or rstd where is_rstd
@@ -39,64 +40,64 @@ struct EpilogueParams {
   const void* residual = nullptr;  // [N, C, S] like x, or null
 };
 
-struct StatisticsParams {
+// What every kernel takes that reads x.
+struct InputParams {
   Shape shape;
-  WalkPlan plan;
-  DType dtype = DType::Float;  // of x
+  DType dtype = DType::Float;  // of all tensors that are [N, C, S]
   const void* x = nullptr;     // [N, C, S]
-  Exchange exchange;
+};
+
+// What every kernel takes that writes y.
+struct OutputParams : InputParams {
+  void* y = nullptr;           // [N, C, S]
+  ChannelVector weight, bias;  // [C]
+  EpilogueParams epilogue;
+  Mask<uint8_t> mask;  // written; or none
+};
+
+// What every kernel of backward takes: dy, and what g, the gradient of z, is computed with.
+struct GradientParams : InputParams {
+  const void* dy = nullptr;  // [N, C, S]
+  Statistics statistics;
+  ChannelVector weight, bias;  // [C]
+  EpilogueParams epilogue;
+  Mask<const uint8_t> mask;  // what forward wrote, read in place of z; or none
+};
+
+// What every kernel takes that writes dx.
+struct InputGradientParams : GradientParams {
+  void* dx = nullptr;         // [N, C, S] or null
+  void* dresidual = nullptr;  // [N, C, S] g, or null
+};
+
+struct StatisticsParams : InputParams {
+  TilePlan plan;
+  Staging staging;
   double eps = 0;
   void* mean = nullptr;         // [C] acc, or null
   void* rstd = nullptr;         // [C] acc, or null
   double* wide_mean = nullptr;  // [C], or null
   double* wide_var = nullptr;   // [C] biased, or null
-  RunningUpdate running;        // the counter is read here, and incremented by the normalise kernel
+  RunningUpdate running;        // reads the counter, which the normalise kernel increments
 };
 
-struct NormaliseParams {
-  Shape shape;
-  WalkPlan plan;
-  DType dtype = DType::Float;  // of x and y
-  const void* x = nullptr;     // [N, C, S]
-  void* y = nullptr;           // [N, C, S]
+struct NormaliseParams : OutputParams {
+  TilePlan plan;
   Statistics statistics;
-  ChannelVector weight, bias;  // [C]
-  EpilogueParams epilogue;
-  Mask<uint8_t> mask;                      // written, or none
   int64_t* num_batches_tracked = nullptr;  // incremented by one, or null
 };
 
-struct BackwardReduceParams {
-  Shape shape;
-  WalkPlan plan;
-  DType dtype = DType::Float;  // of dy and x
-  const void* dy = nullptr;    // [N, C, S]
-  const void* x = nullptr;     // [N, C, S]
-  Statistics statistics;
-  Exchange exchange;
-  // What makes g, the gradient of z, from dy.
-  ChannelVector weight, bias;  // [C]
-  EpilogueParams epilogue;
-  Mask<const uint8_t> mask;  // what forward wrote, in place of z; or none
+struct BackwardReduceParams : GradientParams {
+  TilePlan plan;
+  Staging staging;
   // Where not null, [C] each: the sums of g and g * xhat, and these divided by N * S.
   ChannelVector sum_dy, sum_dy_xhat;
   void* mean_dy = nullptr;       // acc
   void* mean_dy_xhat = nullptr;  // acc
 };
 
-struct BackwardApplyParams {
-  Shape shape;
-  WalkPlan plan;
-  DType dtype = DType::Float;  // of dy, x, dx and dresidual
-  const void* dy = nullptr;    // [N, C, S]
-  const void* x = nullptr;     // [N, C, S]
-  void* dx = nullptr;          // [N, C, S] or null
-  void* dresidual = nullptr;   // [N, C, S] g, or null
-  Statistics statistics;
-  // What makes g, the gradient of z, from dy.
-  ChannelVector weight, bias;  // [C]
-  EpilogueParams epilogue;
-  Mask<const uint8_t> mask;  // what forward wrote, in place of z; or none
+struct BackwardApplyParams : InputGradientParams {
+  TilePlan plan;
   // With xhat = (x - mean) * rstd: dx = ((g - mean_dy) - xhat * mean_dy_xhat) * weight * rstd;
   // where mean_dy is null (the statistics are constants) dx = g * weight * rstd.
   const void* mean_dy = nullptr;       // [C] acc, or null
@@ -104,45 +105,28 @@ struct BackwardApplyParams {
 };
 
 // All of training forward in one launch.
-struct ResidentForwardParams {
-  Shape shape;
+struct ResidentForwardParams : OutputParams {
   ResidentPlan plan;
-  DType dtype = DType::Float;  // of x and y
-  const void* x = nullptr;     // [N, C, S]
-  void* y = nullptr;           // [N, C, S]
-  Exchange exchange;
+  Staging staging;
   double eps = 0;
-  void* mean = nullptr;        // [C] acc
-  void* rstd = nullptr;        // [C] acc
-  ChannelVector weight, bias;  // [C]
-  EpilogueParams epilogue;
-  Mask<uint8_t> mask;  // written, or none
+  void* mean = nullptr;  // [C] acc
+  void* rstd = nullptr;  // [C] acc
   RunningUpdate running;
-  // One word, 0 before and after every launch, where several tiles read the counter that the last
-  // one of them increments; else null.
+  // A word that is 0 before and after every launch, by which the last tile is found: it increments
+  // the counter that the others read. Null where nothing has to wait for other tiles.
   unsigned* tiles_done = nullptr;
 };
 
 // All of backward in one launch.
-struct ResidentBackwardParams {
-  Shape shape;
+struct ResidentBackwardParams : InputGradientParams {
   ResidentPlan plan;
-  DType dtype = DType::Float;  // of dy, x, dx and dresidual
-  const void* dy = nullptr;    // [N, C, S]
-  const void* x = nullptr;     // [N, C, S]
-  void* dx = nullptr;          // [N, C, S]
-  void* dresidual = nullptr;   // [N, C, S] g, or null
-  Statistics statistics;
+  Staging staging;
   bool constant_statistics = false;  // dx = g * weight * rstd
-  Exchange exchange;
-  ChannelVector weight, bias;  // [C]
-  EpilogueParams epilogue;
-  Mask<const uint8_t> mask;  // what forward wrote, in place of z; or none
   // Where not null, [C] each: the sums of g and g * xhat.
   ChannelVector sum_dy, sum_dy_xhat;
 };
 
-// Statistics of W processes into those of all of them.
+// Merges the statistics of W processes.
 struct MergeParams {
   int64_t W = 0, C = 0;
   const double* mean = nullptr;   // [W, C]

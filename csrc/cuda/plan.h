@@ -1,20 +1,22 @@
-// Which threads of which blocks take which part of a tensor: from sizes and device limits alone, in
-// plain C++, so that it is tested on any machine.
+// Which threads of which blocks take which part of a tensor. Decided from sizes and device limits
+// alone, in plain C++, so that it can be tested on any machine.
 //
-// A *tile* is the channels that one group of blocks works on, and a *chunk* the positions of it
-// that one of these blocks takes. A block of kThreads threads is `columns` wide: thread t is in
-// column t % columns and row t / columns.
+// A *tile* is the set of channels that one group of blocks works on; a *chunk* is the part of the
+// tile that one of these blocks takes. A block of kThreads threads is `columns` wide: thread t is
+// in column t % columns and row t / columns.
 //   ChannelsFirst  one column, one channel per tile; the channel's N * S values are numbered in
 //                  vectors, and row r takes vectors r, r + kThreads, ... of its chunk
 //   ChannelsLast   each column is one vector of channels; row r takes rows r, r + rows, ... of
 //                  the chunk's rows of the matrix [N * S, C]
-//   ChannelGroups  where rows of S values are not of whole vectors, but those of 2 to 16 channels
-//                  together are: a tile is such a group, each column one vector of its group * S
-//                  values, which belong to two channels at most; row r takes rows r, r + rows, ...
-//                  of the chunk's rows of the matrix [N, C * S]. Rows longer than a block is wide
-//                  are taken in `pieces`: chunk k has piece k % pieces. Threads beyond
-//                  rows * columns, and columns beyond the last vector, have nothing to do.
-// A grid is tiles * chunks blocks in one dimension: block b has tile b / chunks, chunk b % chunks.
+//   ChannelGroups  where a row of S values is not a whole number of vectors, but the rows of 2 to
+//                  16 channels together are: a tile is such a group of channels, each column one
+//                  vector of its group * S values, which belong to two channels at most; row r
+//                  takes rows r, r + rows, ... of the chunk's rows of the matrix [N, C * S]. Rows
+//                  longer than a block is wide are cut into `pieces`: chunk k has piece k % pieces.
+//                  Threads beyond rows * columns, and columns beyond the last vector, have nothing
+//                  to do.
+// The grid is one-dimensional, tiles * chunks blocks: block b has tile b / chunks and chunk
+// b % chunks.
 #pragma once
 
 #include <cstdint>
@@ -26,16 +28,16 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
-// Vectors that a thread loads before it uses the first: 64 bytes in flight.
+// Vectors that a thread loads before it uses the first one: 64 bytes in flight.
 constexpr int kBatch = 4;
-// Columns of a block, at most: where accesses are narrow one warp, else 256 bytes of a row, whole
-// cache lines.
+// Columns of a block in ChannelsLast, at most. Narrow accesses, of one value: one warp. Wide ones,
+// of 16 bytes: 256 bytes of a row, which are whole cache lines.
 constexpr int kNarrowColumns = 32;
 constexpr int kWideColumns = 16;
 
 // Channels of a group, at most.
 constexpr int kMostGrouped = 16;
-// Positions up to which what ChannelGroups counts in a row of a group fits 32 bits.
+// The largest S for which every index into a row of a group fits 32 bits.
 constexpr int64_t kMostGroupedPositions = int64_t{1} << 26;
 
 enum class Mapping : int8_t { ChannelsFirst, ChannelsLast, ChannelGroups };
@@ -43,27 +45,27 @@ enum class Mapping : int8_t { ChannelsFirst, ChannelsLast, ChannelGroups };
 struct DeviceLimits {
   int multiprocessors = 1;
   int shared_per_multiprocessor = 0;  // bytes
-  int shared_per_block = 0;           // bytes, where a kernel opts in
-  int max_cluster = 1;                // blocks; 1: there are no clusters
-  bool cooperative = false;           // launches
+  int shared_per_block = 0;           // bytes, if the kernel opts in
+  int max_cluster = 1;                // blocks; 1: no clusters
+  bool cooperative = false;           // whether there are cooperative launches
 };
 
-struct WalkPlan {
+struct TilePlan {
   Mapping mapping = Mapping::ChannelsFirst;
   int width = 1;             // elements per access: 16 bytes' worth, or 1
-  int columns = 1;           // a power of two but in ChannelGroups
+  int columns = 1;           // a power of two, except in ChannelGroups
   int rows = kThreads;       // kThreads / columns
   int group = 0;             // ChannelGroups: channels of a tile, a power of two
-  int pieces = 1;            // ChannelGroups: of a group's row
-  int64_t tiles = 0;         // of `channels_per_tile` channels, the last one perhaps fewer
+  int pieces = 1;            // ChannelGroups: that a group's row is cut into
+  int64_t tiles = 0;         // of `channels_per_tile` channels; the last one may have fewer
   int64_t chunks = 1;        // per tile, a multiple of `pieces`
   int64_t chunk_length = 0;  // ChannelsFirst: vectors of the channel; else rows
-  int64_t length = 0;        // of a tile, in the same unit: the chunks of each piece cover it
+  int64_t length = 0;        // of a tile, in the same unit; the chunks of each piece cover it
 
-  // How a thread goes from one vector to the next, in elements: by `step`, and where that leaves
-  // the row of S positions (ChannelsFirst), by `wrap` on to its place in a later one.
-  int64_t row_length = 0;  // vectors per row; without end where S is not walked along
-  int64_t row_step = 0;    // vectors within the row
+  // A thread advances from one vector to its next one by `step` elements. Where that leaves the row
+  // of S positions (ChannelsFirst), it advances by `wrap` more, to its place in a later row.
+  int64_t row_length = 0;  // vectors per row; INT64_MAX where threads do not move along S
+  int64_t row_step = 0;    // by how many vectors `step` moves within the row
   int64_t step = 0, wrap = 0;
 
   int64_t blocks() const { return tiles * chunks; }
@@ -73,7 +75,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-inline int channels_per_tile(const WalkPlan& plan) {
+inline int channels_per_tile(const TilePlan& plan) {
   switch (plan.mapping) {
     case Mapping::ChannelsFirst:
       return 1;
@@ -89,23 +91,23 @@ constexpr int kWarps = kThreads / kWarp;
 static_assert(kThreads % kWarp == 0, "whole warps");
 constexpr int kPairBytes = 16;  // two doubles
 
-// Shared memory that a block sums through: a pair for each warp and channel, or in ChannelGroups
-// two for each thread and one for each channel.
+// Shared memory for the sums of a block: a pair for each warp and channel, or in ChannelGroups two
+// for each thread and one for each channel.
 BNORM_HOST_DEVICE constexpr int reduce_shared_bytes(Mapping mapping, int channels) {
   return (mapping == Mapping::ChannelGroups ? 2 * kThreads + channels : kWarps * channels) *
          kPairBytes;
 }
 
-inline int reduce_shared_bytes(const WalkPlan& plan) {
+inline int reduce_shared_bytes(const TilePlan& plan) {
   return reduce_shared_bytes(plan.mapping, channels_per_tile(plan));
 }
 
-// How many partial sums the blocks of a reducing kernel exchange.
-inline int64_t partials_of(const WalkPlan& plan) {
+// How many partial sums the blocks of a reducing kernel exchange, as pairs.
+inline int64_t partials_of(const TilePlan& plan) {
   return plan.chunks == 1 ? 0 : plan.blocks() * channels_per_tile(plan);
 }
 
-// The channels of a group, for tensors that ChannelGroups is for; else 0.
+// The channels of a group, where ChannelGroups applies; else 0.
 constexpr int channels_of_group(const Shape& shape, int element_bytes) {
   const int full = kVectorBytes / element_bytes;
   if (shape.layout != Layout::ChannelsFirst || element_bytes > 4 || shape.S % full == 0 ||
@@ -114,7 +116,7 @@ constexpr int channels_of_group(const Shape& shape, int element_bytes) {
   }
   int group = 2;
   while (group * shape.S % full != 0) group *= 2;
-  // Rows of a group as long as those of a tile in ChannelsLast.
+  // As long as a row of a tile in ChannelsLast, if the channels divide so.
   while (2 * group <= kMostGrouped && group * shape.S < kWideColumns * full &&
          shape.C % (2 * group) == 0) {
     group *= 2;
@@ -125,10 +127,10 @@ static_assert(channels_of_group({1, 64, 49, Layout::ChannelsFirst}, 2) == 8, "78
 static_assert(channels_of_group({1, 64, 196, Layout::ChannelsFirst}, 2) == 2, "784 bytes");
 static_assert(channels_of_group({1, 64, 196, Layout::ChannelsFirst}, 4) == 0, "whole vectors");
 
-// Of `columns` at most, in one chunk. `aligned`: every tensor of the call starts at a multiple of
-// kVectorBytes.
-inline WalkPlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, int columns = 0) {
-  WalkPlan plan;
+// The plan with one chunk per piece. `columns`: at most, in ChannelsLast; 0 for the default.
+// `aligned`: every tensor of the call starts at a multiple of kVectorBytes.
+inline TilePlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, int columns = 0) {
+  TilePlan plan;
   const bool last = shape.layout == Layout::ChannelsLast;
   const int full = kVectorBytes / element_bytes;
   const int group = aligned ? channels_of_group(shape, element_bytes) : 0;
@@ -167,24 +169,25 @@ inline WalkPlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, 
   return plan;
 }
 
-// The chunks of each piece: at most so many, none of them empty.
-inline void split(WalkPlan* plan, int64_t chunks) {
+// Splits each piece into at most `chunks` chunks, none of them empty.
+inline void split(TilePlan* plan, int64_t chunks) {
   plan->chunk_length = ceil_div(ceil_div(plan->length, chunks), plan->rows) * plan->rows;
   plan->chunks = ceil_div(plan->length, plan->chunk_length) * plan->pieces;
 }
 
-// Chunks of each piece that make so many blocks of all tiles, as far as each of them has work for a
-// few batches, which a block's own reduction costs about as much as.
-inline int64_t filling(const WalkPlan& plan, int64_t blocks) {
+// How many chunks of each piece make about `blocks` blocks in all. Fewer where a chunk would have
+// less than two batches per thread, which take about as long as the reduction of a block.
+inline int64_t filling(const TilePlan& plan, int64_t blocks) {
   const int64_t fill = blocks / (plan.tiles * plan.pieces);
   const int64_t most = ceil_div(plan.length, int64_t{2} * kBatch * plan.rows);
   return fill < 1 ? 1 : fill < most ? fill : most;
 }
 
-inline WalkPlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
+inline TilePlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
                               const DeviceLimits& device) {
-  WalkPlan plan = plan_tiles(shape, element_bytes, aligned);
-  // Several blocks per resident one, so that the last ones leave little of the device idle.
+  TilePlan plan = plan_tiles(shape, element_bytes, aligned);
+  // Several times as many blocks as are resident at once, so that little of the device is idle when
+  // the last ones run.
   constexpr int kPerMultiprocessor = 32;
   split(&plan, filling(plan, int64_t{kPerMultiprocessor} * device.multiprocessors));
   return plan;
@@ -192,7 +195,7 @@ inline WalkPlan plan_two_pass(const Shape& shape, int element_bytes, bool aligne
 
 // How many values of channel i of a tile a chunk has.
 template <Mapping kMapping>
-BNORM_HOST_DEVICE int64_t values_in_chunk(const Shape& shape, const WalkPlan& plan, int64_t chunk,
+BNORM_HOST_DEVICE int64_t values_in_chunk(const Shape& shape, const TilePlan& plan, int64_t chunk,
                                           int i) {
   const bool grouped = kMapping == Mapping::ChannelGroups;
   const unsigned pieces = static_cast<unsigned>(plan.pieces), number = static_cast<unsigned>(chunk);

@@ -1,9 +1,9 @@
-// The border between the kernels and what executes them: CUDA here, cuda_emulator/ on the CPU.
+// What the kernels need of the platform that executes them: CUDA here, cuda_emulator/ on the CPU.
 //
 // Kernels use CUDA's own names (threadIdx, __syncthreads, __shfl_xor_sync, atomicInc, ...) where
-// they are functions, and the names below for everything else: memory that threads exchange values
-// through, vector accesses, asynchronous copies, clusters, grid barriers. No other file of the
-// kernels contains an #ifdef, inline PTX or a bare pointer into shared memory or workspace.
+// they are functions, and the names below for everything else: memory for communication between
+// threads, vector accesses, asynchronous copies, clusters, grid barriers. No other file of the
+// kernels contains an #ifdef, inline PTX or a raw pointer into shared memory or workspace.
 #pragma once
 
 #ifdef BNORM_EXT_EMULATOR
@@ -18,32 +18,33 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// ---- Memory that threads exchange values through ----------------------------------------------
+// ---- Memory for communication between threads -------------------------------------------------
 
-// Elements are read by `T v = p[i]` and written by `p[i] = v`, whole: the emulator records each
-// access, and reports two that race.
+// Whole elements are read by `T v = p[i]` and written by `p[i] = v`: the emulator records each
+// access and reports races.
 template <typename T>
 using Shared = T*;  // of this block
 template <typename T>
 using Distributed = T*;  // shared memory of a block of this cluster
 template <typename T>
-using Workspace = T*;  // global memory, written and read by one kernel
+using Workspace = T*;  // global memory that one kernel both writes and reads
 
-// The block's dynamic shared memory from a byte offset on; alignof(T) divides the offset.
+// The block's dynamic shared memory from a byte offset on, which must be a multiple of alignof(T).
 template <typename T>
 __device__ __forceinline__ Shared<T> dynamic_shared(int byte_offset) {
   extern __shared__ __align__(16) unsigned char bytes[];
   return reinterpret_cast<T*>(bytes + byte_offset);
 }
 
-// What was read from shared memory before is read again after, rather than kept in registers.
+// A compiler barrier: values read from shared memory before it are not kept in registers but read
+// again after it.
 __device__ __forceinline__ void forget_loads() {
   asm volatile("" ::: "memory");
 }
 
 // ---- Vector accesses to tensors ---------------------------------------------------------------
 
-// As whole words, so that narrower values stay packed in registers until each is asked for.
+// Whole words, so that narrower values stay packed in registers until they are used.
 template <int kBytes>
 struct Bytes {
   unsigned word[kBytes / 4];
@@ -83,8 +84,8 @@ __device__ __forceinline__ void store_bytes(void* p, Bytes<kBytes> value) {
 
 // ---- Asynchronous copies (sm_80 and newer) -----------------------------------------------------
 
-// Starts a copy of 16 bytes into shared memory; both addresses are multiples of 16. The bytes are
-// there for this thread after async_wait, for the block after a barrier that follows it.
+// Starts a copy of 16 bytes into shared memory; both addresses must be multiples of 16. This thread
+// may read the bytes after async_wait, the other threads of the block after a barrier that follows.
 template <typename T>
 __device__ __forceinline__ void async_copy16(Shared<T> to, const void* from) {
 #if __CUDA_ARCH__ >= 800
@@ -95,14 +96,14 @@ __device__ __forceinline__ void async_copy16(Shared<T> to, const void* from) {
 #endif
 }
 
-// Ends a group of this thread's copies.
+// Closes the current group of this thread's copies.
 __device__ __forceinline__ void async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits until at most kPending of this thread's newest groups are still under way.
+// Waits until at most kPending of this thread's newest groups are still in flight.
 template <int kPending>
 __device__ __forceinline__ void async_wait() {
 #if __CUDA_ARCH__ >= 800
@@ -128,7 +129,8 @@ __device__ __forceinline__ unsigned cluster_size() {
 #endif
 }
 
-// A barrier of all threads of the cluster; orders their accesses to shared memory of its blocks.
+// A barrier of all threads of the cluster; orders their accesses to the shared memory of its
+// blocks.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().sync();
@@ -137,7 +139,7 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// What `p` is in the block of that rank.
+// The address that corresponds to `p` in the block of that rank.
 template <typename T>
 __device__ __forceinline__ Distributed<T> in_block(Shared<T> p, unsigned rank) {
 #if __CUDA_ARCH__ >= 900

@@ -1,9 +1,9 @@
-// The only reductions over warp, block and grid.
+// All reductions over warp, block and grid.
 //
-// Numerics      Everything is added in double: what comes in are sums of at most kBatch values in
+// Numerics      Everything is added in double; only sums of a few values, within a thread, are in
 //               the accumulation type.
-// Determinism   A fixed tree within the warp, warps in order, chunks in order whichever block is
-//               the last to arrive. No floating-point atomics.
+// Determinism   A fixed tree within the warp, then warps in order, then chunks in order, whichever
+//               block arrives last. No floating-point atomics.
 #pragma once
 
 #include "params.h"
@@ -12,11 +12,11 @@
 namespace bnorm_ext {
 namespace cuda {
 
-static_assert(sizeof(Pair) == kPairBytes, "of which plan.h reserves room");
+static_assert(sizeof(Pair) == kPairBytes, "plan.h reserves room for these");
 
-// Sums value[k] over the rows of the block. Thread i < columns * kChannels receives the total of
-// channel i of the tile, the others nothing of use. Every thread must call, and between two calls
-// there must be a barrier.
+// Sums value[k] over the rows of the block. Thread i < columns * kChannels returns the total of
+// channel i of the tile, the others return zeros. Every thread must call, and there must be a
+// barrier between two calls.
 template <int kChannels>
 __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns) {
   const int t = static_cast<int>(threadIdx.x), lane = t % kWarp, warp = t / kWarp;
@@ -46,19 +46,20 @@ __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns)
   return total;
 }
 
-// The same in ChannelGroups, where value[k] is of channel walk.channel_of(k): thread i < group
-// receives the total of channel i of the tile. No barrier is needed between two calls.
-template <typename Walk>
-__device__ __forceinline__ Pair group_sum(const Pair (&value)[Walk::kChannels], const Walk& walk,
-                                          const WalkPlan& plan, const Shape& shape) {
-  constexpr int kWidth = Walk::kChannels;
+// The same in ChannelGroups, where value[k] belongs to channel it.channel_of(k): thread i < group
+// returns the total of channel i of the tile. No barrier is needed between two calls.
+template <typename Iterator>
+__device__ __forceinline__ Pair group_sum(const Pair (&value)[Iterator::kChannels],
+                                          const Iterator& it, const TilePlan& plan,
+                                          const Shape& shape) {
+  constexpr int kWidth = Iterator::kChannels;
   const int t = static_cast<int>(threadIdx.x), lane = t % kWarp, warp = t / kWarp;
   const Shared<Pair> of_thread = dynamic_shared<Pair>(0);    // [first and second channel, kThreads]
   const Shared<Pair> of_channel = of_thread + 2 * kThreads;  // [group]
   Pair first = {0, 0}, second = {0, 0};
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    const bool is_first = k < walk.split;
+    const bool is_first = k < it.split;
     first.a += is_first ? value[k].a : 0;
     first.b += is_first ? value[k].b : 0;
     second.a += is_first ? 0 : value[k].a;
@@ -69,8 +70,9 @@ __device__ __forceinline__ Pair group_sum(const Pair (&value)[Walk::kChannels], 
   __syncthreads();
   const int S = static_cast<int>(shape.S);
   for (int channel = warp; channel < plan.group; channel += kWarps) {
-    // Its columns in this block; where one begins before the channel, that is its second one.
-    const int begin = channel * S - walk.begin, end = begin + S;
+    // The channel's columns in this block. In a column that begins before the channel it is the
+    // second one.
+    const int begin = channel * S - it.begin, end = begin + S;
     const int from = begin > 0 ? begin / kWidth : 0;
     const int beyond = end > 0 ? (end + kWidth - 1) / kWidth : 0;
     const int to = beyond < plan.columns ? beyond : plan.columns;
@@ -95,24 +97,24 @@ __device__ __forceinline__ Pair group_sum(const Pair (&value)[Walk::kChannels], 
   return total;
 }
 
-// Either of them: thread i < channels_of_tile has the total of channel i of the tile. As for
-// block_sum.
-template <typename Walk>
-__device__ __forceinline__ Pair chunk_sum(Pair (&value)[Walk::kChannels], const Walk& walk,
-                                          const WalkPlan& plan, const Shape& shape) {
-  if constexpr (Walk::kGrouped) {
-    return group_sum(value, walk, plan, shape);
+// One of the two above: thread i < channels_of_tile returns the total of channel i of the tile.
+// Every thread must call, and there must be a barrier between two calls.
+template <typename Iterator>
+__device__ __forceinline__ Pair chunk_sum(Pair (&value)[Iterator::kChannels], const Iterator& it,
+                                          const TilePlan& plan, const Shape& shape) {
+  if constexpr (Iterator::kGrouped) {
+    return group_sum(value, it, plan, shape);
   } else {
     return block_sum(value, plan.columns);
   }
 }
 
-// Adds part(r, i) over r < count in a fixed order: thread i < channels_of_tile has the total of
-// channel i of the tile. As for block_sum.
-template <typename Walk, typename Part>
-__device__ __forceinline__ Pair sum_of_parts(int count, const WalkPlan& plan, Part part) {
-  constexpr int kChannels = Walk::kGrouped ? 1 : Walk::kChannels;
-  const int columns = Walk::kGrouped ? plan.group : plan.columns;
+// Adds part(r, i) over r < count in a fixed order: thread i < channels_of_tile returns the total of
+// channel i of the tile. Every thread must call, and there must be a barrier between two calls.
+template <typename Iterator, typename Part>
+__device__ __forceinline__ Pair sum_of_parts(int count, const TilePlan& plan, Part part) {
+  constexpr int kChannels = Iterator::kGrouped ? 1 : Iterator::kChannels;
+  const int columns = Iterator::kGrouped ? plan.group : plan.columns;
   const int t = static_cast<int>(threadIdx.x), column = t & (columns - 1);
   Pair sum[kChannels];
 #pragma unroll
@@ -128,35 +130,37 @@ __device__ __forceinline__ Pair sum_of_parts(int count, const WalkPlan& plan, Pa
   return block_sum(sum, columns);
 }
 
-// Whether this block is the last of `count` to arrive at the ticket; it then sees what the others
-// wrote before. atomicInc wraps the ticket around to 0 with the last arrival. Every thread calls.
-__device__ __forceinline__ bool last_to_arrive(unsigned* ticket, int64_t count) {
-  __syncthreads();  // the whole block has written
+// Whether this block is the last of `count` to arrive at the semaphore; it then sees what the
+// others wrote before they arrived. The last arrival wraps the semaphore around to 0. Every thread
+// must call.
+__device__ __forceinline__ bool last_to_arrive(unsigned* semaphore, int64_t count) {
+  __syncthreads();  // all threads of the block have written
   int last = 0;
   if (threadIdx.x == 0) {
     const unsigned highest = static_cast<unsigned>(count - 1);
     __threadfence();
-    last = atomicInc(ticket, highest) == highest;
+    last = atomicInc(semaphore, highest) == highest;
     __threadfence();
   }
   return __syncthreads_or(last) != 0;
 }
 
-// Sums value[k] over all blocks of the tile. True in every thread of the one block that gets the
-// totals: there thread i < channels_of_tile has that of channel i of the tile in `total`.
-template <typename Walk>
-__device__ __forceinline__ bool tile_sum(Pair (&value)[Walk::kChannels], const Walk& walk,
-                                         const WalkPlan& plan, const Shape& shape,
-                                         const Exchange& exchange, Pair* total) {
-  *total = chunk_sum(value, walk, plan, shape);
+// Sums value[k] over all blocks of the tile. Returns true in every thread of the one block that
+// gets the totals: there thread i < channels_of_tile has the total of channel i of the tile in
+// `total`.
+template <typename Iterator>
+__device__ __forceinline__ bool tile_sum(Pair (&value)[Iterator::kChannels], const Iterator& it,
+                                         const TilePlan& plan, const Shape& shape,
+                                         const Staging& staging, Pair* total) {
+  *total = chunk_sum(value, it, plan, shape);
   if (plan.chunks == 1) return true;
-  const int channels = Walk::channels_of_tile(plan), t = static_cast<int>(threadIdx.x);
+  const int channels = Iterator::channels_of_tile(plan), t = static_cast<int>(threadIdx.x);
   const Workspace<Pair> of_tile =
-      Workspace<Pair>(exchange.partials) + walk.tile * plan.chunks * channels;
-  if (t < channels) of_tile[walk.chunk * channels + t] = *total;
-  // Its barriers also part the two calls of block_sum.
-  if (!last_to_arrive(exchange.ticket + walk.tile, plan.chunks)) return false;
-  *total = sum_of_parts<Walk>(
+      Workspace<Pair>(staging.partials) + it.tile * plan.chunks * channels;
+  if (t < channels) of_tile[it.chunk * channels + t] = *total;
+  // This contains the barrier that is needed between the two calls of block_sum.
+  if (!last_to_arrive(staging.semaphores + it.tile, plan.chunks)) return false;
+  *total = sum_of_parts<Iterator>(
       static_cast<int>(plan.chunks), plan,
       [&](int64_t chunk, int i) -> Pair { return of_tile[chunk * channels + i]; });
   return true;

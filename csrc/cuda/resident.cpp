@@ -22,7 +22,7 @@ Wanted wanted_path() {
   return {false, Path::Grid};
 }
 
-using CountBlocks = int64_t (*)(DType, const WalkPlan&, Path, int, int);
+using CountBlocks = int64_t (*)(DType, const TilePlan&, Path, int, int);
 
 ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks count_blocks) {
   const DeviceLimits device = limits();
@@ -42,8 +42,8 @@ ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks cou
   if (kept.size() >= kMost) kept.clear();
   return kept[key] = plan_resident(
              s, element_bytes(in), is_aligned, tensors, device,
-             [&](const WalkPlan& walk, Path path, int team, int shared_bytes) {
-               return count_blocks(in.dtype, walk, path, team, shared_bytes);
+             [&](const TilePlan& tile_plan, Path path, int team, int shared_bytes) {
+               return count_blocks(in.dtype, tile_plan, path, team, shared_bytes);
              },
              wanted);
 }
@@ -58,19 +58,19 @@ ResidentPlan plan_backward(const Input& in, bool is_aligned) {
 }
 
 TeamMemory::TeamMemory(const ResidentPlan& plan, const Input& in, bool counts_tiles) {
-  const int64_t teams = plan.path == Path::Grid && plan.walk.chunks > 1 ? plan.teams : 0;
+  const int64_t teams = plan.path == Path::Grid && plan.tile_plan.chunks > 1 ? plan.teams : 0;
   const auto options = in.tensor.options();
   if (teams > 0) {
-    const int64_t pairs = 2 * plan.blocks() * channels_per_tile(plan.walk);
+    const int64_t pairs = 2 * plan.blocks() * channels_per_tile(plan.tile_plan);
     partials_ = at::empty({pairs * kPairBytes}, options.dtype(at::kByte));
-    generations_ = tickets(teams, options, TicketUse::Generations);
-    exchange_.partials = static_cast<Pair*>(partials_.data_ptr());
-    exchange_.generation = reinterpret_cast<unsigned*>(generations_.data_ptr<int32_t>());
+    phases_ = semaphores(teams, options, SemaphoreUse::Phases);
+    staging_.partials = static_cast<Pair*>(partials_.data_ptr());
+    staging_.phases = reinterpret_cast<unsigned*>(phases_.data_ptr<int32_t>());
   }
   if (teams + counts_tiles == 0) return;
-  tickets_ = tickets(teams + counts_tiles, options);
-  exchange_.ticket = reinterpret_cast<unsigned*>(tickets_.data_ptr<int32_t>());
-  if (counts_tiles) tiles_done_ = exchange_.ticket + teams;
+  semaphores_ = semaphores(teams + counts_tiles, options);
+  staging_.semaphores = reinterpret_cast<unsigned*>(semaphores_.data_ptr<int32_t>());
+  if (counts_tiles) tiles_done_ = staging_.semaphores + teams;
 }
 
 bool is_launched(cudaError_t error) {

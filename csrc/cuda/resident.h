@@ -12,16 +12,16 @@ namespace cuda {
 ResidentPlan plan_forward(const Input& in, bool is_aligned);
 ResidentPlan plan_backward(const Input& in, bool is_aligned);
 
-// Exchange memory of the teams, and one ticket more where tiles have to be counted.
+// Staging memory of the teams, and one semaphore more where tiles have to be counted.
 class TeamMemory {
  public:
   TeamMemory(const ResidentPlan& plan, const Input& in, bool counts_tiles);
-  const Exchange& operator*() const { return exchange_; }
+  const Staging& operator*() const { return staging_; }
   unsigned* tiles_done() const { return tiles_done_; }
 
  private:
-  Tensor partials_, tickets_, generations_;
-  Exchange exchange_;
+  Tensor partials_, semaphores_, phases_;
+  Staging staging_;
   unsigned* tiles_done_ = nullptr;
 };
 

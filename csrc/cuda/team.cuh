@@ -1,5 +1,5 @@
-// What the kernels share that keep their part of a tensor on chip: a thread's vectors in shared
-// memory, and sums over the blocks of a team.
+// What the resident kernels share: a thread's vectors in shared memory, and sums over the blocks of
+// a team.
 #pragma once
 
 #include <type_traits>
@@ -12,38 +12,39 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// A thread's own vectors of one tensor in shared memory; nobody else reads or writes them.
-// Neighbouring threads have neighbouring ones.
+// A thread's own vectors of one tensor in shared memory. No other thread reads or writes them, so
+// they need no barrier. Neighbouring threads have neighbouring vectors.
 template <typename T, int kWidth>
-class Slots {
+class SmemVectors {
  public:
   static constexpr int kBytes = kWidth * static_cast<int>(sizeof(T));
 
-  // number: of the tensor, of those that stay on chip
-  __device__ __forceinline__ Slots(const SharedLayout& shared, const ResidentPlan& plan, int number)
-      : own_(dynamic_shared<Slot>(shared.vectors) + number * plan.vectors * kThreads +
+  // number: which of the tensors that stay on chip
+  __device__ __forceinline__ SmemVectors(const SharedLayout& shared, const ResidentPlan& plan,
+                                         int number)
+      : own_(dynamic_shared<RawVector>(shared.vectors) + number * plan.vectors * kThreads +
              static_cast<int>(threadIdx.x)) {}
-  // All of the walk's vectors; those of 16 bytes are under way until async_wait.
-  template <typename Walk>
-  __device__ __forceinline__ void fetch(Walk walk, const WalkPlan& plan, const T* from) const {
+  // Copies all vectors of the iterator. Those of 16 bytes arrive with async_wait.
+  template <typename Iterator>
+  __device__ __forceinline__ void fetch(Iterator it, const TilePlan& plan, const T* from) const {
     if constexpr (kBytes == kVectorBytes) {
-      for (int i = 0; walk.remaining > 0; ++i, walk.advance(plan)) {
-        async_copy16(own_ + i * kThreads, from + walk.offset);
+      for (int i = 0; it.remaining > 0; ++i, it.advance(plan)) {
+        async_copy16(own_ + i * kThreads, from + it.offset);
       }
     } else {
-      // As many bytes under way at least as where accesses are wide.
-      constexpr int kUnderWay = 16;
-      for (int i = 0; walk.remaining > 0; i += kUnderWay) {
-        Slot value[kUnderWay];
-        const int64_t left = walk.remaining;
+      // Loads in flight before the first store: narrow loads need many of them.
+      constexpr int kInFlight = 16;
+      for (int i = 0; it.remaining > 0; i += kInFlight) {
+        RawVector value[kInFlight];
+        const int64_t left = it.remaining;
 #pragma unroll
-        for (int u = 0; u < kUnderWay; ++u) {
+        for (int u = 0; u < kInFlight; ++u) {
           if (u >= left) break;
-          value[u] = load_bytes<kBytes>(from + walk.offset);
-          walk.advance(plan);
+          value[u] = load_bytes<kBytes>(from + it.offset);
+          it.advance(plan);
         }
 #pragma unroll
-        for (int u = 0; u < kUnderWay; ++u) {
+        for (int u = 0; u < kInFlight; ++u) {
           if (u < left) own_[(i + u) * kThreads] = value[u];
         }
       }
@@ -51,48 +52,48 @@ class Slots {
   }
   __device__ __forceinline__ Values<T, kWidth> operator[](int i) const {
     Values<T, kWidth> values;
-    const Slot slot = own_[i * kThreads];
-    values.take(slot);
+    const RawVector raw = own_[i * kThreads];
+    values.take(raw);
     return values;
   }
 
  private:
-  using Slot = std::conditional_t<kBytes == kVectorBytes, uint4, Bytes<kBytes>>;
-  Shared<Slot> own_;
+  using RawVector = std::conditional_t<kBytes == kVectorBytes, uint4, Bytes<kBytes>>;
+  Shared<RawVector> own_;
 };
 
-// What a kernel on chip keeps of a tile's channels.
+// The constants of a tile's channels in a resident kernel.
 template <typename V>
 using TileTable = Table<V, kTableRows>;
-static_assert(kSlope == kTableRows - 1, "");
+static_assert(kProjScale == kTableRows - 1, "");
 
-// The blocks that share a tile.
+// The blocks that work on one tile.
 struct Team {
   int64_t number;  // of this block's team
   int rank;        // of this block in it
   int size;
 
   explicit __device__ __forceinline__ Team(const ResidentPlan& plan)
-      : number(blockIdx.x / plan.walk.chunks),
-        rank(static_cast<int>(blockIdx.x - number * plan.walk.chunks)),
-        size(static_cast<int>(plan.walk.chunks)) {}
+      : number(blockIdx.x / plan.tile_plan.chunks),
+        rank(static_cast<int>(blockIdx.x - number * plan.tile_plan.chunks)),
+        size(static_cast<int>(plan.tile_plan.chunks)) {}
 };
 
-// A barrier of all threads of a team's blocks, which must all be resident; orders their accesses to
-// global memory. The ticket wraps around to 0 with the last arrival, which begins the next
-// generation.
-__device__ __forceinline__ void team_barrier(const Exchange& exchange, const Team& team) {
+// A barrier of all threads of a team's blocks, which must all be resident at once; orders their
+// accesses to global memory. The last block to arrive wraps the semaphore around to 0 and begins
+// the next phase, for which the others wait.
+__device__ __forceinline__ void team_barrier(const Staging& staging, const Team& team) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    unsigned* generation = exchange.generation + team.number;
+    unsigned* phase = staging.phases + team.number;
     const unsigned highest = static_cast<unsigned>(team.size - 1);
-    const unsigned before = atomicAdd(generation, 0u);
+    const unsigned before = atomicAdd(phase, 0u);
     __threadfence();
-    if (atomicInc(exchange.ticket + team.number, highest) == highest) {
+    if (atomicInc(staging.semaphores + team.number, highest) == highest) {
       __threadfence();
-      atomicAdd(generation, 1u);
+      atomicAdd(phase, 1u);
     } else {
-      while (atomicAdd(generation, 0u) == before) {
+      while (atomicAdd(phase, 0u) == before) {
       }
     }
     __threadfence();
@@ -101,29 +102,30 @@ __device__ __forceinline__ void team_barrier(const Exchange& exchange, const Tea
 }
 
 // Adds `own`, which thread i < channels_of_tile of each block has for channel i of the tile, over
-// the blocks of the team in a fixed order: the same total, in the same threads, in all of them.
-// `round` counts the totals of this launch. Every thread calls; the team has passed a barrier since
-// its last call, and passes another one before a block of a cluster ends.
-template <typename Walk>
+// the blocks of the team in a fixed order: all blocks get the same total in the same threads.
+// `round` counts the calls of this launch. Every thread must call. Between two calls the team must
+// pass a barrier, and another one before a block of a cluster ends.
+template <typename Iterator>
 __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
-                                           const SharedLayout& shared, const Exchange& exchange,
+                                           const SharedLayout& shared, const Staging& staging,
                                            const Team& team, int64_t round) {
   if (team.size == 1) return own;
-  const int channels = Walk::channels_of_tile(plan.walk), t = static_cast<int>(threadIdx.x);
+  const int channels = Iterator::channels_of_tile(plan.tile_plan),
+            t = static_cast<int>(threadIdx.x);
   if (plan.path == Path::Cluster) {
     const Shared<Pair> mine = dynamic_shared<Pair>(shared.team);
     if (t < channels) mine[t] = own;
     cluster_sync();
-    return sum_of_parts<Walk>(team.size, plan.walk, [&](int64_t rank, int i) -> Pair {
+    return sum_of_parts<Iterator>(team.size, plan.tile_plan, [&](int64_t rank, int i) -> Pair {
       return in_block(mine, static_cast<unsigned>(rank))[i];
     });
   }
-  // Twice as much memory as one round needs: blocks that are ahead write the next one's.
+  // Two buffers in turn: a block may write the next round's sums while others read this round's.
   const int64_t at = (round % 2 * plan.teams + team.number) * team.size * channels;
-  const Workspace<Pair> of_team = Workspace<Pair>(exchange.partials) + at;
+  const Workspace<Pair> of_team = Workspace<Pair>(staging.partials) + at;
   if (t < channels) of_team[team.rank * channels + t] = own;
-  team_barrier(exchange, team);
-  return sum_of_parts<Walk>(team.size, plan.walk, [&](int64_t rank, int i) -> Pair {
+  team_barrier(staging, team);
+  return sum_of_parts<Iterator>(team.size, plan.tile_plan, [&](int64_t rank, int i) -> Pair {
     return of_team[rank * channels + i];
   });
 }

@@ -1,4 +1,4 @@
-// The only aligned vector load and store, and what element types mean.
+// The only vector loads and stores, and the conversion of element types.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -10,8 +10,9 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// kWidth values as they lie in memory, in one access; p is a multiple of kWidth * sizeof(T) bytes.
-// 16-bit values take half the registers so, until each is computed with.
+// kWidth values as they are in memory, loaded and stored in one access; p must be a multiple of
+// kWidth * sizeof(T) bytes. 16-bit values stay packed, which halves the registers, and are
+// converted one by one when they are used.
 template <typename T, int kWidth>
 class Values {
  public:

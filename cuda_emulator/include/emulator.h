@@ -1,9 +1,8 @@
-// Supplies for ordinary host compilers what csrc/cuda/platform.cuh and CUDA's own headers supply
-// for nvcc, so that kernels and the code that launches them run on the CPU, one fibre per CUDA
-// thread.
+// Replaces csrc/cuda/platform.cuh and CUDA's own headers for an ordinary host compiler, so that
+// kernels and the code that launches them run on the CPU, one fibre per CUDA thread.
 //
-// What is checked on the way (races, barriers, masks, bounds, ...) comes back as reports:
-// emulator/harness.h. Everything runs in one operating-system thread.
+// The emulator checks races, barriers, masks, bounds and more while it runs, and returns what it
+// finds as reports (emulator/harness.h). Everything runs in one operating-system thread.
 #pragma once
 
 #include "emulator/types.h"

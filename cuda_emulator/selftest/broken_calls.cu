@@ -1,5 +1,5 @@
-// Kernels with one mistake each, in calls that several threads make together, and in accesses to
-// tensors. What each must be reported for stands in reports.py.
+// Kernels with one error each, in collective calls and in accesses to tensors.
+// reports.py says what each must be reported for.
 #include "selftest.h"
 
 namespace {
@@ -73,7 +73,7 @@ __global__ void width_of_three(Params) {
   __shfl_down_sync(~0u, 1, 1, 3);
 }
 
-// Right by the default rules, wrong by CUDA's: no shuffle orders memory.
+// Correct by the default rules, wrong by those of CUDA: shuffles do not order memory.
 __global__ void shuffle_for_barrier(Params) {
   const auto slot = dynamic_shared<float>(0);
   slot[threadIdx.x] = 1.0f;

@@ -1,5 +1,5 @@
-// Kernels with one mistake each, in what threads exchange: order, barriers, masks. What each must
-// be reported for stands in reports.py.
+// Kernels with one error each, in communication between threads: order, barriers, masks.
+// reports.py says what each must be reported for.
 #include "selftest.h"
 
 namespace {
@@ -16,7 +16,7 @@ __global__ void missing_barrier(Params) {
   slot[128 + threadIdx.x] = v;
 }
 
-// A second round writes what slow threads of the first still read.
+// A second round overwrites what slow threads still read in the first.
 __global__ void missing_second_barrier(Params) {
   const auto slot = dynamic_shared<float>(0);
   for (int round = 0; round < 2; ++round) {
@@ -44,7 +44,7 @@ __global__ void shared_misaligned(Params) {
   if (threadIdx.x == 6) dynamic_shared<double>(12)[0] = 1;
 }
 
-// Halves of one word, from different threads: the neighbour's is read.
+// Different threads write the halves of one word; each reads its neighbour's half.
 __global__ void half_word(Params) {
   const auto slot = dynamic_shared<unsigned short>(0);
   slot[threadIdx.x] = 1;
@@ -57,14 +57,14 @@ __global__ void half_word(Params) {
 
 // ---- Order between blocks ----
 
-__device__ void ticket_merge(Params p, bool release, bool acquire, unsigned last_ticket) {
+__device__ void semaphore_merge(Params p, bool release, bool acquire, unsigned last_semaphore) {
   const auto last = dynamic_shared<int>(0);
   if (threadIdx.x == 0) {
     p.partial[blockIdx.x] = 1.0;
     if (release) __threadfence();
-    const unsigned ticket = atomicInc(p.ticket, gridDim.x - 1);
+    const unsigned semaphore = atomicInc(p.semaphore, gridDim.x - 1);
     if (acquire) __threadfence();
-    last[0] = ticket == last_ticket;
+    last[0] = semaphore == last_semaphore;
   }
   __syncthreads();
   const int merge = last[0];
@@ -76,23 +76,23 @@ __device__ void ticket_merge(Params p, bool release, bool acquire, unsigned last
   }
 }
 __global__ void dropped_fence(Params p) {
-  ticket_merge(p, false, true, gridDim.x - 1);
+  semaphore_merge(p, false, true, gridDim.x - 1);
 }
 __global__ void dropped_second_fence(Params p) {
-  ticket_merge(p, true, false, gridDim.x - 1);
+  semaphore_merge(p, true, false, gridDim.x - 1);
 }
 __global__ void lost_merge(Params p) {
-  ticket_merge(p, true, true, gridDim.x);
+  semaphore_merge(p, true, true, gridDim.x);
 }
 
-// The fence of one thread does not publish what others wrote after the barrier before it.
+// The fence of one thread does not publish what other threads wrote after the last barrier.
 __global__ void late_write(Params p) {
   const auto last = dynamic_shared<int>(0);
   __syncthreads();
   if (threadIdx.x == 1) p.partial[blockIdx.x] = 1.0;
   if (threadIdx.x == 0) {
     __threadfence();
-    last[0] = atomicInc(p.ticket, gridDim.x - 1) == gridDim.x - 1;
+    last[0] = atomicInc(p.semaphore, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();
   }
   __syncthreads();
@@ -121,7 +121,7 @@ __global__ void grid_sync_plain(Params) {
 
 __global__ void spins(Params p) {
   if (threadIdx.x != 0 || blockIdx.x != 1) return;
-  while (atomicAdd(p.ticket, 0u) == 0) {
+  while (atomicAdd(p.semaphore, 0u) == 0) {
   }
 }
 
@@ -136,7 +136,7 @@ __global__ void missing_wait(Params p) {
   static_cast<void>(v);
 }
 
-// One group too many is left under way.
+// One group too many is left in flight.
 __global__ void short_wait(Params p) {
   const auto tile = dynamic_shared<float>(0);
   for (int i = 0; i < 2; ++i) {

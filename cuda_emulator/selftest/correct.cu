@@ -1,5 +1,5 @@
-// Kernels without a mistake. Each sums (or moves) `n` floats in one of the ways that the library's
-// kernels exchange values.
+// Correct kernels. Each sums or moves `n` floats, with one of the ways of communication between
+// threads that the library's kernels use.
 #include "selftest.h"
 
 namespace {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(128) block_reduction(Params p) {
   if (threadIdx.x == 0) store_float(p.out + blockIdx.x, static_cast<float>(sum));
 }
 
-// ---- A ticket: the last block merges ----
+// ---- A semaphore: the last block merges ----
 
 __global__ void last_block(Params p) {
   const auto scratch = dynamic_shared<double>(0);
@@ -47,9 +47,9 @@ __global__ void last_block(Params p) {
   if (threadIdx.x == 0) {
     p.partial[blockIdx.x] = sum;
     __threadfence();
-    const unsigned ticket = atomicInc(p.ticket, gridDim.x - 1);
+    const unsigned semaphore = atomicInc(p.semaphore, gridDim.x - 1);
     __threadfence();
-    last[0] = ticket == gridDim.x - 1;
+    last[0] = semaphore == gridDim.x - 1;
   }
   __syncthreads();
   const int merge = last[0];
@@ -118,7 +118,7 @@ __global__ void double_buffer(Params p) {
     bnorm_ext::cuda::async_commit();
     bnorm_ext::cuda::async_wait<1>();
     __syncthreads();
-    // Elements that other threads fetched, in the reverse order.
+    // Reads elements that other threads fetched, in reverse order.
     for (int j = 0; j < 4; ++j) {
       const int from = floats - 1 - (j * static_cast<int>(blockDim.x) + thread);
       const float v = tile[i % 2 * floats + from];
@@ -135,7 +135,7 @@ __global__ void votes(Params p) {
   const unsigned odd = __ballot_sync(~0u, lane % 2);
   const int any = __any_sync(~0u, lane == 7);
   const int all = __all_sync(~0u, lane < 32);
-  // Half-warps go separate ways, and meet among themselves.
+  // Half-warps diverge, and synchronise among themselves.
   const unsigned half = lane < 16 ? 0xffffu : 0xffff0000u;
   int v = static_cast<int>(lane);
   if (lane < 16) {
@@ -154,7 +154,7 @@ __global__ void votes(Params p) {
   store_float(p.out + blockIdx.x * blockDim.x + threadIdx.x, right ? 1.0f : 0.0f);
 }
 
-// ---- Lanes exchange through shared memory, ordered by __syncwarp of some lanes ----
+// ---- Lanes communicate through shared memory, ordered by __syncwarp of some lanes ----
 
 __global__ void syncwarp_pairs(Params p) {
   const auto slot = dynamic_shared<float>(0);

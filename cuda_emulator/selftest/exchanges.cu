@@ -1,5 +1,5 @@
-// Kernels without a mistake that exchange values in less usual ways: chains of flags, tickets that
-// are set back, single bytes, writes into another block's shared memory, several launches.
+// Correct kernels with less usual communication between threads: chains of flags, semaphores that
+// are reset, single bytes, writes into another block's shared memory, several launches.
 #include <numeric>
 
 #include "selftest.h"
@@ -49,7 +49,7 @@ std::string compare(const T* is, const std::vector<T>& expected) {
   return "";
 }
 
-// Each block waits for the flag of the one before: the last knows what the first wrote.
+// Each block waits for the flag of the block before: the last one knows what the first one wrote.
 __global__ void chain(Workspace<int> sum, unsigned* flags) {
   if (threadIdx.x == 5) {
     const unsigned b = blockIdx.x;
@@ -78,14 +78,15 @@ std::string run_chain() {
   return error.empty() ? compare(sum, {1, 3, 6, 10, 15, 21, 28, 36, 45, 55, 66, 78}) : error;
 }
 
-// More blocks than the device holds; the last sets the ticket back by a plain store. Twice.
-__global__ void ticket_set_back(Workspace<int> part, Workspace<unsigned> ticket, int* out) {
+// More blocks than the device holds at once; the last one resets the semaphore by a plain store.
+// Launched twice.
+__global__ void semaphore_set_back(Workspace<int> part, Workspace<unsigned> semaphore, int* out) {
   const auto last = dynamic_shared<int>(0);
   part[blockIdx.x * 32 + threadIdx.x] = 1;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    last[0] = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    last[0] = atomicAdd(semaphore, 1u) == gridDim.x - 1;
     __threadfence();
   }
   __syncthreads();
@@ -99,21 +100,21 @@ __global__ void ticket_set_back(Workspace<int> part, Workspace<unsigned> ticket,
   for (int delta = 16; delta > 0; delta /= 2) sum += __shfl_down_sync(~0u, sum, delta);
   if (threadIdx.x == 0) {
     *out = sum;
-    ticket[0] = 0;
+    semaphore[0] = 0;
   }
 }
 
-std::string run_ticket_set_back() {
+std::string run_semaphore_set_back() {
   emulator::set_device("sm_75", 2);
   constexpr int kBlocks = 100;
   int* part = emulator::allocate<int>("parts", kBlocks * 32, Role::kWorkspace);
-  unsigned* ticket = emulator::allocate<unsigned>("ticket", 1, Role::kWorkspace);
+  unsigned* semaphore = emulator::allocate<unsigned>("semaphore", 1, Role::kWorkspace);
   int* out = emulator::allocate<int>("out", 1, Role::kPlainOutput);
-  *ticket = 0;
+  *semaphore = 0;
   for (int i = 0; i < 2; ++i) {
     *out = -1;
     const Shape shape{dim3(kBlocks), dim3(32), 16};
-    const std::string error = launch(shape, ticket_set_back, part, ticket, out);
+    const std::string error = launch(shape, semaphore_set_back, part, semaphore, out);
     if (!error.empty()) return error;
     if (*out != kBlocks * 32) return "the sum is " + std::to_string(*out);
   }
@@ -165,7 +166,7 @@ std::string run_ring() {
   return error.empty() ? compare(out, std::vector<int>(kAll, 1)) : error;
 }
 
-// In place; then a launch that reads what another block of the one before wrote.
+// In place; then a launch that reads what other blocks of the launch before wrote.
 __global__ void shift(float* values, Workspace<float> copy, int by) {
   const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
   const unsigned n = gridDim.x * blockDim.x;
@@ -217,7 +218,7 @@ std::string run_counters() {
 
 void add_exchanges(std::vector<Case>& cases) {
   cases.push_back({"chain", run_chain});
-  cases.push_back({"ticket_set_back", run_ticket_set_back});
+  cases.push_back({"semaphore_set_back", run_semaphore_set_back});
   cases.push_back({"small_pieces", run_small_pieces});
   cases.push_back({"ring", run_ring});
   cases.push_back({"two_launches", run_two_launches});

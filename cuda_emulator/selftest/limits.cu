@@ -1,4 +1,4 @@
-// What a launch is refused for, and what the device says about itself.
+// Which launches are refused, and the device's own figures.
 #include <cstdio>
 
 #include "selftest.h"

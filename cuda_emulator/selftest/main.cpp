@@ -67,8 +67,8 @@ Run run_sums(Kernel kernel, const Options& o, Expected expected) {
     p.out = emulator::allocate<float>("out", right.size(), Role::kOutput);
     p.partial = emulator::allocate<double>("partials", static_cast<std::size_t>(o.blocks),
                                            Role::kWorkspace);
-    p.ticket = emulator::allocate<unsigned>("ticket", 1, Role::kWorkspace);
-    *p.ticket = 0;
+    p.semaphore = emulator::allocate<unsigned>("semaphore", 1, Role::kWorkspace);
+    *p.semaphore = 0;
     p.plain = emulator::allocate<float>("plain", n, Role::kWorkspace);
     p.per_block = o.per_block;
 

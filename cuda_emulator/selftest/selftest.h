@@ -1,4 +1,4 @@
-// What the kernels of the self-test share: their parameters, and one way to run and check them.
+// Shared by the kernels of the self-test: their parameters, and one way to run and check them.
 #pragma once
 
 #include <emulator.h>
@@ -12,7 +12,7 @@ struct Params {
   const float* in;
   float* out;
   bnorm_ext::cuda::Workspace<double> partial;
-  unsigned* ticket;
+  unsigned* semaphore;
   float* plain;
   int per_block;
 };
@@ -32,7 +32,7 @@ struct Options {
   std::size_t shared_bytes = 8192;
 };
 
-// What the output must be.
+// The expected output.
 enum Expected {
   kPerBlock,         // the sum of each block's inputs
   kPerCluster,       // of each cluster's
@@ -45,7 +45,7 @@ enum Expected {
   kAnything,         // not looked at
 };
 
-// A function of the seed and the device; returns "" or what is wrong with the output.
+// Runs with a seed on a device; returns "", or what is wrong with the output.
 using Run = std::function<std::string()>;
 struct Case {
   std::string name;

@@ -1,5 +1,5 @@
-// Asynchronous copies. A copy is made at the last moment that it may be made: when its thread waits
-// for it. Until then its destination is poisoned.
+// Asynchronous copies. A copy is made as late as possible, when its thread waits for it. Until then
+// its destination is poisoned.
 #include <cstring>
 
 #include "memory.h"
@@ -39,7 +39,7 @@ void async_wait(int pending_groups) {
   Thread& self = *current;
   Extra& extra = self.more();
   maybe_yield();
-  // Groups with lower numbers are done. What was not committed has the highest number.
+  // Groups with lower numbers are complete. Copies that are not committed have the highest number.
   const std::uint64_t pending = static_cast<std::uint64_t>(pending_groups);
   const std::uint64_t done = extra.groups > pending ? extra.groups - pending : 0;
   std::size_t kept = 0;

@@ -1,7 +1,7 @@
-// Atomics and fences, and the order that the two make together.
+// Atomics and fences, and the order that they establish together.
 //
-// A fence of thread A, then an atomic of A on F, then an atomic of B on F (or a chain of atomics on
-// F in between), then a fence of B: what A knew at its fence, B knows after its own. An atomic
+// A fence of thread A, an atomic of A on F, an atomic of B on F that sees it (directly or through a
+// chain of atomics on F), a fence of B: after its fence B knows what A knew at its own. An atomic
 // alone orders nothing.
 #include <unordered_map>
 
@@ -12,7 +12,7 @@ namespace emulator {
 namespace detail {
 namespace {
 
-// What the atomics on one address carried so far.
+// What the atomics on one address have published so far.
 struct Flag {
   std::uint32_t generation = 0;  // of the block, for shared memory
   KnownPtr released;

@@ -7,7 +7,7 @@ namespace emulator {
 namespace detail {
 namespace {
 
-// Any one thread of the block that has exited, or that waits there; null where there is none.
+// A thread of the block that has exited, or that waits at `where`; null if there is none.
 const Thread* find_exited(const Block& block) {
   for (const Thread& t : block.threads) {
     if (t.exited) return &t;
@@ -34,7 +34,8 @@ void refuse_exited(Where where, const Thread* exited) {
                               " never reaches: it has exited");
 }
 
-// All threads of the block came: they go on, in a new phase, with what all of them knew.
+// All threads of the block have arrived: they continue in a new phase, each knowing what any of
+// them knew.
 void release(Block& block, const KnownPtr& known) {
   ++block.phase;
   block.arrived = 0;
@@ -48,7 +49,7 @@ void release(Block& block, const KnownPtr& known) {
   moved_on();
 }
 
-// What a barrier of several blocks adds: all that any of them did so far.
+// What a barrier of several blocks adds: each block knows all that the others did before it.
 KnownPtr past_of(const std::vector<Block*>& blocks) {
   Known past;
   for (const Block* block : blocks) {
@@ -90,7 +91,7 @@ int block_barrier(Where where, int predicate) {
     release(block, KnownPtr(block.gathered));
   }
   leave();
-  // The next barrier of the block cannot end before this thread comes to it.
+  // The next barrier of the block cannot complete before this thread arrives at it.
   return block.result;
 }
 

@@ -1,4 +1,4 @@
-// Blocks of the running launch: which start next, and their memory.
+// Blocks of the running launch: which ones start next, and their memory.
 #include <algorithm>
 
 #include "machine.h"
@@ -7,9 +7,9 @@ namespace emulator {
 namespace detail {
 namespace {
 
-// Kept from launch to launch, for their memory.
+// Kept from launch to launch to reuse their memory.
 std::vector<std::unique_ptr<Block>> unused_blocks;
-// Numbers of the clusters that have not started; the last is the next.
+// Numbers of the clusters that have not started; the last one starts next.
 std::vector<std::uint64_t> waiting_clusters;
 
 std::unique_ptr<Block> new_block(const Launch& launch, std::uint64_t number) {

@@ -1,11 +1,11 @@
-// What happened before what: vector clocks, compressed.
+// The happens-before relation, by compressed vector clocks.
 //
-// The clock of a thread is (phase of its block) << 32 | (events of its own in this phase). A
-// barrier of the block ends a phase: whatever has a clock of an earlier phase of the own block
-// happened before. What else a thread knows of, within a phase:
-//   - of its warp: one clock per lane (Thread::lanes, and Warp::full for barriers of all lanes);
-//   - of other warps and blocks: a sorted list of clocks of single threads and of whole blocks,
-//     shared between threads that know the same.
+// The clock of a thread is (phase of its block) << 32 | (its own events in this phase). A barrier
+// of the block ends a phase: everything with a clock of an earlier phase of the same block happened
+// before. Within a phase a thread also knows
+//   - its warp: one clock per lane (Thread::lanes, and Warp::full for barriers of all lanes);
+//   - other warps and blocks: a sorted list of clocks of single threads and of whole blocks, shared
+//     between threads that know the same.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace detail {
 
 struct Thread;
 
-// Bits of a key that number the thread in its block, from 1; 0 stands for the whole block.
+// Bits of a key that hold the number of the thread in its block, from 1; 0 is the whole block.
 constexpr int kThreadBits = 11;
 inline std::uint64_t key_of(std::uint64_t block, int thread) {
   return block << kThreadBits | static_cast<std::uint64_t>(thread + 1);
@@ -32,7 +32,7 @@ inline int thread_of(std::uint64_t key) {
   return static_cast<int>(key & ((1u << kThreadBits) - 1)) - 1;
 }
 
-// A moment: all that the thread (or block) of `key` did with a clock of at most `clock`.
+// A moment: everything that the thread or block of `key` did with a clock of at most `clock`.
 struct Epoch {
   std::uint64_t key = 0;
   std::uint64_t clock = 0;  // 0: never
@@ -42,11 +42,11 @@ struct Epoch {
 using Known = std::vector<Epoch>;
 using KnownPtr = std::shared_ptr<const Known>;
 
-// Both together. Returns one of the two where it contains the other.
+// The union. Returns one of the two if it contains the other.
 KnownPtr join(const KnownPtr& a, const KnownPtr& b);
 bool covers(const Known& known, const Epoch& epoch);
 
-// All that a thread knew at a fence, its own past included.
+// Everything that a thread knew at a fence, including its own past.
 struct Snapshot {
   std::uint64_t phase = 0;
   std::uint64_t clock = 0;

@@ -1,4 +1,4 @@
-// What a block asks about its cluster.
+// A block's queries about its cluster.
 #include "machine.h"
 
 namespace emulator {

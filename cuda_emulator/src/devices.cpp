@@ -1,4 +1,4 @@
-// Devices and their limits, as the CUDA programming guide gives them per compute capability.
+// Devices and their limits per compute capability, from the CUDA programming guide.
 #include <algorithm>
 
 #include "machine.h"

@@ -1,4 +1,4 @@
-// Its checked longjmp takes a jump to another stack for an error.
+// The checked longjmp of _FORTIFY_SOURCE treats a jump to another stack as an error.
 #undef _FORTIFY_SOURCE
 
 #include "fiber.h"
@@ -44,8 +44,8 @@ namespace {
 
 using Context = Fiber::Context;
 
-// The address sanitizer puts space between variables. An odd number of pages, so that the same
-// depth of different stacks does not fall into the same cache sets.
+// The address sanitizer needs more, because it puts space between variables. An odd number of
+// pages, so that the same depth of different stacks does not map to the same cache sets.
 #ifdef EMULATOR_ASAN
 constexpr std::size_t kStackBytes = 65 * 4096;
 #else
@@ -71,8 +71,8 @@ char* new_stack() {
   --left;
   char* stack = next;
   next += kStackBytes;
-  // A thread that needs more ends the program instead of overwriting the stack below. A guard costs
-  // two mappings, of which the system allows a process some 65000: later stacks have none.
+  // With a guard page a stack overflow ends the program instead of overwriting the next stack. A
+  // guard costs two mappings, of which a process may have about 65000: later stacks have no guard.
   static std::size_t guarded = 0;
   if (guarded++ < kGuardedStacks) mprotect(stack, kGuardBytes, PROT_NONE);
   return stack + kGuardBytes;
@@ -83,7 +83,7 @@ std::size_t new_colour() {
   return count++ % 16 * 192;
 }
 
-// What the switch under way leaves, and where it goes.
+// Source and target of the switch in progress.
 Context* leaving = nullptr;
 Context* entering = nullptr;
 
@@ -95,13 +95,13 @@ void before_switch(Context& from, Context& to) {
 #endif
 }
 
-// The first thing that runs on the stack that was switched to.
+// Runs first on the stack that was switched to.
 void after_switch(Context& here) {
 #ifdef EMULATOR_ASAN
   const void* bottom = nullptr;
   std::size_t bytes = 0;
   __sanitizer_finish_switch_fiber(here.fake_stack, &bottom, &bytes);
-  // We did not make the stack of a caller; we learn where it is when we leave it.
+  // The stack of a caller was not allocated here; its place is learned when it is left.
   if (leaving->entry == nullptr) {
     leaving->stack = static_cast<char*>(const_cast<void*>(bottom));
     leaving->stack_bytes = bytes;
@@ -147,8 +147,8 @@ void prepare(Context& c) {
   makecontext(&c.start, &enter, 0);
 }
 
-// swapcontext makes system calls to save the signal mask, so it only starts a stack; from then on
-// _setjmp and _longjmp switch. The address sanitizer knows the former only.
+// swapcontext makes system calls to save the signal mask, so it only starts a stack; after that
+// _setjmp and _longjmp switch. The address sanitizer supports only swapcontext.
 void change(Context& from, Context& to) {
 #ifdef EMULATOR_ASAN
   swapcontext(&from.start, &to.start);

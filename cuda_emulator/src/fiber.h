@@ -1,4 +1,4 @@
-// Contexts that are switched between by hand, each with a stack of its own.
+// Execution contexts, each with its own stack, between which the scheduler switches explicitly.
 #pragma once
 
 #include <cstddef>
@@ -17,15 +17,15 @@ namespace detail {
 
 class Fiber {
  public:
-  // The context that the caller runs in.
+  // The context of the caller.
   Fiber();
-  // A stack, from which `entry` will be called. It never returns.
+  // A new stack, on which `entry` will be called. `entry` must not return.
   explicit Fiber(void (*entry)());
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Drops what ran on this stack, without unwinding it; the next switch calls `entry` again.
+  // Drops what ran on this stack without unwinding it; the next switch calls `entry` again.
   void restart();
 
   static void switch_to(Fiber& from, Fiber& to);

@@ -1,4 +1,4 @@
-// Launches: what CUDA refuses, what it is asked before, and the call of the scheduler.
+// Launches: which ones CUDA refuses, the queries before a launch, and the call of the scheduler.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -57,7 +57,7 @@ void read_attributes(const cudaLaunchConfig_t& config, Launch& launch) {
   }
 }
 
-// Block, grid and shared memory, without the cluster.
+// Checks block, grid and shared memory, but not the cluster.
 cudaError_t check_shape(const Launch& launch, const Function& function) {
   const dim3& b = launch.block;
   const dim3& g = launch.grid;
@@ -193,7 +193,7 @@ cudaError_t launch(const cudaLaunchConfig_t* config, const void* kernel, void (*
   Settings& s = settings();
   ++s.launches;
   run_launch(launch, s.seed * 1000003u + s.launches, resident_clusters(launch));
-  // A real launch would fail later, at the next call that waits for it.
+  // A real launch fails later, at the next call that synchronises with it.
   if (launch.aborted) error = cudaErrorLaunchFailure;
   running = &launch;
   check_guards();

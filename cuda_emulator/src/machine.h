@@ -1,4 +1,4 @@
-// The launch that runs now: its blocks, warps and threads.
+// The running launch: its blocks, warps and threads.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct Warp {
   std::uint32_t present = 0;  // lanes that the block has
   std::uint32_t exited = 0;
   std::uint32_t waiting = 0;  // lanes at shuffles, votes, __syncwarp
-  // What the first of `waiting` came to, and whether all others came to the same.
+  // The call at which the first of `waiting` waits, and whether the others wait at the same one.
   std::uint32_t mask = 0;
   Where where = Where::kNowhere;
   int bytes = 0;
@@ -35,7 +35,7 @@ struct AsyncCopy {
   std::uint64_t group;
 };
 
-// What few threads need, or few of their steps.
+// State of a thread that few threads, or few of their steps, need.
 struct Extra {
   std::uint64_t lanes[32] = {};  // of the own warp, learned from meetings of fewer than all lanes
   KnownPtr pending;              // read by atomics, not yet ordered by a __threadfence
@@ -46,7 +46,7 @@ struct Extra {
   std::uint64_t groups = 0;  // committed
 };
 
-// Small, because every switch between threads touches another one.
+// Kept small, because every switch between threads touches another one.
 struct alignas(64) Thread {
   Block* block = nullptr;
   Warp* warp = nullptr;
@@ -87,12 +87,12 @@ struct Block {
   unsigned char* shared = nullptr;
   Shadow shadow;
   std::uint32_t generation = 0;
-  // Accesses to this memory by threads of other blocks (key: the last clock) that no thread of this
-  // block is known to have outlived.
+  // Accesses to this memory by threads of other blocks (key: the last clock) of which it is not
+  // known that they happened before the end of this block.
   std::unordered_map<std::uint64_t, std::uint64_t> remote;
 
   std::uint64_t phase = 1;
-  Where barrier = Where::kNowhere;  // which the threads that wait came to
+  Where barrier = Where::kNowhere;  // at which its threads wait
   int arrived = 0;
   int predicates = 0;  // of those that arrived: how many were not zero
   int result = 0;
@@ -106,7 +106,7 @@ inline std::uint64_t volume(const dim3& d) {
   return std::uint64_t{d.x} * d.y * d.z;
 }
 
-// One block, where the launch has no clusters.
+// A single block if the launch has no clusters.
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   int live = 0;  // blocks
@@ -135,13 +135,13 @@ struct Launch {
   int races = 0, unwritten = 0, in_flight = 0;
 
   std::uint64_t steps = 0;  // since something moved on
-  // Drawn per launch. Probabilities to stay in a block, and to run what became ready last; the
-  // mean number of recorded accesses between two switches.
+  // Drawn for each launch: the probabilities of staying in a block and of running the thread that
+  // became ready last, and the mean number of recorded accesses between two switches.
   unsigned stay = 0, last = 0, stride = 1;
   std::uint64_t countdown = 0;
 };
 
-// The thread that runs, and its launch; null between launches.
+// The running thread and its launch; null between launches.
 extern Thread* current;
 extern Launch* running;
 
@@ -152,10 +152,10 @@ inline std::uint64_t draw(std::uint64_t n) {
 }
 void seed_draws(std::uint64_t seed);
 void make_ready(Thread& thread);
-void leave();        // the current thread was put somewhere; runs others until it is made ready
-void yield();        // others may run
+void leave();        // runs others until the current thread, which waits somewhere, is made ready
+void yield();        // lets others run
 void maybe_yield();  // the same, at recorded accesses
-void moved_on();     // something happened that a loop that only waits does not do
+void moved_on();     // records progress, which a loop that only waits does not make
 [[noreturn]] void abort_launch();
 void run_launch(Launch& launch, std::uint64_t seed, int resident_clusters);
 
@@ -165,7 +165,7 @@ void end_cluster(Cluster* cluster);  // and start another
 void drop_clusters();                // those that a launch did not end
 
 // ---- barriers.cpp, warp.cpp, memory.cpp, atomics.cpp: for the scheduler ----
-// What a thread's end breaks is reported, while the thread still counts as running.
+// Reports what the end of a thread breaks, while the thread still counts as running.
 void exit_barriers(Thread& thread);
 void exit_warp(Thread& thread);
 void exit_shared(Thread& thread);
@@ -174,10 +174,10 @@ void start_memory();  // of a launch
 void start_atomics();
 
 // ---- reports.cpp ----
-// With the kernel, and the current thread where one runs. The text is "what".
+// Adds a report about the running kernel and thread, if there are any, with the text `what`.
 void report(const char* kind, const std::string& what);
 void report_everyone(const char* kind, const std::string& what);  // and where all threads wait
-// The same, and ends the launch.
+// The same, and aborts the launch.
 [[noreturn]] void report_fatal(const char* kind, const std::string& what);
 [[noreturn]] void report_fatal(const Thread& of, const char* kind, const std::string& what);
 std::string describe(const Thread& thread);

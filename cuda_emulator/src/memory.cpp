@@ -27,7 +27,7 @@ bool aligned(std::uintptr_t at, std::size_t bytes) {
   return !power || at % bytes == 0;
 }
 
-// Races of one launch look alike: only the first few are worth reading.
+// Races of one launch are similar: only the first few are reported.
 constexpr int kRacesPerLaunch = 4;
 
 const char* past(Access kind) {
@@ -86,7 +86,7 @@ void start_memory() {
 }
 
 void poison(unsigned char* memory, std::size_t bytes) {
-  // Halves, floats and doubles of this are NaNs, of any of the number formats.
+  // A NaN in every floating-point format.
   const unsigned char pattern[2] = {0xf5, 0x7f};
   for (std::size_t i = 0; i < bytes; ++i) memory[i] = pattern[i % 2];
 }
@@ -230,7 +230,7 @@ void tensor_read(const void* from, void* to, std::size_t bytes) {
     return;
   }
   moved_on();
-  // Nobody writes inputs, and what nobody registered is for the kernel to know.
+  // Inputs are never written, and memory that is not registered is not checked.
   const Region* region = find_region(at);
   if (region != nullptr && region->role != Role::kInput && region->role != Role::kOutput) {
     record(nullptr, at, bytes, Access::kRead, now());

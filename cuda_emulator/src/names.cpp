@@ -20,7 +20,8 @@ std::map<const void*, std::string>& names() {
   return all;
 }
 
-// dladdr knows exported functions only, and kernels often are not: reads the file's symbol table.
+// Reads the symbol table of the file, because dladdr only knows exported functions and kernels
+// often are not exported.
 std::string symbol_in_file(const char* path, std::uintptr_t offset) {
   std::ifstream file(path, std::ios::binary);
   const std::string bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
@@ -55,8 +56,8 @@ std::string short_name(const std::string& mangled) {
   char* text = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
   std::string name = status == 0 && text != nullptr ? text : mangled;
   std::free(text);
-  // The last "(" outside of template arguments, but not that of "(anonymous namespace)", begins the
-  // parameters.
+  // The parameters begin at the last "(" outside of template arguments that is not part of
+  // "(anonymous namespace)".
   const std::string anonymous = "(anonymous namespace)::";
   for (std::size_t at = name.find(anonymous); at != std::string::npos; at = name.find(anonymous)) {
     name.erase(at, anonymous.size());
@@ -94,7 +95,7 @@ std::string name_of_kernel(const void* kernel) {
     const auto base = reinterpret_cast<std::uintptr_t>(info.dli_fbase);
     if (info.dli_sname != nullptr && info.dli_saddr == kernel) name = info.dli_sname;
     if (name.empty()) name = symbol_in_file(info.dli_fname, address - base);
-    // Not position-independent: symbols are addresses.
+    // In a program that is not position-independent the symbols are absolute addresses.
     if (name.empty()) name = symbol_in_file(info.dli_fname, address);
   }
   name = name.empty() ? "at " + hex(reinterpret_cast<std::uintptr_t>(kernel)) : short_name(name);
@@ -132,7 +133,7 @@ const char* cudaGetErrorName(cudaError_t error) {
 #undef EMULATOR_ERROR
   return "unrecognized error code";
 }
-// CUDA has sentences; the names say as much.
+// CUDA returns a sentence here; the name says the same.
 const char* cudaGetErrorString(cudaError_t error) {
   return cudaGetErrorName(error);
 }

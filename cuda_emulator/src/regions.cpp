@@ -1,4 +1,4 @@
-// Memory that the harness knows: guard zones, poison, and what was written.
+// Registered memory: guard zones, poison, and which bytes were written.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -23,7 +23,7 @@ std::vector<std::unique_ptr<Region>>& regions() {  // sorted by address
 }
 Region* last_found = nullptr;
 
-// The guards are poison to the address sanitizer too: plain accesses to them end the program.
+// The guards are poisoned for the address sanitizer too: plain accesses to them end the program.
 void close_guard(const void* at, std::size_t bytes) {
 #ifdef EMULATOR_ASAN
   __asan_poison_memory_region(at, bytes);

@@ -29,7 +29,7 @@ std::string report_text() {
 namespace detail {
 namespace {
 
-// A launch that goes wrong goes on for this many reports.
+// A launch with errors is aborted after this many reports.
 constexpr int kReportsPerLaunch = 24;
 
 std::string triple(const uint3& v) {

@@ -16,13 +16,13 @@ Launch* running = nullptr;
 
 namespace {
 
-// Leaves the thread that ends its launch, whose calls hold memory. The others are just dropped:
-// where they wait, there is nothing to free.
+// Unwinds the thread that aborts its launch, because its calls hold memory. The other threads are
+// dropped: where they wait, there is nothing to free.
 struct Aborted {};
 
 // The context that called the launch.
 Fiber* caller = nullptr;
-// Stacks that no thread uses. A fibre that is about to leave for good puts itself here.
+// Unused stacks. A fibre that is about to switch away for the last time puts itself here.
 std::vector<std::unique_ptr<Fiber>> idle;
 std::uint64_t random_state = 1;
 Block* last_block = nullptr;  // that ran; null where it is gone
@@ -46,7 +46,7 @@ void set_builtins(const Thread& thread) {
   last_block = thread.block;
 }
 
-// Takes one of the ready threads; null where there is none.
+// Takes one of the ready threads; null if there is none.
 Thread* pick() {
   Launch& launch = *running;
   if (launch.ready.empty()) return nullptr;
@@ -76,7 +76,7 @@ std::unique_ptr<Fiber> idle_fiber() {
   return fiber;
 }
 
-// From `from` to `next`, or to the caller where there is none.
+// Switches from `from` to `next`, or to the caller if there is none.
 void run(Fiber& from, Thread* next) {
   current = next;
   if (next == nullptr) {
@@ -101,7 +101,7 @@ void end_thread(Thread& thread) {
   }
 }
 
-// What each stack runs: one thread after the other.
+// The main function of each stack: runs one thread after the other.
 void run_threads() {
   for (;;) {
     Thread* thread = current;
@@ -112,7 +112,8 @@ void run_threads() {
       exit_warp(*thread);
     } catch (const Aborted&) {
     }
-    // Not from within the handler: what is caught is a property of the operating system's thread.
+    // Not within the handler, because the exception being handled belongs to the operating system's
+    // thread.
     if (running->aborted) Fiber::switch_to(*thread->fiber, *caller);
     std::unique_ptr<Fiber> self = std::move(thread->fiber);
     end_thread(*thread);
@@ -196,7 +197,7 @@ void run_launch(Launch& launch, std::uint64_t seed, int resident_clusters) {
   const unsigned rare[] = {kOne / 512, kOne / 1024, kOne / 4096, kOne / 16384};
   const unsigned lasts[] = {0, kOne / 4, kOne / 4 * 3, kOne - kOne / 64};
   const unsigned strides[] = {2, 8, 64, 4096};
-  // Where there are more threads than caches hold, a block runs for long before the next.
+  // With more threads than the caches hold, a block runs for a long time before the next one.
   const std::uint64_t blocks = volume(launch.grid);
   const std::uint64_t resident =
       std::min(blocks, static_cast<std::uint64_t>(resident_clusters) * volume(launch.cluster)) *

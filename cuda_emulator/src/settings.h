@@ -1,4 +1,4 @@
-// What the harness chose.
+// The settings that the harness chose.
 #pragma once
 
 #include <cstdint>

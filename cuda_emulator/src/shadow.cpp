@@ -81,8 +81,9 @@ void Shadow::split(Cell& cell) {
   cell.split = static_cast<std::uint32_t>(splits_.size());
 }
 
-// An atomic counts as done at the fence before it, for other blocks: who saw its value, and with it
-// what came before the fence, may access its address otherwise, as the block that resets a ticket.
+// For other blocks an atomic counts as done at the fence before it. A block that saw its value, and
+// with it what came before the fence, may access its address by other means: for example the block
+// that resets a semaphore.
 static bool written_before(const Cell& cell, const Thread& thread) {
   if (happened_before(cell.write, thread)) return true;
   return cell.fence != 0 && block_of(cell.write.key) != thread.block->number &&
@@ -99,7 +100,7 @@ void Shadow::access_cell(Cell& cell, Access kind, const Epoch& now, const Thread
   };
   const bool both_atomic = kind == Access::kAtomic && cell.wrote == Access::kAtomic;
   if (cell.wrote == Access::kInFlight) {
-    // Even for the thread that started it. kCopy is its end, made by the runtime.
+    // A conflict even for the thread that started the copy. kCopy is its end, made by the runtime.
     if (kind != Access::kCopy) report(Access::kInFlight, cell.write);
   } else if (cell.wrote != Access::kNone && !both_atomic && !written_before(cell, thread)) {
     report(cell.wrote, cell.write);
@@ -141,7 +142,7 @@ const Epoch* Shadow::unordered_reader(Cell& cell, const Thread& thread) {
 void Shadow::add_reader(Cell& cell, const Epoch& now, const Thread& thread) {
   const bool listed = cell.readers != 0 && !readers_[cell.readers - 1].list.empty();
   if (!listed) {
-    // A reader that the new one comes after need not be remembered.
+    // A reader that happened before the new one need not be remembered.
     if (cell.read.clock == 0 || happened_before(cell.read, thread)) {
       cell.read = now;
       return;
@@ -162,7 +163,7 @@ void Shadow::add_reader(Cell& cell, const Epoch& now, const Thread& thread) {
   } else {
     if (block_of(readers.list[0].key) != thread.block->number) readers.one_block = false;
     readers.list.push_back(now);
-    // Keeps the last of each thread, once the list may hold each twice.
+    // Keeps the last access of each thread, once the list may hold every thread twice.
     if (readers.list.size() >= 4096) {
       std::stable_sort(readers.list.begin(), readers.list.end(),
                        [](const Epoch& a, const Epoch& b) { return a.key < b.key; });

@@ -1,4 +1,4 @@
-// Who accessed which bytes last: what finds races.
+// Finds races: remembers who accessed which bytes last.
 #pragma once
 
 #include <array>
@@ -18,11 +18,11 @@ enum class Access : unsigned char {
   kWrite,
   kAtomic,
   kCopy,      // an asynchronous copy that was waited for
-  kInFlight,  // one that was not
+  kInFlight,  // an asynchronous copy that was not waited for
 };
 
-// Of 4 bytes, or of 1 where accesses of fewer than 4 were seen. Contents of another generation
-// (launch, or block for shared memory) count as none.
+// The state of 4 bytes, or of single bytes once an access of fewer than 4 was seen. The contents of
+// another generation (launch, or for shared memory block) count as empty.
 struct Cell {
   std::uint32_t generation = 0;
   std::uint32_t readers = 0;  // index + 1 of a list, where readers do not form a chain
@@ -34,7 +34,7 @@ struct Cell {
 };
 
 struct Conflict {
-  Access earlier = Access::kNone;  // kNone: there is no conflict
+  Access earlier = Access::kNone;  // kNone if there is no conflict
   Access now = Access::kNone;
   Epoch other;
   std::ptrdiff_t byte = 0;  // offset of the first byte in conflict, from the access's first
@@ -43,10 +43,10 @@ struct Conflict {
 
 class Shadow {
  public:
-  // Of `bytes` from the cell of offset 0 on: shared memory.
+  // For shared memory: `bytes` from the cell of offset 0 on.
   void resize(std::size_t bytes) { flat_.resize((bytes + 3) / 4); }
 
-  // Before a generation begins and none of the earlier ones will be asked about any more.
+  // Call before a generation begins, when none of the earlier ones is needed any more.
   void forget();
   // The same, and frees the memory.
   void clear();

@@ -1,4 +1,4 @@
-// Shuffles, votes and __syncwarp: the lanes that a mask names meet.
+// Shuffles, votes and __syncwarp: collectives of the lanes that a mask names.
 #include <algorithm>
 #include <cstring>
 
@@ -32,7 +32,7 @@ std::string call_text(Where where, unsigned mask) {
   return std::string(name_of(where)) + " with mask " + hex(mask);
 }
 
-// The lane that a shuffle reads, as PTX defines it.
+// The lane that a shuffle reads, according to the PTX specification.
 int source_lane(const Thread& t, int lane) {
   const int first = lane & ~(t.width - 1);
   const int last = first + t.width - 1;
@@ -63,7 +63,7 @@ unsigned vote_result(const Thread& any, unsigned mask) {
   return any.waits == Where::kAny ? ballot != 0 : ballot == mask;
 }
 
-// Each of the lanes now knows what any of them knew.
+// Gives each of the lanes what any of them knew.
 void exchange_knowledge(Thread& any, unsigned mask) {
   KnownPtr known = any.known;
   for (int lane = 0; lane < 32; ++lane) {
@@ -115,7 +115,7 @@ __attribute__((noinline)) void check_call(const Thread& self, Where where, unsig
   }
 }
 
-// Against the lanes of its warp that wait already.
+// Checks a lane's call against the lanes of its warp that wait already.
 void check_meeting(const Thread& self) {
   Warp& warp = *self.warp;
   if (warp.waiting == 0) {
@@ -147,8 +147,8 @@ void check_meeting(const Thread& self) {
   }
 }
 
-// All lanes of the mask are there. A function of its own: its variables would lie on the stacks of
-// all threads that wait.
+// All lanes of the mask have arrived. In a function of its own, because its variables would
+// otherwise be on the stack of every waiting thread.
 __attribute__((noinline)) void complete(Thread& self) {
   const Where where = self.waits;
   const unsigned mask = self.mask;
@@ -205,7 +205,7 @@ void warp_collective(Where where, unsigned mask, int argument, int width, int by
 }
 
 unsigned active_mask() {
-  // Which other lanes are there is up to the hardware; code that works must work with any answer.
+  // Which other lanes are active is up to the hardware; correct code works with any answer.
   return 1u << current->index % 32;
 }
 

@@ -33,8 +33,9 @@ Session& session() {
 constexpr size_t kGuard = 256;
 constexpr int kPoison = 0xff;
 
-// Poisoned and known to the emulator, which reports accesses to anything else. What a session has
-// freed stays until the next one, so that a late access still meets nobody else's memory.
+// Its memory is poisoned and registered with the emulator, which reports accesses to anything else.
+// What a session frees is kept until the next session, so that a late access never hits memory that
+// is in use again.
 class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -54,9 +55,9 @@ class Allocator final : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override {
     ordinary_->copy_data(to, from, bytes);
   }
-  // This allocator stays installed after a session, where torch's own scratch memory asks for it:
-  // what is freed without its context was allocated there. Within a session torch refuses to
-  // allocate so, since the context of a guarded block is not its address.
+  // This allocator stays installed after a session, and torch may then allocate without a context:
+  // such memory comes from the ordinary allocator. Within a session torch refuses to allocate so,
+  // because the context of a guarded block is not its address.
   c10::DeleterFnPtr raw_deleter() const override { return ordinary_->raw_deleter(); }
 
  private:
@@ -92,7 +93,7 @@ RUNNER_API bool runner_begin(const char* architecture, int multiprocessors, uint
   c10::SetCPUAllocator(&allocator, /*priority=*/100);
   emulator::reset();
   emulator::set_seed(seed);
-  emulator::set_shuffles_order_memory(false);  // as CUDA promises, no more
+  emulator::set_shuffles_order_memory(false);  // only what CUDA guarantees
   Session& s = session();
   for (void* block : s.freed) std::free(block);
   s.freed.clear();
@@ -105,17 +106,18 @@ RUNNER_API bool runner_begin(const char* architecture, int multiprocessors, uint
   return emulator::set_device(architecture, multiprocessors);
 }
 
-// What is allocated from now on: "input" is never written by a kernel, "inout" anything goes.
+// The role of tensors that are allocated from now on: a kernel never writes an "input", and may do
+// anything with an "inout".
 RUNNER_API void runner_role(const char* role) {
   session().role = role == std::string("input") ? emulator::Role::kInput : emulator::Role::kInOut;
 }
 
-// Tensors of these sizes that are allocated from now on are written once, all of them.
+// Tensors of these sizes that are allocated from now on are outputs: each byte is written once.
 RUNNER_API void runner_outputs(const int64_t* bytes, int count) {
   session().output_bytes.assign(bytes, bytes + count);
 }
 
-// Ordinary memory from now on.
+// Tensors are allocated from ordinary memory from now on.
 RUNNER_API void runner_end() {
   session().active = false;
 }

@@ -11,7 +11,8 @@ namespace runner {
 
 bool is_capturing();
 
-// Another one in each session, since what the host files keep per stream dies with the session.
+// A different stream in each session, because the memory that the host files keep per stream is
+// freed with the session.
 cudaStream_t current_stream();
 
 }  // namespace runner

@@ -63,7 +63,7 @@ def build(
         "cuda/batch_norm_backward.cpp",
         "checks.cpp",
         "cuda/resident.cpp",
-        "cuda/tickets.cpp",
+        "cuda/semaphores.cpp",
     ]
     return building.build(
         "libbnorm_ext_emulated.so",

@@ -247,8 +247,8 @@ def test_merged_counter() -> None:
     assert found[1] == 3
 
 
-def test_launches_of_one_stream_share_their_tickets() -> None:
-    """Many blocks per tile, three calls in one session: the tickets are back at zero each time."""
+def test_launches_of_one_stream_share_their_semaphores() -> None:
+    """Many blocks per tile, three calls in one session: each leaves the semaphores at zero."""
     c = made((8, 2, 32, 48), torch.float32, "contiguous")
     with emulated.session(capturing=False) as s:
         found = [s.call("batch_norm_stats", s.copy(c.x)) for _ in range(3)]
@@ -256,8 +256,8 @@ def test_launches_of_one_stream_share_their_tickets() -> None:
     assert all(torch.equal(mean, means[0]) for mean in means)
 
 
-def test_launches_in_a_graph_have_tickets_of_their_own() -> None:
-    # In float64, where no output has as many bytes as the two tickets.
+def test_launches_in_a_graph_have_semaphores_of_their_own() -> None:
+    # In float64, where no output has as many bytes as the two semaphores.
     c = made((8, 2, 32, 48), torch.float64, "contiguous")
     assert same_bits(emulated.run(c, capturing=True), emulated.run(c))
 

@@ -40,7 +40,7 @@ CORRECT = [
     "votes",
     "syncwarp_pairs",
     "chain",
-    "ticket_set_back",
+    "semaphore_set_back",
     "small_pieces",
     "ring",
     "two_launches",

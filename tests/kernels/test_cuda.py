@@ -199,7 +199,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_streams_side_by_side(path: str) -> None:
-    """The tickets of one stream are not those of another."""
+    """The semaphores of one stream are not those of another."""
     c = on("cuda", made((32, 2, 64, 64), torch.float32, "contiguous"))
     right = run(bnorm_ext.batch_norm, c)
     streams = [torch.cuda.Stream() for _ in range(4)]

@@ -62,7 +62,7 @@ def test_same_bits_for_any_number_of_threads(name, dtype, training):
 
 
 @pytest.mark.parametrize("shape", [(8, 16, 181, 183), (70, 64, 29, 29), (900, 64, 7, 7)], ids=str)
-def test_same_bits_by_slab_and_by_chunk(shape):
+def test_same_bits_by_cache_block_and_by_chunk(shape):
     """Large outputs: a thread takes whole channels where each has four to take."""
     c = case(normal(shape, 0, 3))
     assert c.x.nbytes > 10 << 20
@@ -100,9 +100,9 @@ def test_operators_of_synchronised_training_are_independent_of_threads():
 
 # ---- Large outputs ------------------------------------------------------------------------------
 
-# Where a call touches 20 MiB and more, the CPU kernels write past the caches, whole aligned vectors
-# only; rows of odd lengths put the parts before and after them everywhere, and where rows run into
-# each other, samples of a whole number of vectors, or not, are taken in other loops.
+# Calls that touch 20 MiB and more use nontemporal stores, for whole aligned vectors only. In rows
+# of odd lengths the partial vectors before and after them are at every offset. Joined rows have one
+# loop for samples of whole vectors and one for others.
 LARGE = {
     "rows of channels": (67,),
     "planes": (3, 4099),

@@ -1,4 +1,4 @@
-"""csrc/cuda/plan.h and walk.cuh: every element of a tensor belongs to one thread, once."""
+"""csrc/cuda/plan.h and tile_iterator.cuh: every element of a tensor belongs to one thread, once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-// Atomics on integers, by raw pointer or by Shared<T>, Distributed<T>, Workspace<T>. There are none
-// on floating-point numbers: their order, and with it the result, would change from run to run.
+// Atomics on integers, by raw pointer or by Shared<T>, Distributed<T>, Workspace<T>. Floating-point
+// atomics are missing on purpose: their order, and so the result, changes from run to run.
 #pragma once
 
 #include <cstring>
@@ -44,8 +44,8 @@ struct AtomicTarget<bnorm_ext::cuda::Distributed<T>>
 template <typename T>
 struct AtomicTarget<bnorm_ext::cuda::Workspace<T>> : AtomicClass<bnorm_ext::cuda::Workspace<T>> {};
 
-// The value before; `update` returns the one after. It clears its second argument where it writes
-// nothing, as a compare-and-swap that fails: that publishes nothing either.
+// Returns the old value; `update` returns the new one. `update` clears its second argument if it
+// writes nothing, as a compare-and-swap that fails does: then nothing is published either.
 template <typename Pointer, typename Update>
 typename AtomicTarget<Pointer>::Type atomic(const Pointer& p, Update update) {
   using T = typename AtomicTarget<Pointer>::Type;
@@ -72,7 +72,7 @@ typename AtomicTarget<Pointer>::Type atomic(const Pointer& p, Update update) {
     return emulator::detail::atomic(                                             \
         p, [value](T before, bool&) { return static_cast<T>(expression); });     \
   }
-// Signed sums wrap around as the hardware's do.
+// Signed sums wrap around, as on the hardware.
 EMULATOR_ATOMIC(atomicAdd,
                 static_cast<unsigned long long>(before) + static_cast<unsigned long long>(value))
 EMULATOR_ATOMIC(atomicSub,

@@ -5,7 +5,7 @@
 
 #include "runtime.h"
 
-// Of the thread that runs now; the scheduler sets them.
+// Of the running thread; the scheduler sets them.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;

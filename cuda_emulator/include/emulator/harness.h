@@ -1,5 +1,5 @@
-// What a test says to the emulator and asks it. One state for the whole process; `reset` before
-// each case.
+// The interface for tests: settings, memory, reports, launches. There is one state for the whole
+// process; call `reset` before each case.
 #pragma once
 
 #include <cstddef>
@@ -12,26 +12,27 @@
 
 namespace emulator {
 
-// Forgets memory, reports, launches and settings: an sm_80 with 8 multiprocessors, seed 0. Frees
-// what `allocate` returned.
+// Forgets memory, reports, launches and settings, and frees what `allocate` returned. The device is
+// an sm_80 with 8 multiprocessors and the seed 0 again.
 void reset();
 
 // ---- The device ----
 
 // One of sm_75, sm_80, sm_86, sm_90, sm_120, with their limits per block and per multiprocessor.
-// False: no such name.
+// Returns false if there is no such name.
 bool set_device(const std::string& architecture, int multiprocessors = 8);
 
-// The order in which threads and blocks run follows from this and the number of the launch since.
+// The seed and the number of launches since it was set determine the order in which threads and
+// blocks run.
 void set_seed(std::uint64_t seed);
 
-// CUDA promises no order of memory accesses around shuffles and votes, only around __syncwarp.
-// True, the default: they order as __syncwarp does. False: as CUDA promises.
+// Whether shuffles and votes order memory accesses as __syncwarp does. True is the default; false
+// is what CUDA guarantees.
 void set_shuffles_order_memory(bool order);
 
-// So many scheduling steps, and 1000 for each thread, without a barrier, a store or an end of a
-// thread are reported as a livelock. The default is a million. A loop that neither accesses
-// recorded memory nor calls anything of CUDA's is never left.
+// A livelock is reported after this many scheduling steps, plus 1000 for each thread, in which no
+// thread passes a barrier, stores or ends. The default is a million. A loop that neither accesses
+// recorded memory nor calls a CUDA function is not interrupted: it hangs.
 void set_patience(std::uint64_t steps);
 
 // ---- Memory ----
@@ -39,12 +40,12 @@ void set_patience(std::uint64_t steps);
 enum class Role {
   kInput,        // store_bytes into it is reported
   kOutput,       // each byte must be stored by store_bytes, exactly once
-  kPlainOutput,  // written by plain stores: no element may keep its poison; see check_outputs
-  kInOut,        // stored and loaded at will, without races
+  kPlainOutput,  // written by plain stores: every element must change, see check_outputs
+  kInOut,        // stored and loaded freely, but without races
   kWorkspace,    // through Workspace<T> and atomics
 };
 
-// Zeroed (input) or poisoned memory between guard zones, known by its name. Starts
+// Memory between guard zones, zeroed (inputs) or poisoned, which reports call by its name. Starts
 // `misalignment` bytes after a multiple of 256.
 void* allocate_bytes(const std::string& name, std::size_t bytes, Role role,
                      std::size_t misalignment = 0);
@@ -53,23 +54,23 @@ T* allocate(const std::string& name, std::size_t count, Role role, std::size_t m
   return static_cast<T*>(allocate_bytes(name, count * sizeof(T), role, misalignment));
 }
 
-// Memory of the caller's. `allocate`d memory is registered already. From the first registration on,
+// Registers memory of the caller; `allocate` registers its own. From the first registration on,
 // load_bytes, store_bytes, __ldg, Workspace and atomics outside of all regions are reported.
 void register_region(const std::string& name, void* pointer, std::size_t bytes, Role role);
 
-// Reports bytes of outputs that no launch wrote since their registration. `element_bytes` is how
-// much of a kPlainOutput must differ from the poison: its element size.
+// Reports bytes of outputs that no launch has written since their registration. In a kPlainOutput
+// each element of `element_bytes` must differ from the poison.
 void check_outputs(std::size_t element_bytes = 4);
 
 // ---- Reports ----
 
 struct Report {
   std::string kind;    // race, barrier, warp, deadlock, livelock, misaligned, outside, ...
-  std::string kernel;  // empty: not from a kernel
-  std::string text;    // all of it, with the kind, the kernel, the threads and the seed
+  std::string kernel;  // empty if it is not about a kernel
+  std::string text;    // complete, with the kind, the kernel, the threads and the seed
 };
 const std::vector<Report>& reports();
-std::string report_text();  // one report per line; empty where there is none
+std::string report_text();  // one report per line; empty if there is none
 void clear_reports();
 
 // ---- Launches ----
@@ -89,10 +90,10 @@ void clear_launches();
 void refuse_next_cluster_launch(cudaError_t error = cudaErrorLaunchOutOfResources);
 void refuse_next_cooperative_launch(cudaError_t error = cudaErrorCooperativeLaunchTooLarge);
 
-// What reports call a kernel, instead of its name in the symbol table.
+// The name of a kernel in reports, instead of the one in the symbol table.
 void name_kernel(const void* kernel, const std::string& name);
 
-// "boost" or "ucontext": what switches between threads.
+// Which library switches between threads: "boost" or "ucontext".
 const char* fibers();
 
 }  // namespace emulator

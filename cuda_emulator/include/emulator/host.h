@@ -1,5 +1,5 @@
-// The part of CUDA's host API that launching code needs. Launches and copies are done when the call
-// returns; streams do not matter.
+// The part of CUDA's host API that launching code needs. Launches and copies are complete when the
+// call returns; streams are ignored.
 #pragma once
 
 #include <cstddef>
@@ -164,7 +164,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Paramet
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  // Parameters by value, converted once, as they are for a real launch.
+  // Parameters are passed by value and converted once, as in a real launch.
   using Values = std::tuple<std::decay_t<Parameters>...>;
   struct Call {
     void (*kernel)(Parameters...);

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <type_traits>
 
-// As in CUDA: two numbers of any kinds, compared in their common type; where one is a NaN, the
-// other.
+// As in CUDA: two numbers of any types, compared in their common type. If one is a NaN, the result
+// is the other.
 template <typename A, typename B,
           typename = std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value>>
 constexpr std::common_type_t<A, B> min(A a, B b) {

@@ -1,4 +1,4 @@
-// Shared<T>, Distributed<T>, Workspace<T>: like T*, except that elements are read and written whole
+// Shared<T>, Distributed<T>, Workspace<T>: like T*, but only whole elements are read and written,
 // and each access is recorded.
 #pragma once
 
@@ -9,12 +9,12 @@
 namespace emulator {
 namespace detail {
 
-// What p[i] is: converts to T, and takes a T. Pointer is the class of p.
+// The type of p[i]: converts to T, and a T can be assigned to it. Pointer is the class of p.
 template <typename Pointer>
 class Element {
  public:
   using T = typename Pointer::Value;
-  static_assert(std::is_trivially_copyable<T>::value, "threads exchange plain bytes");
+  static_assert(std::is_trivially_copyable<T>::value, "elements are copied as bytes");
 
   explicit Element(const Pointer& p) : pointer_(p) {}
   Element(const Element&) = default;
@@ -23,7 +23,7 @@ class Element {
     pointer_.write(value);
     return *this;
   }
-  // Assigning one element to another copies the value, not the place.
+  // Assigning one element to another copies the value, not the address.
   const Element& operator=(const Element& other) const {
     pointer_.write(other.pointer_.read());
     return *this;
@@ -34,7 +34,7 @@ class Element {
   Pointer pointer_;
 };
 
-// The arithmetic of a pointer. Derived supplies offset(n), same_space(other) and distance(other).
+// The arithmetic of a pointer. Derived supplies offset(n), same(other) and distance(other).
 template <typename Derived>
 class Arithmetic {
  public:
@@ -67,8 +67,8 @@ class Arithmetic {
 namespace bnorm_ext {
 namespace cuda {
 
-// A byte offset into the shared memory of one block. Shared and Distributed differ in their types
-// only: both know their block.
+// A byte offset into the shared memory of one block, which the pointer knows. Shared and
+// Distributed differ only in their types.
 #define EMULATOR_SHARED_POINTER(Name)                                                              \
   template <typename T>                                                                            \
   class Name : public emulator::detail::Arithmetic<Name<T>> {                                      \
@@ -106,7 +106,7 @@ EMULATOR_SHARED_POINTER(Shared)
 EMULATOR_SHARED_POINTER(Distributed)
 #undef EMULATOR_SHARED_POINTER
 
-// Global memory that one kernel writes and reads. The host passes T*.
+// Global memory that one kernel both writes and reads. The host passes T*.
 template <typename T>
 class Workspace : public emulator::detail::Arithmetic<Workspace<T>> {
  public:
@@ -124,7 +124,8 @@ class Workspace : public emulator::detail::Arithmetic<Workspace<T>> {
     static_assert(!std::is_const<T>::value, "read-only");
     emulator::detail::workspace_write(p_, &value, sizeof(T), alignof(T));
   }
-  // Not pointer arithmetic: an offset outside of the array is reported when it is accessed.
+  // Computed with integers: an offset outside of the array is undefined for pointers, and is
+  // reported when it is accessed.
   Workspace offset(std::ptrdiff_t n) const {
     const auto step = static_cast<std::uintptr_t>(n) * sizeof(T);
     return reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(p_) + step);

@@ -1,4 +1,4 @@
-// What the templates of the other headers call in the runtime. Nothing here is for kernels.
+// The functions of the runtime that the templates of the other headers call. Not for kernels.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +30,7 @@ enum class Where : unsigned char {
   kAll,
 };
 
-// ---- Barriers, votes, shuffles. They return the value that CUDA's function returns. ----
+// ---- Barriers, votes, shuffles; the return value is that of CUDA's function ----
 int block_barrier(Where where, int predicate);
 void cluster_barrier();
 void grid_barrier();
@@ -44,7 +44,7 @@ Block* current_block();
 Block* block_in_cluster(unsigned rank);
 unsigned cluster_rank();
 unsigned cluster_size();
-// Of the running block's shared memory; reports a bad offset.
+// Reports a bad offset into the running block's shared memory.
 void check_shared_offset(std::ptrdiff_t offset, std::size_t alignment);
 void shared_read(Block* owner, std::ptrdiff_t offset, void* to, std::size_t bytes);
 void shared_write(Block* owner, std::ptrdiff_t offset, const void* from, std::size_t bytes);
@@ -56,12 +56,13 @@ void async_copy(Block* owner, std::ptrdiff_t offset, const void* from);
 void async_commit();
 void async_wait(int pending_groups);
 
-// Shared memory of `owner`, or global memory where `owner` is null.
+// An address: in the shared memory of `owner`, or in global memory if `owner` is null.
 struct Place {
   Block* owner;
   std::uintptr_t at;
 };
-// Between the two calls no other thread runs. Null: the access was reported and must not be made.
+// Between the two calls no other thread runs. Null means that the access was reported and must not
+// be made.
 void* atomic_begin(Place place, std::size_t bytes);
 void atomic_end(Place place, std::size_t bytes, bool wrote);
 

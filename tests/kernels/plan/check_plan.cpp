@@ -1,9 +1,9 @@
-// Whether plan.h, resident_plan.h and walk.cuh cover a tensor: every element exactly once, each
-// access aligned, limits respected. Small tensors are walked whole, huge ones at the places where
-// 32 bits would not do.
+// Whether plan.h, resident_plan.h and tile_iterator.cuh cover a tensor: every element exactly once,
+// each access aligned, limits respected. Small tensors are visited whole, huge ones at the places
+// where 32 bits would not do.
 //
-// Resident plans besides: the limits of every generation of devices, teams that fit, one slot of
-// shared memory for each vector.
+// Resident plans are checked too: the limits of every generation of devices, teams that fit, one
+// place in shared memory for each vector.
 //
 // Prints one line per failure and the number of plans that were checked.
 #include <cstdio>
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "resident_plan.h"
-#include "walk.cuh"
+#include "tile_iterator.cuh"
 
 using namespace bnorm_ext;
 using namespace bnorm_ext::cuda;
@@ -44,7 +44,7 @@ bool needs_groups(const Shape& s, int bytes) {
   return false;
 }
 
-void check_limits(const Shape& s, int bytes, bool aligned, const WalkPlan& plan) {
+void check_limits(const Shape& s, int bytes, bool aligned, const TilePlan& plan) {
   const int full = kVectorBytes / bytes;
   const bool last = s.layout == Layout::ChannelsLast, grouped = aligned && needs_groups(s, bytes);
   const bool whole = aligned && (last ? s.C : s.S) % full == 0;
@@ -80,24 +80,24 @@ void check_limits(const Shape& s, int bytes, bool aligned, const WalkPlan& plan)
 }
 
 template <int kWidth, Mapping kMapping>
-void walk_whole(const Shape& s, int bytes, const WalkPlan& plan) {
-  using W = Walk<kWidth, kMapping>;
+void visit_whole(const Shape& s, int bytes, const TilePlan& plan) {
+  using Iterator = TileIterator<kWidth, kMapping>;
   std::vector<uint8_t> seen(static_cast<size_t>(s.numel()));
   const int channels = channels_per_tile(plan);
   for (int64_t block = 0; block < plan.blocks(); ++block) {
     std::vector<int64_t> of_channel(static_cast<size_t>(channels));
     for (threadIdx.x = 0; threadIdx.x < kThreads; ++threadIdx.x) {
-      W walk(s, plan, block);
-      if (walk.remaining > 0 && walk.channel >= s.C) return fail(s, bytes, "no such channel");
-      walk.batches(plan, [&](const int64_t (&at)[kBatch], int valid) {
+      Iterator it(s, plan, block);
+      if (it.remaining > 0 && it.channel >= s.C) return fail(s, bytes, "no such channel");
+      it.batches(plan, [&](const int64_t (&at)[kBatch], int valid) {
         for (int u = 0; u < valid; ++u) {
           if (at[u] % kWidth != 0 || at[u] < 0 || at[u] + kWidth > s.numel()) {
             return fail(s, bytes, "an access that is not aligned or outside");
           }
           for (int v = 0; v < kWidth; ++v) {
-            const int64_t channel = walk.channel_of(W::kAlong ? 0 : v);
+            const int64_t channel = it.channel_of(Iterator::kAlong ? 0 : v);
             if (channel_of(s, at[u] + v) != channel) return fail(s, bytes, "another channel's");
-            if (channel / channels != walk.tile) return fail(s, bytes, "another tile's channel");
+            if (channel / channels != it.tile) return fail(s, bytes, "another tile's channel");
             ++of_channel[static_cast<size_t>(channel % channels)];
             ++seen[static_cast<size_t>(at[u] + v)];
           }
@@ -119,24 +119,24 @@ void walk_whole(const Shape& s, int bytes, const WalkPlan& plan) {
 
 // The first two and the last vector of some threads, against the definition of the layout.
 template <int kWidth, Mapping kMapping>
-void walk_some(const Shape& s, int bytes, const WalkPlan& plan) {
-  using W = Walk<kWidth, kMapping>;
+void visit_some(const Shape& s, int bytes, const TilePlan& plan) {
+  using Iterator = TileIterator<kWidth, kMapping>;
   for (const int64_t block : {int64_t{0}, plan.blocks() / 2, plan.blocks() - 1}) {
     for (const unsigned t : {0u, 77u, 255u}) {
       threadIdx.x = t;
-      W walk(s, plan, block);
-      int64_t index = walk.chunk / plan.pieces * plan.chunk_length + walk.row;
-      for (int step = 0; step < 100 && walk.remaining > 0; ++step) {
-        const __int128 row = W::kAlong ? index * kWidth / s.S : index;
-        __int128 right = row * s.C + walk.channel;
-        if (W::kAlong) right = right * s.S + index * kWidth % s.S;
-        if (W::kGrouped) {
-          const int64_t column = walk.chunk % plan.pieces * plan.columns + walk.column;
-          right = (row * s.C + walk.tile * plan.group) * s.S + column * kWidth;
-          if (walk.offset / s.S % s.C != walk.channel) return fail(s, bytes, "a wrong channel");
+      Iterator it(s, plan, block);
+      int64_t index = it.chunk / plan.pieces * plan.chunk_length + it.row;
+      for (int step = 0; step < 100 && it.remaining > 0; ++step) {
+        const __int128 row = Iterator::kAlong ? index * kWidth / s.S : index;
+        __int128 right = row * s.C + it.channel;
+        if (Iterator::kAlong) right = right * s.S + index * kWidth % s.S;
+        if (Iterator::kGrouped) {
+          const int64_t column = it.chunk % plan.pieces * plan.columns + it.column;
+          right = (row * s.C + it.tile * plan.group) * s.S + column * kWidth;
+          if (it.offset / s.S % s.C != it.channel) return fail(s, bytes, "a wrong channel");
         }
-        if (walk.offset != right) return fail(s, bytes, "a wrong offset in a huge tensor");
-        walk.advance(plan);
+        if (it.offset != right) return fail(s, bytes, "a wrong offset in a huge tensor");
+        it.advance(plan);
         index += plan.rows;
       }
     }
@@ -144,13 +144,13 @@ void walk_some(const Shape& s, int bytes, const WalkPlan& plan) {
 }
 
 template <int kWidth, Mapping kMapping>
-void check_mapping(const Shape& s, int bytes, const WalkPlan& plan, bool whole) {
-  whole ? walk_whole<kWidth, kMapping>(s, bytes, plan)
-        : walk_some<kWidth, kMapping>(s, bytes, plan);
+void check_mapping(const Shape& s, int bytes, const TilePlan& plan, bool whole) {
+  whole ? visit_whole<kWidth, kMapping>(s, bytes, plan)
+        : visit_some<kWidth, kMapping>(s, bytes, plan);
 }
 
 template <int kWidth>
-void check_width(const Shape& s, int bytes, const WalkPlan& plan, bool whole) {
+void check_width(const Shape& s, int bytes, const TilePlan& plan, bool whole) {
   switch (plan.mapping) {
     case Mapping::ChannelsFirst:
       return check_mapping<kWidth, Mapping::ChannelsFirst>(s, bytes, plan, whole);
@@ -182,44 +182,46 @@ void check_resident(const Shape& s, int bytes, int tensors, const DeviceLimits& 
     if (plan.reason[0] == '\0') fail(s, bytes, "no reason for two passes");
     return;
   }
-  const WalkPlan& walk = plan.walk;
-  const int64_t team = walk.chunks;
-  check_limits(s, bytes, aligned, walk);
+  const TilePlan& tile_plan = plan.tile_plan;
+  const int64_t team = tile_plan.chunks;
+  check_limits(s, bytes, aligned, tile_plan);
   if (plan.shared_bytes > device.shared_per_block)
     fail(s, bytes, "more shared memory than there is");
-  const SharedLayout shared = shared_layout(walk.mapping, channels_per_tile(walk));
+  const SharedLayout shared = shared_layout(tile_plan.mapping, channels_per_tile(tile_plan));
   if (shared.team % 16 != 0 || shared.table % 16 != 0 || shared.vectors % 16 != 0 ||
-      shared.team < reduce_shared_bytes(walk) ||
-      shared.table < shared.team + channels_per_tile(walk) * 16 ||
+      shared.team < reduce_shared_bytes(tile_plan) ||
+      shared.table < shared.team + channels_per_tile(tile_plan) * 16 ||
       plan.shared_bytes <
-          shared.vectors + int64_t{tensors} * plan.vectors * kThreads * walk.width * bytes) {
+          shared.vectors + int64_t{tensors} * plan.vectors * kThreads * tile_plan.width * bytes) {
     fail(s, bytes, "shared memory that overlaps");
   }
-  if (int64_t{plan.vectors} * walk.rows < walk.chunk_length) fail(s, bytes, "too few slots");
-  const int64_t held = ByLimits{device}(walk, plan.path, static_cast<int>(team), plan.shared_bytes);
+  if (int64_t{plan.vectors} * tile_plan.rows < tile_plan.chunk_length)
+    fail(s, bytes, "too few vectors");
+  const int64_t held =
+      ByLimits{device}(tile_plan, plan.path, static_cast<int>(team), plan.shared_bytes);
   switch (plan.path) {
     case Path::Block:
-      if (team != 1 || plan.teams != walk.tiles || held < 1) fail(s, bytes, "not one block");
+      if (team != 1 || plan.teams != tile_plan.tiles || held < 1) fail(s, bytes, "not one block");
       break;
     case Path::Cluster:
-      if (team < 2 || team > device.max_cluster || plan.teams != walk.tiles || held < 1) {
+      if (team < 2 || team > device.max_cluster || plan.teams != tile_plan.tiles || held < 1) {
         fail(s, bytes, "a cluster that there is not");
       }
       break;
     default:
       // All blocks at once, or a barrier of a team waits for ever.
-      if (!device.cooperative || plan.teams < 1 || plan.teams > walk.tiles ||
+      if (!device.cooperative || plan.teams < 1 || plan.teams > tile_plan.tiles ||
           plan.blocks() > held) {
         fail(s, bytes, "a grid that is not resident");
       }
   }
-  switch (walk.width) {
+  switch (tile_plan.width) {
     case 1:
-      return check_width<1>(s, bytes, walk, whole);
+      return check_width<1>(s, bytes, tile_plan, whole);
     case 4:
-      return check_width<4>(s, bytes, walk, whole);
+      return check_width<4>(s, bytes, tile_plan, whole);
     default:
-      return check_width<8>(s, bytes, walk, whole);
+      return check_width<8>(s, bytes, tile_plan, whole);
   }
 }
 
@@ -231,7 +233,7 @@ int check_residency(const Shape& s, int bytes, bool aligned, int tensors, const 
                          {false, Path::Grid}};
   for (const Wanted& wanted : each) {
     const ResidentPlan plan = plan_resident(s, bytes, aligned, tensors, d, ByLimits{d}, wanted);
-    const bool as_wanted = wanted.any || plan.path == wanted.path || plan.walk.chunks == 1 ||
+    const bool as_wanted = wanted.any || plan.path == wanted.path || plan.tile_plan.chunks == 1 ||
                            plan.path == Path::TwoPass;
     if (!as_wanted) fail(s, bytes, "another path than was asked for");
     if (wanted.any) ++paths[static_cast<int>(plan.path)];
@@ -239,7 +241,7 @@ int check_residency(const Shape& s, int bytes, bool aligned, int tensors, const 
   }
   // A device that holds nothing of what it is asked to hold.
   const ResidentPlan none = plan_resident(
-      s, bytes, aligned, tensors, d, [](const WalkPlan&, Path, int, int) { return int64_t{0}; });
+      s, bytes, aligned, tensors, d, [](const TilePlan&, Path, int, int) { return int64_t{0}; });
   if (none.path != Path::TwoPass) fail(s, bytes, "resident where nothing is");
   return 5;
 }
@@ -265,7 +267,7 @@ int check(const Shape& s) {
       for (const int multiprocessors : {1, 4, 132}) {
         DeviceLimits device;
         device.multiprocessors = multiprocessors;
-        const WalkPlan plan = plan_two_pass(s, bytes, aligned, device);
+        const TilePlan plan = plan_two_pass(s, bytes, aligned, device);
         check_limits(s, bytes, aligned, plan);
         switch (plan.width) {
           case 1:

@@ -1,4 +1,4 @@
-// Just enough of CUDA to construct a Walk without running anything.
+// Just enough of CUDA to construct a TileIterator without running anything.
 #pragma once
 
 #include <cstdint>
