@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _compat, _refusals
-from ._plain import Normalised, accumulation_type, fold, fold_vector, per_channel, unfold
+from ._decompositions import Normalised, accumulation_type, fold, fold_vector, per_channel, unfold
 from .activations import check_residual, compose
 
 

@@ -16,7 +16,8 @@ from typing import TypeVar
 from torch import nn
 
 from . import modules, modules_timm
-from ._compat import AnyBatchNorm, tell_compiler
+from ._compat import AnyBatchNorm
+from ._compat.modules import change_class
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
@@ -111,16 +112,13 @@ def change_classes(module: nn.Module, to_ours: bool) -> dict[str, list[str]]:
     for name, child in module.named_modules():
         cls = type(child)
         if cls in replacements:
-            child.__class__ = replacements[cls]
-            tell_compiler(child)
+            change_class(child, replacements[cls])
         elif to_ours and (cls.__module__, cls.__qualname__) == modules_timm.NAME:
-            child.__class__ = modules_timm.ours(cls)
-            tell_compiler(child)
+            change_class(child, modules_timm.ours(cls))
         elif not to_ours and hasattr(cls, "timms"):
-            child.__class__ = cls.timms
-            tell_compiler(child)
+            change_class(child, cls.timms)
         elif isinstance(child, AnyBatchNorm) and to_ours is not isinstance(
-            child, modules._OneCallForward
+            child, modules._BatchNormMixin
         ):
             left.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(name or "(root)")
     return left

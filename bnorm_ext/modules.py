@@ -19,7 +19,8 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from . import functional
-from ._compat import BatchNormBase, module_call, overrides_call, tensors_of
+from ._compat import BatchNormBase
+from ._compat.modules import module_call, overrides_call, tensors_of
 
 __all__ = [
     "BatchNorm1d",
@@ -37,7 +38,7 @@ _PACKAGE = f"{__package__}."
 
 
 @overrides_call
-class _OneCallForward(BatchNormBase):
+class _BatchNormMixin(BatchNormBase):
     """The forward pass that all modules of this package share."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class _OneCallForward(BatchNormBase):
         return module_call(self, *args, **kwargs)
 
 
-class BatchNorm1d(_OneCallForward, nn.BatchNorm1d):
+class BatchNorm1d(_BatchNormMixin, nn.BatchNorm1d):
     """Batch normalisation of 2-D or 3-D input: :class:`torch.nn.BatchNorm1d` on this package's
     kernels.
 
@@ -180,7 +181,7 @@ class BatchNorm1d(_OneCallForward, nn.BatchNorm1d):
     """
 
 
-class BatchNorm2d(_OneCallForward, nn.BatchNorm2d):
+class BatchNorm2d(_BatchNormMixin, nn.BatchNorm2d):
     """Batch normalisation of 4-D input: :class:`torch.nn.BatchNorm2d` on this package's kernels.
 
     As :class:`BatchNorm1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) for images: the statistics of
@@ -199,7 +200,7 @@ class BatchNorm2d(_OneCallForward, nn.BatchNorm2d):
     """
 
 
-class BatchNorm3d(_OneCallForward, nn.BatchNorm3d):
+class BatchNorm3d(_BatchNormMixin, nn.BatchNorm3d):
     """Batch normalisation of 5-D input: :class:`torch.nn.BatchNorm3d` on this package's kernels.
 
     As :class:`BatchNorm1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) for volumes: the statistics of
@@ -218,7 +219,7 @@ class BatchNorm3d(_OneCallForward, nn.BatchNorm3d):
     """
 
 
-class LazyBatchNorm1d(_OneCallForward, nn.LazyBatchNorm1d):
+class LazyBatchNorm1d(_BatchNormMixin, nn.LazyBatchNorm1d):
     """:class:`BatchNorm1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) that takes ``num_features``
     from ``input.size(1)`` of its first call and becomes a :class:`BatchNorm1d` there; arguments,
     shapes, dtypes and errors as there, behaviour as :class:`torch.nn.LazyBatchNorm1d`."""
@@ -226,7 +227,7 @@ class LazyBatchNorm1d(_OneCallForward, nn.LazyBatchNorm1d):
     cls_to_become = BatchNorm1d
 
 
-class LazyBatchNorm2d(_OneCallForward, nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_BatchNormMixin, nn.LazyBatchNorm2d):
     """:class:`BatchNorm2d` (Ioffe & Szegedy 2015, arXiv:1502.03167) that takes ``num_features``
     from ``input.size(1)`` of its first call and becomes a :class:`BatchNorm2d` there; arguments,
     shapes, dtypes and errors as there, behaviour as :class:`torch.nn.LazyBatchNorm2d`."""
@@ -234,7 +235,7 @@ class LazyBatchNorm2d(_OneCallForward, nn.LazyBatchNorm2d):
     cls_to_become = BatchNorm2d
 
 
-class LazyBatchNorm3d(_OneCallForward, nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_BatchNormMixin, nn.LazyBatchNorm3d):
     """:class:`BatchNorm3d` (Ioffe & Szegedy 2015, arXiv:1502.03167) that takes ``num_features``
     from ``input.size(1)`` of its first call and becomes a :class:`BatchNorm3d` there; arguments,
     shapes, dtypes and errors as there, behaviour as :class:`torch.nn.LazyBatchNorm3d`."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._compat import is_hooked
+from ._compat.modules import is_hooked
 from .activations import MODULE_NAMES, Activation, resolve
-from .modules import _is_scripting, _OneCallForward
+from .modules import _BatchNormMixin, _is_scripting
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
 
@@ -28,7 +28,7 @@ def activation_of(module: nn.Module) -> tuple[str | None, float]:
     return name, module.negative_slope if name == "leaky_relu" else 0.01  # type: ignore[return-value]
 
 
-class _ActForward(_OneCallForward):
+class _ActForward(_BatchNormMixin):
     """Constructor and forward pass that all batch norms with an activation share."""
 
     _rebuilding = ("torch.", "torchvision.", "timm.", "torchao.")

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._compat import has_global_module_hooks, is_hooked
-from .modules import _OneCallForward
+from ._compat.modules import has_global_module_hooks, is_hooked
+from .modules import _BatchNormMixin
 from .modules_act import _ActForward, activation_of
 
 #: timm's class is told by its name: timm need not be there.
@@ -34,7 +34,7 @@ class _TimmForward(_ActForward):
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         name, slope = self.activation()
         if name is None or has_global_module_hooks():
-            return self.act(self.drop(_OneCallForward.forward(self, input)))
+            return self.act(self.drop(_BatchNormMixin.forward(self, input)))
         return self._normalise(input, None, name, slope)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import convert
-from .._compat import AnyBatchNorm, children_of
+from .._compat import AnyBatchNorm
+from .._compat.modules import children_of
 from .chains import Fused, Refused, Unit, Usage, fuse_unit
 from .module import FusedModule, Fusion, be_undoable, inside_of, run_graph, unfuse
 from .modules import has_forward, is_compiled, is_layer

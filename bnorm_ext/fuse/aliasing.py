@@ -13,8 +13,8 @@ from torch import fx, nn
 from torch.fx.graph import inplace_methods
 from torch.fx.node import map_arg
 
-from .._compat import has_forward_hooks, has_hooks_at_forward
-from ..modules import _OneCallForward
+from .._compat.modules import has_forward_hooks, has_hooks_at_forward
+from ..modules import _BatchNormMixin
 from .call import CHANGES_RESIDUAL, batch_norm_add_act
 
 # Results that share memory with nothing. Whatever is not listed may be a view of its arguments.
@@ -53,7 +53,7 @@ def fresh(node: fx.Node, root: nn.Module) -> bool:
             "torch.nn"
         )
         # Hooks may return anything.
-        return (layer or isinstance(module, _OneCallForward)) and not has_forward_hooks(module)
+        return (layer or isinstance(module, _BatchNormMixin)) and not has_forward_hooks(module)
     if node.op == "call_method":
         return node.target in _FRESH_METHODS
     return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
@@ -102,7 +102,7 @@ def _may_change_any(node: fx.Node, root: nn.Module) -> bool:
         module = root.get_submodule(str(node.target))
         # torch's own containers, such as DataParallel, run what is in them.
         theirs = type(module).__module__.startswith("torch.nn") and not any(module.children())
-        return has_hooks_at_forward(module) or not (theirs or isinstance(module, _OneCallForward))
+        return has_hooks_at_forward(module) or not (theirs or isinstance(module, _BatchNormMixin))
     return node.op == "call_function" and not is_torchs_function(node.target)  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import has_global_module_hooks, is_hooked
+from .._compat.modules import has_global_module_hooks, is_hooked
 from ..activations import alike, compose
 from ..modules import _PACKAGE, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from ..modules_act import _ActForward, activation_of

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .._compat import INTERNALS, children_of, has_global_module_hooks, is_hooked, tell_compiler
+from .._compat.modules import (
+    INTERNALS,
+    change_class,
+    children_of,
+    has_global_module_hooks,
+    is_hooked,
+)
 from .program import Program
 from .trace import copy_of
 
@@ -196,18 +202,13 @@ def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def run_graph(module: nn.Module, fusion: Fusion) -> None:
     """Makes ``module`` run a graph; it stays the same object."""
     vars(module)[_FUSION] = fusion
-    _set_class(module, runs_graph=True)
+    change_class(module, fused_class(type(module), True))
 
 
 def be_undoable(module: nn.Module) -> None:
     """Gives ``module`` the method ``unfuse``."""
     if not isinstance(module, FusedModule | torch.jit.ScriptModule):
-        _set_class(module, runs_graph=False)
-
-
-def _set_class(module: nn.Module, runs_graph: bool) -> None:
-    module.__class__ = fused_class(type(module), runs_graph)
-    tell_compiler(module)
+        change_class(module, fused_class(type(module), False))
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -215,6 +216,5 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, FusedModule):
             vars(module).pop(_FUSION, None)
-            module.__class__ = module._unfused
-            tell_compiler(module)
+            change_class(module, module._unfused)
     return model

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from .._compat import has_own_call, hooks_of, is_compiled
-from ..modules import _PACKAGE, _OneCallForward
+from .._compat.modules import has_own_call, hooks_of, is_compiled
+from ..modules import _PACKAGE, _BatchNormMixin
 
 __all__ = ["has_forward", "hooks_of", "is_compiled", "is_layer", "is_leaf"]
 
@@ -13,7 +13,7 @@ __all__ = ["has_forward", "hooks_of", "is_compiled", "is_layer", "is_leaf"]
 def is_layer(module: nn.Module) -> bool:
     """Whether it is a layer or container of torch, or a batch norm of this package: its forward is
     not traced."""
-    ours = isinstance(module, _OneCallForward) and type(module).__module__.startswith(_PACKAGE)
+    ours = isinstance(module, _BatchNormMixin) and type(module).__module__.startswith(_PACKAGE)
     return ours or fx.Tracer().is_leaf_module(module, "")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from .._compat import AnyBatchNorm, fake_tensors
-from ..modules import _OneCallForward
+from ..modules import _BatchNormMixin
 from .aliasing import is_torchs_function
 from .modules import hooks_of
 
@@ -107,7 +107,7 @@ def _run(
     module = root.get_submodule(target)
     if hooks_of(module):
         raise _Unknown
-    if isinstance(module, _OneCallForward):
+    if isinstance(module, _BatchNormMixin):
         return torch.empty_like(args[0] if args else kwargs["input"])
     if not type(module).__module__.startswith("torch.nn") or any(module.children()):
         raise _Unknown

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from .._compat import INTERNALS, catch_calls, children_of, release_calls, why_uncaught
+from .._compat.modules import INTERNALS, catch_calls, children_of, release_calls, why_uncaught
 from .compare import compare
 from .modules import is_leaf
 from .proxy import Unfit, Value
