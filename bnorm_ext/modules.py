@@ -37,6 +37,12 @@ _ABSENT: Any = object()
 _PACKAGE = f"{__package__}."
 
 
+def is_ours(module: nn.Module) -> bool:
+    """Whether it is a batch norm whose class is this package's own. A subclass that is defined
+    elsewhere may do more than batch normalisation."""
+    return isinstance(module, _BatchNormMixin) and type(module).__module__.startswith(_PACKAGE)
+
+
 @overrides_call
 class _BatchNormMixin(BatchNormBase):
     """The forward pass that all modules of this package share."""
@@ -146,7 +152,7 @@ class _BatchNormMixin(BatchNormBase):
             proxy = input
             args = (input, *args)
         # A subclass from elsewhere is no leaf with native either; its own forward is traced.
-        if isinstance(proxy, Proxy) and type(self).__module__.startswith(_PACKAGE):
+        if isinstance(proxy, Proxy) and is_ours(self):
             tracer: Any = proxy.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return module_call(self, *args, **kwargs)

@@ -28,7 +28,7 @@ def activation_of(module: nn.Module) -> tuple[str | None, float]:
     return name, module.negative_slope if name == "leaky_relu" else 0.01  # type: ignore[return-value]
 
 
-class _ActForward(_BatchNormMixin):
+class _BatchNormActMixin(_BatchNormMixin):
     """Constructor and forward pass that all batch norms with an activation share."""
 
     _rebuilding = ("torch.", "torchvision.", "timm.", "torchao.")
@@ -113,7 +113,7 @@ class _ActForward(_BatchNormMixin):
         return f"{super().extra_repr()}, act={self.act}{slope}"
 
 
-class BatchNormAct1d(_ActForward, nn.BatchNorm1d):
+class BatchNormAct1d(_BatchNormActMixin, nn.BatchNorm1d):
     """Batch normalisation of 2-D or 3-D input, then an addition and an activation, in one pass:
     ``act(batch_norm(input) + residual)``.
 
@@ -147,7 +147,7 @@ class BatchNormAct1d(_ActForward, nn.BatchNorm1d):
     """
 
 
-class BatchNormAct2d(_ActForward, nn.BatchNorm2d):
+class BatchNormAct2d(_BatchNormActMixin, nn.BatchNorm2d):
     """Batch normalisation of 4-D input, then an addition and an activation, in one pass.
 
     As :class:`BatchNormAct1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) for images.
@@ -164,7 +164,7 @@ class BatchNormAct2d(_ActForward, nn.BatchNorm2d):
     """
 
 
-class BatchNormAct3d(_ActForward, nn.BatchNorm3d):
+class BatchNormAct3d(_BatchNormActMixin, nn.BatchNorm3d):
     """Batch normalisation of 5-D input, then an addition and an activation, in one pass.
 
     As :class:`BatchNormAct1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) for volumes.

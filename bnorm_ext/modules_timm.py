@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ._compat.modules import has_global_module_hooks, is_hooked
 from .modules import _BatchNormMixin
-from .modules_act import _ActForward, activation_of
+from .modules_act import _BatchNormActMixin, activation_of
 
 #: timm's class is told by its name: timm need not be there.
 NAME = ("timm.layers.norm_act", "BatchNormAct2d")
 
 
-class _TimmForward(_ActForward):
+class _TimmMixin(_BatchNormActMixin):
     """``act(drop(batch_norm(input)))``, in one call where ``drop`` does nothing."""
 
     _rebuilding = ("torch.", "torchvision.", "torchao.")  # timm's own tools know what they do
@@ -49,7 +49,7 @@ def ours(cls: type[nn.Module]) -> Any:
         "__init__": cls.__init__,
         "extra_repr": cls.extra_repr,
     }
-    return type(cls.__name__, (_TimmForward, cls), body)
+    return type(cls.__name__, (_TimmMixin, cls), body)
 
 
 def __getattr__(name: str) -> Any:

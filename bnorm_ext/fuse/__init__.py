@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from .. import convert
 from .._compat import AnyBatchNorm
-from .._compat.modules import children_of
-from .chains import Fused, Refused, Unit, Usage, fuse_unit
+from .._compat.modules import children_of, is_compiled
+from .chains import Fused, Refused, Unit, Usage, fuse_unit, may_do_more
+from .copying import copy_with_same_tensors
+from .leaves import has_forward, is_layer
 from .module import FusedModule, Fusion, be_undoable, inside_of, run_graph, unfuse
-from .modules import has_forward, is_compiled, is_layer
 from .program import Program
-from .trace import Traced, copy_of, trace
+from .trace import Traced, trace
 
 __all__ = ["FusedModule", "FusionReport", "fuse_batchnorm_act"]
 
@@ -107,10 +108,9 @@ def fuse_batchnorm_act(
 
         >>> model, report = bnorm_ext.fuse_batchnorm_act(torchvision.models.resnet50())
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse_batchnorm_act expects a torch.nn.Module, got {type(model).__name__}")
+    convert.check_module(model, "fuse_batchnorm_act")
     inputs = _checked(model, example_inputs)
-    copied, _ = copy_of(model)
+    copied, _ = copy_with_same_tensors(model)
     unfuse(copied)
     left = convert.change_classes(copied, to_ours=True)
     units = _Units()
@@ -140,8 +140,7 @@ def fuse_batchnorm_act(
     be_undoable(copied)
     named = {name for name, _ in refused}
     for cls, names in left.items():
-        reason = f"{cls} may do more than batch normalisation"
-        refused += [(name, reason) for name in names if name not in named]
+        refused += [(name, may_do_more(cls)) for name in names if name not in named]
     named |= {name for names in left.values() for name in names}
     not_called: list[str] = []
     for name, module in copied.named_modules():

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from .._compat.modules import has_global_module_hooks, is_hooked
 from ..activations import alike, compose
-from ..modules import _PACKAGE, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from ..modules_act import _ActForward, activation_of
+from ..modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, is_ours
+from ..modules_act import _BatchNormActMixin, activation_of
 
 #: The ways to add, as they are written; they differ in what they change, and in their errors.
 ADDITIONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -76,16 +76,9 @@ def _activation(act: nn.Module | str | None, negative_slope: float) -> tuple[str
     return activation_of(act)
 
 
-def is_ours(module: nn.Module) -> bool:
-    """Whether it is a batch norm of this package, not of a subclass that may do more."""
-    return type(module) in _PLAIN or (
-        isinstance(module, _ActForward) and type(module).__module__.startswith(_PACKAGE)
-    )
-
-
 def own_act(module: nn.Module) -> tuple[str | None, float]:
     """What a batch norm does to its output; None where that is none of the known activations."""
-    return module.activation() if isinstance(module, _ActForward) else ("identity", 0.01)
+    return module.activation() if isinstance(module, _BatchNormActMixin) else ("identity", 0.01)
 
 
 def _is_plain(bn: nn.Module) -> bool:

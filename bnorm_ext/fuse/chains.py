@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .._compat import AnyBatchNorm, is_lazy
+from .._compat.modules import hooks_of
+from ..convert import class_name
+from ..modules import is_ours
 from .aliasing import Aliases, fresh
-from .call import CHANGES_RESIDUAL, batch_norm_add_act, is_ours, own_act
-from .modules import hooks_of
+from .call import CHANGES_RESIDUAL, batch_norm_add_act, own_act
 from .patterns import Act, Addition, as_act, as_addition, remove_identities
 from .shapes import propagate
 
@@ -24,6 +26,11 @@ Refused = tuple[str, str]
 
 class _Refusal(Exception):
     """Why a chain is not fused."""
+
+
+def may_do_more(cls: type[nn.Module]) -> str:
+    """The reason for which a batch norm of another class is not fused."""
+    return f"{class_name(cls)} may do more than batch normalisation"
 
 
 @dataclass
@@ -132,11 +139,10 @@ def _fuse_one(
 
 def _check_module(module: nn.Module) -> None:
     """Refuses modules whose calls are not those of a batch norm alone."""
-    cls = type(module)
     if is_lazy(module):
         raise _Refusal("it is not initialised: call the model once before")
     if not is_ours(module):
-        raise _Refusal(f"{cls.__module__}.{cls.__qualname__} may do more than batch normalisation")
+        raise _Refusal(may_do_more(type(module)))
     if hooks_of(module):
         raise _Refusal(f"it has {hooks_of(module)}")
     if "forward" in vars(module):

@@ -24,8 +24,8 @@ from .._compat.modules import (
     has_global_module_hooks,
     is_hooked,
 )
+from .copying import copy_with_same_tensors
 from .program import Program
-from .trace import copy_of
 
 _FUSION = "_bnorm_ext_fusion"
 _ABSENT = "(absent)"
@@ -156,7 +156,7 @@ class FusedModule(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles the modules' own forwards."""
-        copied, _ = copy_of(self)
+        copied, _ = copy_with_same_tensors(self)
         return unfuse(copied)
 
 

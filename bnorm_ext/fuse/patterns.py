@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .._compat.modules import hooks_of
 from ..activations import MODULE_NAMES
-from .modules import hooks_of
 
 # How an addition of a and b is written, in the terms of ``call.ADDITIONS``.
 _ADD_FUNCTIONS = {

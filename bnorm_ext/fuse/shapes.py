@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from .._compat import AnyBatchNorm, fake_tensors
+from .._compat.modules import hooks_of
 from ..modules import _BatchNormMixin
 from .aliasing import is_torchs_function
-from .modules import hooks_of
 
 # Images of the usual size: large enough that no layer of a net for them runs out of pixels.
 _GUESSED_SIZES = {1: (256,), 2: (224, 224), 3: (32, 112, 112)}

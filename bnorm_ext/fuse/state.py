@@ -12,7 +12,7 @@ import copy
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,15 +35,15 @@ def is_array(value: Any) -> bool:
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
-def same(a: Any, b: Any, skip: Callable[[nn.Module, str], bool] = lambda m, k: False) -> bool:
+def same(a: Any, b: Any, ignored: frozenset[str] = frozenset()) -> bool:
     """Whether two objects, one a deep copy of the other, still hold the same values.
 
-    ``skip``: attributes of modules, by module and name, that do not count.
+    ``ignored``: names of attributes of modules that are not compared.
     """
-    return _same(a, b, skip, set())
+    return _same(a, b, ignored, set())
 
 
-def _same(a: Any, b: Any, skip: Any, seen: set[tuple[int, int]]) -> bool:
+def _same(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[int, int]]) -> bool:
     if a is b:
         return True
     if type(a) is not type(b):
@@ -57,14 +57,16 @@ def _same(a: Any, b: Any, skip: Any, seen: set[tuple[int, int]]) -> bool:
         return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     if isinstance(a, set | frozenset):
         return len(a) == len(b) and (
-            a == b or _same(sorted(map(repr, a)), sorted(map(repr, b)), skip, seen)
+            a == b or _same(sorted(map(repr, a)), sorted(map(repr, b)), ignored, seen)
         )
     if isinstance(a, list | tuple | collections.deque):
-        if len(a) != len(b) or not all(_same(x, y, skip, seen) for x, y in zip(a, b, strict=True)):
+        if len(a) != len(b) or not all(
+            _same(x, y, ignored, seen) for x, y in zip(a, b, strict=True)
+        ):
             return False
     elif isinstance(a, dict):
         if len(a) != len(b) or not all(
-            _same(k, m, skip, seen) and _same(v, w, skip, seen)
+            _same(k, m, ignored, seen) and _same(v, w, ignored, seen)
             for (k, v), (m, w) in zip(a.items(), b.items(), strict=True)
         ):
             return False
@@ -77,12 +79,12 @@ def _same(a: Any, b: Any, skip: Any, seen: set[tuple[int, int]]) -> bool:
     if hasattr(a, "__dict__"):
         mine, theirs = vars(a), vars(b)
         if isinstance(a, nn.Module):
-            mine = {k: v for k, v in mine.items() if not skip(a, k)}
-            theirs = {k: v for k, v in theirs.items() if not skip(b, k)}
-        return _same(mine, theirs, skip, seen)
+            mine = {k: v for k, v in mine.items() if k not in ignored}
+            theirs = {k: v for k, v in theirs.items() if k not in ignored}
+        return _same(mine, theirs, ignored, seen)
     if isinstance(a, (*_MUTABLE, tuple)):
         return True
-    return _same_by_pickling(a, b, skip, seen)
+    return _same_by_pickling(a, b, ignored, seen)
 
 
 def _same_tensors(a: Tensor, b: Tensor) -> bool:
@@ -95,7 +97,7 @@ def _same_tensors(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _same_by_pickling(a: Any, b: Any, skip: Any, seen: set[tuple[int, int]]) -> bool:
+def _same_by_pickling(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[int, int]]) -> bool:
     """Iterators, counters and other objects of C, by what they would be made from again."""
     try:
         mine, theirs = a.__reduce_ex__(4), b.__reduce_ex__(4)
@@ -107,7 +109,7 @@ def _same_by_pickling(a: Any, b: Any, skip: Any, seen: set[tuple[int, int]]) -> 
     def lists(parts: tuple[Any, ...]) -> list[Any]:
         return [list(p) if isinstance(p, types.GeneratorType) else p for p in parts]
 
-    return _same(lists(mine), lists(theirs), skip, seen)
+    return _same(lists(mine), lists(theirs), ignored, seen)
 
 
 class Outside:
