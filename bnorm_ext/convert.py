@@ -91,7 +91,7 @@ def revert_batchnorm(module: ModuleT) -> ModuleT:
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
-    from .fuse.module import unfuse  # here, because bnorm_ext.fuse imports this module
+    from .fuse.fused_module import unfuse  # here, because bnorm_ext.fuse imports this module
 
     check_module(module, "revert_batchnorm")
     unfuse(module)

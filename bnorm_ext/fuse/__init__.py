@@ -15,8 +15,9 @@ from .._compat import AnyBatchNorm
 from .._compat.modules import children_of, is_compiled
 from .chains import Fused, Refused, Unit, Usage, fuse_unit, may_do_more
 from .copying import copy_with_same_tensors
+from .fused_module import FusedModule, Fusion, be_undoable, run_graph, unfuse
+from .guards import make_guard
 from .leaves import has_forward, is_layer
-from .module import FusedModule, Fusion, be_undoable, inside_of, run_graph, unfuse
 from .program import Program
 from .trace import Traced, trace
 
@@ -132,11 +133,11 @@ def fuse_batchnorm_act(
     for unit in reversed(units.found):
         if unit.fused:
             traced = units.traced[id(unit.root)]
-            watched = traced.inlined | unit.removed | _around(unit)
+            guarded = traced.inlined | unit.removed | _around(unit)
             program = Program(unit.graph, dict(unit.root.named_modules()))
-            called = {path: number for number, path in enumerate(program.modules)}
-            inside = inside_of(unit.root, watched, called, traced.names)
-            run_graph(unit.root, Fusion(program, inside))
+            called = {path: index for index, path in enumerate(program.modules)}
+            guard = make_guard(unit.root, guarded, called, traced.names)
+            run_graph(unit.root, Fusion(program, guard))
     be_undoable(copied)
     named = {name for name, _ in refused}
     for cls, names in left.items():
