@@ -1,4 +1,4 @@
-"""Whether two runs of a forward did the same."""
+"""Comparing two recorded runs of a forward, one in training and one in evaluation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ _ANY = object()
 
 
 def compare(a: Any, b: Any, pairs: dict[fx.Node, Any], unfit: dict[nn.Module, str]) -> None:
-    """Adds to ``unfit`` the innermost modules whose forward did different things in the two runs,
-    ``trace.Call`` of one module.
+    """Adds to ``unfit`` the innermost modules whose forward did different things in the two runs.
 
-    ``pairs`` maps the nodes of one run to those of the other.
+    Args:
+        a, b: two ``tracer.Call`` of the same module.
+        pairs: nodes of the first run -> nodes of the second; filled here.
+        unfit: modules -> the reason; filled here.
     """
     for x, y in zip_longest(a.events, b.events):
         if isinstance(x, type(a)) and isinstance(y, type(b)) and x.module is y.module:
@@ -34,7 +36,7 @@ def compare(a: Any, b: Any, pairs: dict[fx.Node, Any], unfit: dict[nn.Module, st
         if _equal(a.result, b.result, pairs):
             return
     unfit[a.module] = MODES_DIFFER
-    # What comes out of it says nothing about the modules that use it.
+    # Its outputs differ, which is no fault of the modules that use them.
     pairs.update(dict.fromkeys(a.nodes(), _ANY))
 
 

@@ -41,8 +41,9 @@ class FusedModule(nn.Module):
         subclasses: this class is made internally."""
 
     def unfuse(self) -> nn.Module:
-        """Undoes :func:`bnorm_ext.fuse_batchnorm_act`: plain ``torch.nn`` batch norms, and the
-        forwards that the modules had; as :func:`bnorm_ext.revert_batchnorm`, in place.
+        """Undoes :func:`bnorm_ext.fuse_batchnorm_act` in place, as
+        :func:`bnorm_ext.revert_batchnorm` does: the modules run their own forwards, and the batch
+        norms are those of ``torch.nn``.
 
         Returns:
             The module itself.
