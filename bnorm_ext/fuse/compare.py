@@ -8,25 +8,27 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .tracer import Call
+
 MODES_DIFFER = "its forward differs between training and evaluation"
 
 _CONSTANTS = (
     str, int, float, complex, type(None), type(...), torch.dtype, torch.device, torch.layout,
     torch.memory_format,
 )  # fmt: skip
-_ANY = object()
+_ANY: Any = object()  # in ``pairs``: a node that counts as equal to every other
 
 
-def compare(a: Any, b: Any, pairs: dict[fx.Node, Any], unfit: dict[nn.Module, str]) -> None:
+def compare(a: Call, b: Call, pairs: dict[fx.Node, Any], unfit: dict[nn.Module, str]) -> None:
     """Adds to ``unfit`` the innermost modules whose forward did different things in the two runs.
 
     Args:
-        a, b: two ``tracer.Call`` of the same module.
+        a, b: two runs of the forward of one module.
         pairs: nodes of the first run -> nodes of the second; filled here.
         unfit: modules -> the reason; filled here.
     """
     for x, y in zip_longest(a.events, b.events):
-        if isinstance(x, type(a)) and isinstance(y, type(b)) and x.module is y.module:
+        if isinstance(x, Call) and isinstance(y, Call) and x.module is y.module:
             compare(x, y, pairs, unfit)
         elif isinstance(x, fx.Node) and isinstance(y, fx.Node) and _same(x, y, pairs):
             pairs[x] = y

@@ -1,8 +1,8 @@
-"""What Python code has changed: the state of objects before and after it ran.
+"""Detecting, and undoing, what a forward has changed besides computing its result.
 
-Tracing runs a forward, and a forward is free to count its calls, to remember its input or to fill a
-list of the module that defines it. A graph would do none of that, so such a forward is not traced,
-and what its run has changed outside of the copy that it ran on is put back.
+A forward may count its calls, keep its input, or append to a list of the Python module that defines
+it. A graph would do none of that, so such a forward must not become part of a graph. Tracing has to
+run it to find out; what the run has changed outside of the traced copy is restored here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Packages whose functions and classes are not searched: they keep nothing about one model.
+# Packages whose functions and classes are not searched, because they hold no state of one model.
 _LIBRARIES = frozenset({"torch", "torchvision", "numpy", "bnorm_ext", *sys.stdlib_module_names})
 _MAX_FUNCTIONS = 300
 _MUTABLE = (list, dict, set, bytearray, collections.deque)
@@ -26,7 +26,7 @@ _ABSENT: Any = object()
 
 
 def _is_library(name: str | None) -> bool:
-    # What runs as a script is the user's, and is called __main__.
+    # __main__ is a user's script, although it is a name of the standard library too.
     return name is not None and name != "__main__" and name.split(".")[0] in _LIBRARIES
 
 
@@ -48,7 +48,7 @@ def _same(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[int, int]]) -
         return True
     if type(a) is not type(b):
         return False
-    if (id(a), id(b)) in seen:  # an object that holds itself
+    if (id(a), id(b)) in seen:  # an object that contains itself
         return True
     seen.add((id(a), id(b)))
     if isinstance(a, Tensor):
@@ -98,10 +98,10 @@ def _same_tensors(a: Tensor, b: Tensor) -> bool:
 
 
 def _same_by_pickling(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[int, int]]) -> bool:
-    """Iterators, counters and other objects of C, by what they would be made from again."""
+    """Compares iterators, counters and other objects written in C by what pickle makes of them."""
     try:
         mine, theirs = a.__reduce_ex__(4), b.__reduce_ex__(4)
-    except Exception:  # a lock, a socket, a generator: it has no value to compare
+    except Exception:  # a lock, a socket or a generator has no value to compare
         return True
     if isinstance(mine, str):
         return bool(mine == theirs)
@@ -113,12 +113,12 @@ def _same_by_pickling(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[i
 
 
 class Outside:
-    """What the code of a model can reach beside the model: module globals, attributes of classes,
-    closures. A copy of the model shares them with it."""
+    """The state that the code of a model can reach outside of the model: globals of Python modules,
+    attributes of classes, variables in closures. A copy of the model shares it with the model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._cells: list[tuple[types.CellType, Any, Any]] = []
-        self._names: list[tuple[Any, str, Any, Any]] = []  # holder, name, value, its copy
+        self._cells: list[tuple[types.CellType, Any, Any]] = []  # cell, value, copy of the value
+        self._names: list[tuple[Any, str, Any, Any]] = []  # holder, name, value, copy of the value
         self._seen: set[int] = set()
         self._left = _MAX_FUNCTIONS
         for cls in {type(module) for module in model.modules()}:
@@ -177,7 +177,7 @@ class Outside:
         self._names.append((holder, name, value, _copied(value)))
 
     def restore(self) -> list[str]:
-        """Puts back what has changed; the names of it."""
+        """Restores what has changed; returns the names of it."""
         changed = []
         for cell, value, then in self._cells:
             if cell.cell_contents is not value:
@@ -214,12 +214,12 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _copied(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
-    except Exception:  # nothing that can be compared
+    except Exception:  # it cannot be copied: changes inside of it are not seen
         return value
 
 
 def _put_back(value: Any, then: Any) -> None:
-    """Gives ``value`` the contents of ``then`` again, in place."""
+    """Gives ``value`` the contents of its copy ``then``, in place."""
     if isinstance(value, list | bytearray):
         value[:] = then
     elif isinstance(value, dict | set):
