@@ -21,19 +21,19 @@ from ._compat import FORWARD_LEVEL, FORWARD_STATE, transforms_active
 from ._ops import KERNEL_DEVICES
 from .activations import Activation, check_residual, compose, resolve
 
-# Looked up once: this function is host-bound for small tensors.
+# Looked up once, because host time dominates for small tensors.
 _ops = torch.ops.bnorm_ext
 _training_op: Any = _ops.batch_norm_training.default if KERNEL_DEVICES else None
 _inference_op: Any = _ops.batch_norm_inference.default if KERNEL_DEVICES else None
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-# What a compiled graph holds: "op", this package's operators; "aten", torch's own, which the
-# compiler fuses with their neighbours; "", whichever was measured to be faster.
+# What a compiled graph contains. "op": this package's operators. "aten": torch's own, which the
+# compiler fuses with neighbouring operations. "": whichever was measured to be faster.
 _COMPILE: str = os.environ.get("BNORM_EXT_COMPILE", "").strip().lower()
 if _COMPILE not in ("", "aten", "op"):
     raise ImportError(f"BNORM_EXT_COMPILE must be aten, op or unset, not {_COMPILE!r}")
 _PLAIN_TORCH_FUNCTIONS = (
     Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]  # a classmethod
-    Parameter.__torch_function__,  # that of every class which switches it off
+    Parameter.__torch_function__,  # shared by all classes that disable __torch_function__
 )
 
 
@@ -52,48 +52,56 @@ def batch_norm(
     act: Activation = None,
     negative_slope: float = 0.01,
 ) -> Tensor:
-    r"""Normalises each channel of a batch: ``(input - mean) / sqrt(var + eps) * weight + bias``;
-    then adds ``residual`` and applies ``act``, where they are given, in the same pass.
+    r"""Batch normalisation, and in the same pass an addition and an activation.
 
-    Called like :func:`torch.nn.functional.batch_norm`, with the counter of batches besides. In
-    training the statistics are those of the batch (with the biased variance), and the running
-    ones, where given, are moved towards them by ``momentum`` (with the unbiased variance);
-    otherwise the running statistics normalise. Differentiable to any order in ``input``,
-    ``weight`` and ``bias``; works under ``torch.compile``, ``torch.export`` and ``torch.func``.
+    Computes ``(input - mean) / sqrt(var + eps) * weight + bias`` for each channel, then adds
+    ``residual`` and applies ``act`` if they are given. The first eight arguments are those of
+    :func:`torch.nn.functional.batch_norm`.
+
+    In training, mean and (biased) variance are those of the batch. The running statistics, if
+    given, are updated: ``(1 - momentum) * running + momentum * batch``, with the unbiased variance.
+    Otherwise mean and variance are the running statistics. Differentiable to any order in
+    ``input``, ``weight``, ``bias`` and ``residual``; works under ``torch.compile``,
+    ``torch.export`` and ``torch.func``.
 
     Args:
-        input: ``(N, C)`` or ``(N, C, ...)``, float64, float32, float16 or bfloat16, any strides.
-            A memory format that is not dense costs one copy.
-        running_mean, running_var: ``(C,)``, or None in training. Updated in place in training.
-        weight, bias: ``(C,)`` or None, for 1 and 0.
-            These four are of the dtype of ``input`` or, for 16-bit input, all float32.
-        training: whether to normalise with the statistics of the batch.
-        momentum: weight of the new batch in the running statistics. None gives each batch the
-            same weight (cumulative average) and needs ``num_batches_tracked``.
-        eps: added to the variance; positive in training, not negative in inference.
-        num_batches_tracked: incremented in training. One int64 value is read on its device; any
-            other tensor counts as that of :class:`torch.nn.BatchNorm2d` does, read on the host.
-        residual: added to the normalised input, before ``act``: of the shape, dtype and device of
-            ``input``, best in its memory format (another one costs a copy).
+        input: ``(N, C)`` or ``(N, C, ...)``; float64, float32, float16 or bfloat16; any strides.
+            Input that is not dense in a memory format is copied once.
+        running_mean, running_var: ``(C,)``, or both None in training. In training they are updated
+            in place. Dtype as for ``weight``.
+        weight, bias: ``(C,)``, or None for 1 and 0. Of the dtype of ``input``; for 16-bit input all
+            four vectors may be float32 instead.
+        training: whether to normalise by the statistics of the batch.
+        momentum: weight of the batch in the running statistics. None gives all batches the same
+            weight (a cumulative average) and needs ``num_batches_tracked``.
+        eps: added to the variance. Positive in training, not negative in inference.
+        num_batches_tracked: counter that is incremented in training. One int64 value on the device
+            of ``input`` is read there; any other tensor is read on the host, as by
+            :class:`torch.nn.BatchNorm2d`.
+        residual: added before ``act``. Of the shape, dtype and device of ``input``; another memory
+            format than that of ``input`` costs a copy.
         act: None (or ``"identity"``), ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"`` or
             ``"hardswish"``, or the ``torch.nn`` module of that name, as a class or an instance.
-        negative_slope: of ``leaky_relu``; that of an ``nn.LeakyReLU`` instance goes before it.
+        negative_slope: of ``leaky_relu``. If ``act`` is an ``nn.LeakyReLU`` instance, its slope is
+            used instead.
 
     Returns:
-        The shape, dtype and memory format of ``input``. With ``residual`` or ``act``, 16-bit
-        results are rounded once, where separate operations round two or three times. For backward
-        is kept: ``input``; after an addition also a mask of one bit an element (relu, relu6,
-        leaky_relu) or ``residual`` itself (silu, hardswish). Gradients at kinks are torch's, for
-        the unrounded sum.
+        A tensor of the shape, dtype and memory format of ``input``. 16-bit results are rounded
+        once; separate operations would round after each. At the kinks of an activation the
+        gradient is the one that torch defines, taken at the unrounded sum.
 
     Raises:
-        ValueError: one value per channel in training; running statistics half given; bad ``eps``;
-            an unknown ``act``.
-        RuntimeError: sizes, dtypes or devices do not fit.
+        ValueError: one value per channel in training; only one of the running statistics is given;
+            invalid ``eps``; unknown ``act``.
+        RuntimeError: sizes, dtypes or devices do not match.
         NotImplementedError: integer or complex input.
         TypeError: ``momentum=None`` without ``num_batches_tracked``.
-            Types and texts are those of :func:`torch.nn.functional.batch_norm` for the same call.
-            A call that raises has changed nothing.
+
+    Types and texts of errors are those of :func:`torch.nn.functional.batch_norm` for the same call.
+    A call that raises changes none of its arguments.
+
+    Memory: backward keeps ``input``, and after an addition also a mask of one bit per element (relu,
+    relu6, leaky_relu) or ``residual`` itself (silu, hardswish).
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
     """
@@ -106,7 +114,7 @@ def batch_norm(
         num_batches_tracked, residual, act, negative_slope,
     )  # fmt: skip
     if _is_dynamo_compiling():
-        # Compiled transforms take neither kind of autograd Function.
+        # Transforms in compiled code support neither C++ nor Python autograd Functions.
         native = (
             transforms_active()
             or input.device.type not in KERNEL_DEVICES
@@ -128,12 +136,12 @@ def batch_norm(
             tracing
             or torch.compiler.is_exporting()
             or _takes_native_path(input)
-            # Which eps is too small differs between versions of torch: native knows.
+            # Which eps is too small depends on the version of torch: left to native.
             or eps <= 0
-            # Other types are for native's parser to refuse.
+            # Any other type is refused by native's argument parser.
             or (training is not True and training is not False)
         ):
-            # A tracer would warn of each question about sizes.
+            # Not while tracing: the tracer would warn about the test of the size.
             if training is True and not tracing and _counts_apart(num_batches_tracked, input):
                 return _count_apart(*arguments)
             return _native(*arguments)
@@ -148,24 +156,26 @@ def batch_norm(
 
 
 def _as_floats(training: bool, momentum: Any, eps: Any, counter: Any) -> tuple[Any, Any]:
-    """Both as native reads them; raises where it does."""
+    """momentum and eps as the numbers that native makes of them; raises where native does."""
     cumulative = momentum is None and counter is not None
     given = (0.0 if cumulative else momentum, eps)
     if not all(isinstance(value, (int, float)) for value in given):
         F.batch_norm(torch.empty(0, 1), None, None, None, None, training, *given)
-    # An eps that is too small is named as it was given.
+    # An eps that is too small stays as it is, because native's error shows it.
     return None if cumulative else float(momentum), eps if eps <= 0 else float(eps)
 
 
 def _counts_apart(counter: Any, input: Any) -> bool:
-    """Whether this counter is none that the operator takes."""
+    """Whether the counter is a tensor that the operator does not take: not one int64 value on the
+    device of ``input``."""
     return (isinstance(counter, Tensor) and isinstance(input, Tensor)) and not (
         counter.dtype is torch.int64 and counter.numel() == 1 and counter.device == input.device
     )
 
 
 def _count_apart(*arguments: Any) -> Tensor:
-    """Counts as ``nn.BatchNorm2d`` does, but last: what fails has not counted."""
+    """Batch norm with a counter that the operator does not take: it is incremented here as in
+    ``nn.BatchNorm2d``, but last, so that a call that fails does not count."""
     *leading, momentum, eps, counter, residual, act, negative_slope = arguments
     counted = _counted(counter)
     if momentum is None:
@@ -178,8 +188,8 @@ def _count_apart(*arguments: Any) -> Tensor:
 
 
 def _counted(counter: Tensor) -> Tensor:
-    """What ``counter.add_(1)`` will make of it, in the counter's own dtype; raises what that will
-    raise."""
+    """The value of ``counter`` after ``counter.add_(1)``, without changing it. Raises whatever that
+    operation would raise."""
     if (counter.is_inference() and not torch.is_inference_mode_enabled()) or (
         counter.requires_grad and counter.is_leaf and torch.is_grad_enabled()
     ):
@@ -192,15 +202,16 @@ def _counted(counter: Tensor) -> Tensor:
 
 
 def _compiled(*arguments: Any) -> Tensor:
-    """For a graph that is being compiled.
+    """Batch norm in a graph that is being compiled.
 
-    The compiler gives convolutions other strides in forward than in backward. Alone, a batch norm
-    is then faster in the compiler's own kernels; with an activation in the operator, which keeps
-    nothing but its input. An addition is left to the compiler: the operator would keep a mask,
-    whose bits lie by the strides of forward.
+    The compiler gives convolutions other strides in backward than in forward. A batch norm alone is
+    then faster as one of the compiler's own kernels, one with an activation as the operator, which
+    keeps only its input for backward. An addition is left to the compiler, because the operator
+    would keep a mask whose bit layout depends on the strides of forward.
     """
     momentum, counter, residual, act, negative_slope = arguments[6], *arguments[8:]
-    # Torch's operators need a number for momentum, and the counter is on the device.
+    # A cumulative average needs the operator: torch's takes momentum as a number, which would have
+    # to be computed from the counter on the host.
     needs_op = momentum is None and counter is not None
     if not needs_op and (_COMPILE == "aten" or (not _COMPILE and _is_alone(residual, act))):
         return _native(*arguments)
@@ -239,7 +250,7 @@ def _call_op(
 
 
 def _takes_native_path(input: Tensor) -> bool:
-    """Whether there are no kernels for this kind of tensor, or nothing for them to do."""
+    """Whether there are no kernels for this kind of tensor, or it has no elements."""
     if (
         input.device.type not in KERNEL_DEVICES
         or input.layout is not torch.strided
@@ -251,7 +262,7 @@ def _takes_native_path(input: Tensor) -> bool:
         return input.is_nested
     torch_function: Any = type(input).__torch_function__
     if getattr(torch_function, "__func__", torch_function) not in _PLAIN_TORCH_FUNCTIONS:
-        return True  # a subclass that treats torch's functions its own way
+        return True  # a subclass that overrides torch's functions
     if input.is_nested:
         return True
     dtensor = sys.modules.get("torch.distributed.tensor")
@@ -272,13 +283,14 @@ def _native(
     act: str,
     negative_slope: float,
 ) -> Tensor:
-    """Torch's own operations with this function's arguments; the counter moves last, so that a call
-    that fails has not counted."""
+    """Torch's own operations for these arguments. The counter is incremented last, so that a call
+    that fails does not count."""
     if residual is not None:
         check_residual(input, residual)
     if training and momentum is None and num_batches_tracked is not None:
         momentum = 1.0 / float(num_batches_tracked.detach().clone().add_(1))
-    # In a graph it moves first, as in native's: patterns of quantisers depend on the order.
+    # In a recorded graph it is incremented first, as by native's modules: quantisation tools match
+    # patterns in that order.
     recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if recorded and training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -290,7 +302,7 @@ def _native(
         bias,
         training,
         momentum,
-        eps,  # type: ignore[arg-type]  # None: native says what it thinks of it
+        eps,  # type: ignore[arg-type]  # may be None here, which native refuses
     )
     if training and num_batches_tracked is not None and not recorded:
         num_batches_tracked.add_(1)
@@ -298,7 +310,8 @@ def _native(
 
 
 def _raise_as_native(*arguments: Any) -> None:
-    """Raises what native raises for a call that was refused here; returns where it takes it."""
+    """Makes the call with native on copies of the buffers, to raise the error that native raises.
+    Returns if native accepts the call."""
     input, running_mean, running_var, weight, bias, training, momentum, eps, counter = arguments[:9]
     residual = arguments[9]
     if not (counter is None or isinstance(counter, Tensor)):

@@ -1,8 +1,8 @@
 """timm's batch norm with activation on this package's kernels.
 
-The class exists once timm is there: ``bnorm_ext.modules_timm.BatchNormAct2d``. It is a subclass of
-timm's own, with timm's children ``drop`` and ``act``, so that timm's tools (freezing, splitting,
-folding) treat it as theirs.
+``bnorm_ext.modules_timm.BatchNormAct2d`` exists where timm is installed. It is a subclass of timm's
+class with the same children ``drop`` and ``act``, so timm's tools (freezing, splitting, folding)
+treat it as their own.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ._compat.modules import has_global_module_hooks, is_hooked
 from .modules import _BatchNormMixin
 from .modules_act import _BatchNormActMixin, activation_of
 
-#: timm's class is told by its name: timm need not be there.
+#: Module and name of timm's class. It is recognised by them, because timm need not be installed.
 NAME = ("timm.layers.norm_act", "BatchNormAct2d")
 
 
 class _TimmMixin(_BatchNormActMixin):
-    """``act(drop(batch_norm(input)))``, in one call where ``drop`` does nothing."""
+    """``act(drop(batch_norm(input)))``, in one call if ``drop`` is ``nn.Identity``."""
 
-    _rebuilding = ("torch.", "torchvision.", "torchao.")  # timm's own tools know what they do
+    _rebuilding = ("torch.", "torchvision.", "torchao.")  # not timm, whose tools know the class
 
     def activation(self) -> tuple[str | None, float]:
         drop = self.drop
@@ -53,7 +53,7 @@ def ours(cls: type[nn.Module]) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    # For unpickling.
+    # Pickle finds the class by its name, before it has been made in this process.
     if name != NAME[1]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from timm.layers.norm_act import BatchNormAct2d as timms

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._compat.modules import has_global_module_hooks, is_hooked
-from ..activations import alike, compose
+from ..activations import addable, compose
 from ..modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, is_ours
 from ..modules_act import _BatchNormActMixin, activation_of
 
@@ -63,7 +63,7 @@ def batch_norm_add_act(
     if (
         name is not None
         and _is_fusible(bn)
-        and (addition == "none" or alike(input, residual))
+        and (addition == "none" or addable(input, residual))
         and not has_global_module_hooks()
     ):
         return bn._normalise(input, residual, name, slope)
