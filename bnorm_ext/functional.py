@@ -100,7 +100,7 @@ def batch_norm(
     Types and texts of errors are those of :func:`torch.nn.functional.batch_norm` for the same call.
     A call that raises changes none of its arguments.
 
-    Memory: backward keeps ``input``, and after an addition also a mask of one bit per element (relu,
+    Memory: backward keeps ``input``, after an addition also a mask of one bit per element (relu,
     relu6, leaky_relu) or ``residual`` itself (silu, hardswish).
 
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167.
