@@ -41,9 +41,9 @@ def batch_norm(
     buffers = (running_mean, running_var, num_batches_tracked)
     if residual is None and act == "identity":
         return _normalise(input, weight, bias, *buffers, training, momentum, eps)
-    # Addition and activation are torch's own operations, which have every derivative. They are done
-    # in the accumulation type, so that 16-bit results are rounded only once, as in the operator.
-    # Not with 16-bit running statistics, which the operator updates for 16-bit input only.
+    # What follows the normalisation is torch's own: it has every derivative. In the accumulation
+    # type, so that 16-bit results are rounded once here too; but for running statistics in 16 bit,
+    # which the operator updates for 16-bit input only.
     type = accumulation_type(input.dtype)
     if any(t is not None and t.dtype != type for t in buffers[:2]):
         type = input.dtype
@@ -72,24 +72,21 @@ def _normalise(
     )
     if not _compat.may_be_forward_over_forward():
         return y
-    # In nested jvp, torch (2.11 to 2.13 at least) loses the outer tangent of any Python Function:
-    # the second forward derivative of x**3, written as a Function, is 0. So y is computed by basic
-    # operations here.
+    # Torch (2.11 to 2.13 at least) loses the outer tangent in the jvp of any Python Function: the
+    # second forward derivative of x**3 written as one is 0. Plain operations have no such trouble.
     n = Normalised(input, mean, rstd, training, eps)
     y = n.xhat * per_channel(weight, input)
     return (y if bias is None else y + per_channel(bias, input)).to(input.dtype)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls `_Forward`. Buffers that require gradients are refused here, because `_Forward` would
-    treat them as constants."""
+    """`_Forward`, which itself would take buffers that require gradients for constants."""
     _refusals.gradients(*args[3:5])
     return _Forward.apply(*args)
 
 
 class _Forward(torch.autograd.Function):
-    """(x, weight, bias) -> (y, mean, rstd); only y is differentiable. In training it updates the
-    running statistics and the counter in place."""
+    """(x, weight, bias) -> y; also mean and rstd, not differentiable. Updates the buffers."""
 
     @staticmethod
     def forward(
@@ -110,9 +107,9 @@ class _Forward(torch.autograd.Function):
             )
             return y, mean, rstd
         y, _ = ops.batch_norm_inference(x, None, weight, bias, running_mean, running_var, eps)
-        assert running_mean is not None and running_var is not None  # else the operator has raised
-        # rstd is computed in float64 and rounded once, as the operator does. mean is a copy,
-        # because a Function must not return its inputs.
+        assert running_mean is not None and running_var is not None  # or the operator has raised
+        # In double and rounded once, as the operator does it; a copy, since a Function must not
+        # return its inputs.
         mean = running_mean.to(accumulation_type(x.dtype), copy=True)
         rstd = (1.0 / torch.sqrt(running_var.double() + eps)).to(accumulation_type(x.dtype))
         return y, mean, rstd
@@ -162,11 +159,11 @@ class _Forward(torch.autograd.Function):
         x, _, _, *buffers, training, momentum, eps = args
         B = info.batch_size
         counter = buffers[2]
-        # Buffers may be shared only if all that determines their update is shared too.
+        # Where nothing that they are updated by is mapped, shared buffers are updated once.
         if training and (in_dims[0] is not None or (momentum is None and in_dims[5] is not None)):
             _refusals.shared_buffers(buffers, in_dims[3:6])
         if momentum is None and counter is not None:
-            # Each of the B batch norms has its own count and so its own momentum.
+            # Each of the B batch norms has its own count, hence its own momentum.
             slices = [
                 [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
                 for i in range(B)

@@ -114,7 +114,7 @@ def batch_norm(
         num_batches_tracked, residual, act, negative_slope,
     )  # fmt: skip
     if _is_dynamo_compiling():
-        # Transforms in compiled code support neither C++ nor Python autograd Functions.
+        # Compiled transforms take neither kind of autograd Function.
         native = (
             transforms_active()
             or input.device.type not in KERNEL_DEVICES
@@ -174,8 +174,7 @@ def _counts_apart(counter: Any, input: Any) -> bool:
 
 
 def _count_apart(*arguments: Any) -> Tensor:
-    """Batch norm with a counter that the operator does not take: it is incremented here as in
-    ``nn.BatchNorm2d``, but last, so that a call that fails does not count."""
+    """Counts as ``nn.BatchNorm2d`` does, but last: what fails has not counted."""
     *leading, momentum, eps, counter, residual, act, negative_slope = arguments
     counted = _counted(counter)
     if momentum is None:
@@ -202,16 +201,15 @@ def _counted(counter: Tensor) -> Tensor:
 
 
 def _compiled(*arguments: Any) -> Tensor:
-    """Batch norm in a graph that is being compiled.
+    """For a graph that is being compiled.
 
-    The compiler gives convolutions other strides in backward than in forward. A batch norm alone is
-    then faster as one of the compiler's own kernels, one with an activation as the operator, which
-    keeps only its input for backward. An addition is left to the compiler, because the operator
-    would keep a mask whose bit layout depends on the strides of forward.
+    The compiler gives convolutions other strides in forward than in backward. Alone, a batch norm
+    is then faster in the compiler's own kernels; with an activation in the operator, which keeps
+    nothing but its input. An addition is left to the compiler: the operator would keep a mask,
+    whose bits lie by the strides of forward.
     """
     momentum, counter, residual, act, negative_slope = arguments[6], *arguments[8:]
-    # A cumulative average needs the operator: torch's takes momentum as a number, which would have
-    # to be computed from the counter on the host.
+    # Torch's operators need a number for momentum, and the counter is on the device.
     needs_op = momentum is None and counter is not None
     if not needs_op and (_COMPILE == "aten" or (not _COMPILE and _is_alone(residual, act))):
         return _native(*arguments)
@@ -283,14 +281,13 @@ def _native(
     act: str,
     negative_slope: float,
 ) -> Tensor:
-    """Torch's own operations for these arguments. The counter is incremented last, so that a call
-    that fails does not count."""
+    """Torch's own operations with this function's arguments; the counter moves last, so that a call
+    that fails has not counted."""
     if residual is not None:
         check_residual(input, residual)
     if training and momentum is None and num_batches_tracked is not None:
         momentum = 1.0 / float(num_batches_tracked.detach().clone().add_(1))
-    # In a recorded graph it is incremented first, as by native's modules: quantisation tools match
-    # patterns in that order.
+    # In a graph it moves first, as in native's: patterns of quantisers depend on the order.
     recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if recorded and training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -302,7 +299,7 @@ def _native(
         bias,
         training,
         momentum,
-        eps,  # type: ignore[arg-type]  # may be None here, which native refuses
+        eps,  # type: ignore[arg-type]  # None: native says what it thinks of it
     )
     if training and num_batches_tracked is not None and not recorded:
         num_batches_tracked.add_(1)
@@ -310,8 +307,7 @@ def _native(
 
 
 def _raise_as_native(*arguments: Any) -> None:
-    """Makes the call with native on copies of the buffers, to raise the error that native raises.
-    Returns if native accepts the call."""
+    """Raises what native raises for a call that was refused here; returns where it takes it."""
     input, running_mean, running_var, weight, bias, training, momentum, eps, counter = arguments[:9]
     residual = arguments[9]
     if not (counter is None or isinstance(counter, Tensor)):
