@@ -144,6 +144,8 @@ class _Forward(torch.autograd.Function):
         if not ctx.training:
             _refusals.tangents((dx, dweight, dbias), (drunning_mean, drunning_var))
         x, weight, _, mean, rstd = ctx.saved_tensors
+        if dx is None and dweight is None and dbias is None:
+            return None, None, None
         n = Normalised(x, mean, rstd, ctx.training, ctx.eps)
         dy = torch.zeros_like(n.xhat)
         if dx is not None:
