@@ -188,16 +188,15 @@ def _count_apart(call: Arguments) -> Tensor:
 def _compiled(call: Arguments) -> Tensor:
     """Batch norm in a graph that is being compiled.
 
-    The compiler gives convolutions other strides in backward than in forward. A batch norm alone is
-    then faster as one of the compiler's own kernels, one with an activation as the operator, which
-    keeps only its input for backward. An addition is left to the compiler, because the operator
-    would keep a mask whose bit layout depends on the strides of forward.
+    The compiler gives convolutions other strides in backward than in forward. A batch norm without
+    an activation is then faster as one of the compiler's own kernels, one with an activation as the
+    operator, which keeps only its input for backward. An addition is left to the compiler, because
+    the operator would keep a mask whose bit layout depends on the strides of forward.
     """
     # A cumulative average needs the operator: torch's takes momentum as a number, which would have
     # to be computed from the counter on the host.
     needs_op = call.momentum is None and call.num_batches_tracked is not None
-    is_alone = call.residual is None and call.act == "identity"
-    if not needs_op and (_COMPILE == "aten" or (not _COMPILE and is_alone)):
+    if not needs_op and (_COMPILE == "aten" or (not _COMPILE and call.act == "identity")):
         return _native(call)
     if call.residual is None:
         return _call_op(call)
