@@ -79,4 +79,5 @@ def fold_vector(t: Tensor | None, dim: int | None, B: int) -> Tensor | None:
 
 def unfold(x: Tensor, B: int) -> Tensor:
     """(N, B * C, ...) -> (N, B, C, ...)."""
-    return x.unflatten(1, (B, -1))
+    unfolded: Tensor = x.unflatten(1, (B, -1))
+    return unfolded

@@ -56,14 +56,16 @@ def _normalise(call: Arguments) -> Tensor:
     # operations here.
     n = Normalised(input, mean, rstd, call.training, call.eps)
     y = n.xhat * per_channel(weight, input)
-    return (y if bias is None else y + per_channel(bias, input)).to(input.dtype)
+    shifted: Tensor = y if bias is None else y + per_channel(bias, input)
+    return shifted.to(input.dtype)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Calls `_Forward`. Buffers that require gradients are refused here, because `_Forward` would
     treat them as constants."""
     _refusals.gradients(*args[1:3])
-    return _Forward.apply(*args)
+    outputs: tuple[Tensor, Tensor, Tensor] = _Forward.apply(*args)
+    return outputs
 
 
 class _Forward(torch.autograd.Function):
@@ -135,7 +137,8 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        a, dims, B = Arguments(*args), Arguments(*in_dims), info.batch_size
+        a, B = Arguments(*args), info.batch_size
+        dims: Any = Arguments(*in_dims)  # a dimension, or None, in place of each argument
         counter = a.num_batches_tracked
         # Buffers may be shared only if all that determines their update is shared too.
         own_momentum = a.momentum is None and dims.num_batches_tracked is not None
@@ -158,7 +161,7 @@ class _Forward(torch.autograd.Function):
         )
         if a.training:
             for t, new, d in zip(args[1:3], folded[:2], in_dims[1:3], strict=True):
-                if t is not None:
+                if t is not None and new is not None:
                     all_new = new.reshape(B, -1)
                     t.copy_(all_new[0]) if d is None else t.movedim(d, 0).copy_(all_new)
             if counter is not None:

@@ -105,7 +105,7 @@ def explain(
     if load() is None:
         return "BNORM_EXT_DISABLE is set: torch's own batch norm runs"
     shape = "x".join(map(str, x.shape))
-    lines = []
+    lines: list[str] = []
     for name, tensors in (("forward", 1), ("backward", 2)):
         plan = launch_plan(x, tensors, gpu)
         if not lines:
@@ -123,10 +123,12 @@ def explain(
 def launch_plan(x: Tensor, tensors: int, gpu: _Device) -> dict[str, Any]:
     """The launch plan of the forward pass (`tensors` is 1: it keeps x on chip) or the backward pass
     (2: x and dy), as a dictionary."""
-    return load().explain_plan(
+    compiled: Any = load()
+    plan: dict[str, Any] = compiled.explain_plan(
         x, tensors, gpu.multiprocessors, gpu.shared_per_multiprocessor, gpu.shared_per_block,
         gpu.clusters, aligned=True,
     )  # fmt: skip
+    return plan
 
 
 def resolve_device(device: str | torch.device | None) -> _Device:
@@ -166,7 +168,7 @@ def _known_name(text: str) -> str | None:
 
 
 def _measured(wanted: torch.device) -> _Device:
-    p = torch.cuda.get_device_properties(wanted)
+    p: Any = torch.cuda.get_device_properties(wanted)
     return _Device(
         p.name,
         p.multi_processor_count,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ from .activations import Activation, check_residual, compose, resolve
 
 # Looked up once, because host time dominates for small tensors.
 _ops = torch.ops.bnorm_ext
-_training_op: Any = _ops.batch_norm_training.default if KERNEL_DEVICES else None
-_inference_op: Any = _ops.batch_norm_inference.default if KERNEL_DEVICES else None
+_Operator = Callable[..., tuple[Tensor, ...]]
+_training_op = cast(_Operator, _ops.batch_norm_training.default if KERNEL_DEVICES else None)
+_inference_op = cast(_Operator, _ops.batch_norm_inference.default if KERNEL_DEVICES else None)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 # What a compiled graph contains. "op": this package's operators. "aten": torch's own, which the
 # compiler fuses with neighbouring operations. "": whichever was measured to be faster.
@@ -265,7 +267,7 @@ def _raise_as_native(call: Arguments) -> None:
         raise TypeError(
             f"num_batches_tracked must be a Tensor or None, not {type(counter).__name__}"
         )
-    copies = {
+    copies: dict[str, Any] = {
         name: t.detach().clone()
         for name in ("running_mean", "running_var", "num_batches_tracked")
         if isinstance(t := getattr(call, name), Tensor)

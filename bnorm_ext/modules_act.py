@@ -15,6 +15,8 @@ from .modules import _BatchNormMixin, _is_scripting
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
 
 
+# Packages whose tools build other layers from the attributes of a batch norm.
+_REBUILDING: tuple[str, ...] = ("torch.", "torchvision.", "timm.", "torchao.")
 # Modules of torch that read attributes without building another layer from them.
 _OBSERVING = ("torch._", "torch.jit", "torch.fx", "torch.export", "torch.onnx")
 
@@ -31,8 +33,7 @@ def activation_of(module: nn.Module) -> tuple[str | None, float]:
 class _BatchNormActMixin(_BatchNormMixin):
     """Constructor and forward pass that all batch norms with an activation share."""
 
-    # Packages whose tools build other layers from the attributes of a batch norm.
-    _rebuilding = ("torch.", "torchvision.", "timm.", "torchao.")
+    _rebuilding = _REBUILDING
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -67,13 +68,15 @@ class _BatchNormActMixin(_BatchNormMixin):
         return self.act, self.negative_slope
 
     @property
-    def eps(self) -> float:  # type: ignore[override]
+    def eps(self) -> float:
         # A tool that builds another layer from the attributes of a batch norm reads eps. It does
         # not know of the activation and would drop it silently, so it gets an error instead.
         name = sys._getframe(1).f_globals.get("__name__", "")
         if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
             self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
-        return self.__dict__["eps"] if "eps" in self.__dict__ else self.__getattr__("eps")
+        held: Any = self.__dict__["eps"] if "eps" in self.__dict__ else self.__getattr__("eps")
+        value: float = held
+        return value
 
     @eps.setter
     def eps(self, value: float) -> None:

@@ -26,15 +26,17 @@ class _TimmMixin(_BatchNormActMixin):
     _rebuilding = ("torch.", "torchvision.", "torchao.")  # not timm, whose tools know the class
 
     def activation(self) -> tuple[str | None, float]:
-        drop = self.drop
-        if type(drop) is not nn.Identity or is_hooked(drop):
+        children: Any = self  # timm's `act` is a module
+        if type(children.drop) is not nn.Identity or is_hooked(children.drop):
             return None, 0.01
-        return activation_of(self.act)
+        return activation_of(children.act)
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         name, slope = self.activation()
         if name is None or has_global_module_hooks():
-            return self.act(self.drop(_BatchNormMixin.forward(self, input)))
+            children: Any = self
+            y: Tensor = children.act(children.drop(_BatchNormMixin.forward(self, input)))
+            return y
         return self._normalise(input, None, name, slope)
 
 

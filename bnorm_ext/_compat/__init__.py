@@ -97,7 +97,7 @@ def channels_last_or_contiguous(x: Tensor) -> torch.memory_format:
 
 # torch's own function also takes symbolic sizes, which the one above does not.
 try:
-    from torch._prims_common import suggest_memory_format
+    from torch._prims_common import suggest_memory_format as suggest_memory_format
 except ImportError:
     suggest_memory_format = channels_last_or_contiguous
 
@@ -131,7 +131,9 @@ def fake_tensors() -> Iterator[Callable[[Tensor], Tensor] | None]:
 # --- batch norms ----------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    AnyBatchNorm = _BatchNorm
 else:
     try:
         from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm

@@ -33,12 +33,12 @@ if not _HAS_TENSOR_DICTS:
     tensors_of = _no_tensors_of
 
 
-def children_of(module: Any) -> Mapping[str, Any]:
+def children_of(module: nn.Module) -> Mapping[str, Any]:
     """The direct children by name. A module that is registered under two names comes twice."""
     return module._modules
 
 
-def _named_children_of(module: Any) -> Mapping[str, Any]:
+def _named_children_of(module: nn.Module) -> Mapping[str, Any]:
     # `named_children` would leave out the second name of a module.
     inside = module.named_modules(remove_duplicate=False)
     return {name: child for name, child in inside if name and "." not in name}
@@ -145,7 +145,7 @@ def overrides_call(cls: type[ModuleT]) -> type[ModuleT]:
     Without the private name ``cls`` stays as it is.
     """
     if hasattr(nn.Module, "_call_impl"):
-        cls._call_impl = cls._called  # type: ignore[attr-defined]
+        cls._call_impl = cls._called  # type: ignore[attr-defined,method-assign]
     return cls
 
 

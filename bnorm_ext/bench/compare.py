@@ -33,10 +33,11 @@ class Change:
     def noise(self) -> float:
         """Microseconds: the largest, over both files, of half the spread (p10 to p90) and of the
         drift between the halves of a run."""
-        return max(
+        found = (
             max((r["p90_us"] - r["p10_us"]) / 2, abs(r["first_half_us"] - r["second_half_us"]))
             for r in (self.old, self.new)
         )
+        return float(max(found))
 
     @property
     def real(self) -> bool:

@@ -194,7 +194,7 @@ class CudaTimer:
             torch.cuda._sleep(cycles)
             end.record()
         torch.cuda.synchronize()
-        return cycles / (start.elapsed_time(end) / 1e3)
+        return float(cycles / (start.elapsed_time(end) / 1e3))
 
     def rounds(self, works: Sequence[Work], count: int) -> list[list[float]]:
         for _ in range(self.ATTEMPTS):

@@ -66,7 +66,7 @@ class Apex(Package):
         def forward(x: Tensor, residual: Tensor | None) -> Tensor:
             given = [x] if residual is None else [x, residual]
             given = [t.movedim(1, -1) for t in given] if last else given
-            y = module(*given)
+            y: Tensor = module(*given)
             return y.movedim(-1, 1) if last else y
 
         return module_layer(module, case, i, forward)

@@ -37,7 +37,7 @@ def peak_of(events: Sequence[Any]) -> int:
         if when >= start:
             held += change
             peak = max(peak, held)
-    return peak - before
+    return int(peak - before)
 
 
 def _is_batch_norm(name: str) -> bool:

@@ -111,7 +111,7 @@ class Aliases:
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.root = root
-        self.nodes = list(graph.nodes)
+        self.nodes: list[fx.Node] = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self._parent: dict[fx.Node, fx.Node] = {}
         inputs = [node for node in self.nodes if node.op == "placeholder"]

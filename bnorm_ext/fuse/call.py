@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from .._compat.modules import has_global_module_hooks, is_hooked
 from ..activations import addable, compose
-from ..modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, is_ours
+from ..modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormMixin, is_ours
 from ..modules_act import _BatchNormActMixin, activation_of
 
 #: Additions of ``y``, the output of the batch norm, and ``r``, the residual, by how they are
@@ -83,7 +83,7 @@ def own_act(module: nn.Module) -> tuple[str | None, float]:
     return module.activation() if isinstance(module, _BatchNormActMixin) else ("identity", 0.01)
 
 
-def _is_fusible(bn: nn.Module) -> bool:
+def _is_fusible(bn: nn.Module) -> TypeGuard[_BatchNormMixin]:
     """Whether it is a batch norm of this package with neither an activation nor hooks."""
     if type(bn) not in _WITHOUT_ACT and not (is_ours(bn) and own_act(bn)[0] == "identity"):
         return False
@@ -98,10 +98,11 @@ def _separate(
     act: nn.Module | str | None,
     negative_slope: float,
 ) -> Tensor:
-    y = bn(input, residual) if addition == "bn(x, r)" else bn(input)
+    y: Tensor = bn(input, residual) if addition == "bn(x, r)" else bn(input)
     add = ADDITIONS.get(addition)
     if add is not None:
         y = add(y, residual)
     if act is None:
         return y
-    return compose(y, None, act, negative_slope) if isinstance(act, str) else act(y)
+    z: Tensor = compose(y, None, act, negative_slope) if isinstance(act, str) else act(y)
+    return z

@@ -92,7 +92,7 @@ def _fuse_one(
     root = unit.root
     users = list(node.users)
     act: Act | None = next((a for user in users if (a := as_act(user, root, node))), None)
-    addition: Addition | None = next((a for user in users if (a := as_addition(user, node))), None)
+    addition: Addition | None = next((s for user in users if (s := as_addition(user, node))), None)
     has_residual = len(node.args) > 1 or "residual" in node.kwargs
     if own_act(module)[0] != "identity" or (has_residual and act is None):
         return None

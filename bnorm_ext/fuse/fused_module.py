@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copyreg
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -79,8 +80,7 @@ def _new_instance(cls: type[nn.Module], runs_graph: bool) -> nn.Module:
     return made.__new__(made)
 
 
-@functools.cache
-def fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
+def _fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
     """A subclass of :class:`FusedModule` and ``cls``. With ``runs_graph`` its forward runs the
     graph of the module, else it is the forward of ``cls``."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -99,8 +99,15 @@ def fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
             return fusion.program.run(self, *called, *args, **kwargs)
 
         body["forward"] = forward
-    made: Any = type(cls)(cls.__name__, (FusedModule, cls), body)
+    metaclass: Any = type(cls)
+    made: type[nn.Module] = metaclass(cls.__name__, (FusedModule, cls), body)
     return made
+
+
+# The cast, because mypy does not take a class of modules for hashable.
+fused_class = cast(
+    Callable[[type[nn.Module], bool], type[nn.Module]], functools.cache(_fused_class)
+)
 
 
 def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

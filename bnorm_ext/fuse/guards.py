@@ -7,7 +7,7 @@ are no hooks, which a call would run and a graph would not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def _contents(value: Any) -> tuple[Any, ...] | None:
 
 def make_guard(
     module: nn.Module,
-    guarded: set[str],
+    guarded: Set[str],
     called: dict[str, int],
     names: Iterable[str],
     path: str = "",

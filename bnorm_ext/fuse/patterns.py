@@ -14,12 +14,12 @@ from .._compat.modules import hooks_of
 from ..activations import MODULE_NAMES
 
 # How an addition is written, as in the keys of ``call.ADDITIONS``, with its operands left open.
-_ADD_FUNCTIONS = {
+_ADD_FUNCTIONS: dict[Any, str] = {
     operator.add: "{} + {}",
     torch.add: "torch.add({}, {})",
     operator.iadd: "{} += {}",
 }
-_ADD_METHODS = {
+_ADD_METHODS: dict[Any, str] = {
     "add": "{}.add({})",
     "__add__": "{} + {}",
     "__radd__": "{1} + {0}",
@@ -37,7 +37,7 @@ _FUNCTIONS: dict[Any, str] = {
     F.silu: "silu",
     F.hardswish: "hardswish",
 }
-_METHODS = {"relu": "relu", "relu_": "relu"}
+_METHODS: dict[Any, str] = {"relu": "relu", "relu_": "relu"}
 _DEFAULT_SLOPE = 0.01
 
 

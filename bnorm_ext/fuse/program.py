@@ -58,7 +58,7 @@ class Program:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        number = {node: _Result(i) for i, node in enumerate(self.graph.nodes)}
+        number: dict[fx.Node, Any] = {node: _Result(i) for i, node in enumerate(self.graph.nodes)}
         rows = [
             (
                 node.op,

@@ -24,7 +24,7 @@ class Unfit(Exception):
 
 def _asked_by_torch() -> bool:
     name = sys._getframe(2).f_globals.get("__name__", "")
-    return name.split(".")[0] == "torch" or name.startswith(__package__)
+    return bool(name.split(".")[0] == "torch" or name.startswith(__package__))
 
 
 class Value(fx.Proxy):
@@ -62,7 +62,7 @@ class Value(fx.Proxy):
     def __int__(self) -> int:
         self._refuse("makes a Python number of a tensor, which tracing would freeze")
 
-    __index__ = __float__ = __complex__ = __int__  # type: ignore[assignment]
+    __index__ = __float__ = __complex__ = __int__
 
 
 class Attribute(Value, fx.proxy.Attribute):

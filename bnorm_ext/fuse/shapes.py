@@ -76,9 +76,10 @@ def _guess(placeholders: list[fx.Node], root: nn.Module) -> tuple[Any, ...]:
                 dims = next((d for cls, d in _NORM_DIMS.items() if isinstance(layer, cls)), 0)
                 shape = (2, layer.num_features, *_GUESSED_SIZES.get(dims, ()))
             if shape is not None:
-                weight = layer.weight
-                like = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
-                return (torch.empty(shape, **like),)
+                weight: Any = layer.weight
+                if weight is None:
+                    return (torch.empty(shape),)
+                return (torch.empty(shape, dtype=weight.dtype, device=weight.device),)
     return ()
 
 
@@ -93,7 +94,8 @@ def _run(
             raise _Unknown
         return known[argument]
 
-    args, kwargs = map_arg(node.args, look_up), map_arg(node.kwargs, look_up)
+    args: Any = map_arg(node.args, look_up)
+    kwargs: Any = map_arg(node.kwargs, look_up)
     target: Any = node.target
     if node.op == "get_attr":
         path, _, name = target.rpartition(".")

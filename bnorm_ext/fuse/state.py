@@ -54,7 +54,7 @@ def _same(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[int, int]]) -
     if isinstance(a, Tensor):
         return _same_tensors(a, b)
     if is_array(a):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     if isinstance(a, set | frozenset):
         return len(a) == len(b) and (
             a == b or _same(sorted(map(repr, a)), sorted(map(repr, b)), ignored, seen)

@@ -66,6 +66,8 @@ class Tracer(fx.Tracer):
     a copy that nothing else uses.
     """
 
+    submodule_paths: dict[nn.Module, str]
+
     def __init__(self, leaves: set[nn.Module], outside: Outside) -> None:
         super().__init__()
         self.outside = outside

@@ -95,7 +95,8 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
 
 
 def _subclasses(cls: type) -> Iterator[Any]:
-    for sub in cls.__subclasses__():
+    subclasses: list[Any] = cls.__subclasses__()
+    for sub in subclasses:
         yield sub
         yield from _subclasses(sub)
 
@@ -106,7 +107,7 @@ class NumpyRandom:
     def __init__(self) -> None:
         self.random = getattr(sys.modules.get("numpy"), "random", None)
         self.functions = {name for name in dir(self.random) if not name.startswith("_")}
-        self.before = None if self.random is None else self.random.get_state()
+        self.before: Any = None if self.random is None else self.random.get_state()
 
     def was_used(self, names: set[str]) -> str | None:
         """What the code that uses these names did, as text; None if it drew no numbers.
