@@ -75,6 +75,7 @@ build: $(STAMPS)/extra-test
 lint: $(STAMPS)/extra-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES)
 
 format: $(STAMPS)/extra-dev

@@ -1,10 +1,16 @@
-"""Batch normalisation for PyTorch: exactly substitutable, more accurate, faster.
+"""Batch normalisation for PyTorch as a compiled extension, a drop-in replacement of PyTorch's own.
 
-Three lines replace ``nn.BatchNorm2d`` in a network::
+Replace the batch norms of a model in place::
 
     import bnorm_ext
 
     model = bnorm_ext.convert_batchnorm(model)
+
+:func:`convert_batchnorm` and :func:`revert_batchnorm` replace modules; :func:`fuse_batchnorm_act`
+also fuses batch norms with the additions and activations that follow them. The modules
+(:class:`BatchNorm2d`, :class:`BatchNormAct2d` and so on) and the function :func:`batch_norm` can be
+used directly. :func:`build_info` says how this copy was compiled, :func:`explain` how the CUDA
+kernels would run a shape.
 """
 
 from ._load import build_info

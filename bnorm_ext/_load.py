@@ -1,6 +1,7 @@
-"""Loads the compiled module, but only into the torch that it was compiled against.
+"""Loading the compiled module, after checking that it was compiled against the running torch.
 
-`_build.py` says which one that was, and can be read when the compiled module cannot be loaded.
+The build writes the version into `_build.py`, which is readable even if the compiled module cannot
+be loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 
 from ._version import __version__
 
-#: BNORM_EXT_DISABLE=1: every call goes to torch's own operators, the compiled module is not needed.
+#: Whether the environment sets BNORM_EXT_DISABLE=1. Then every call goes to torch's own operators
+#: and the compiled module is not needed.
 DISABLED: bool = os.environ.get("BNORM_EXT_DISABLE", "0").strip() not in ("", "0")
 
 INSTALL = "pip install --no-build-isolation ."
@@ -23,21 +25,21 @@ REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
 
 class BuildInfo(TypedDict):
-    """What `build_info` returns."""
+    """What :func:`build_info` returns."""
 
-    version: str  #: of this package
-    torch: str | None  #: the torch that it was compiled against; None: it was not compiled
+    version: str  #: version of this package
+    torch: str | None  #: version of torch that it was compiled against; None: not compiled
     cuda: str | None  #: version of the CUDA toolkit; None: compiled without CUDA kernels
-    cuda_kernels: bool  #: whether CUDA kernels are in
-    cuda_left_out: str | None  #: why they are not
-    archs: list[str]  #: the GPU architectures compiled for, as TORCH_CUDA_ARCH_LIST writes them
+    cuda_kernels: bool  #: whether the CUDA kernels were compiled
+    cuda_left_out: str | None  #: why they were not; None: they were
+    archs: list[str]  #: GPU architectures compiled for, in the form of TORCH_CUDA_ARCH_LIST
     compiler: str | None  #: name and version of the C++ compiler
-    cpu_isas: list[str]  #: the instruction sets that CPU kernels were compiled for
-    cpu_capability: str | None  #: the one chosen on this machine: 'baseline', 'avx2' or 'avx512'
+    cpu_isas: list[str]  #: instruction sets that the CPU kernels were compiled for
+    cpu_capability: str | None  #: the one in use on this machine: 'baseline', 'avx2' or 'avx512'
 
 
 def _submodule(name: str) -> ModuleType | None:
-    """bnorm_ext.<name>, or None where there is no such file."""
+    """The module bnorm_ext.<name>, or None if there is no such file."""
     full = f"{__package__}.{name}"
     try:
         return importlib.import_module(full)
@@ -57,9 +59,13 @@ def _not_built(what: str) -> ImportError:
 
 
 def load() -> ModuleType | None:
-    """The compiled module `bnorm_ext._C`; None under BNORM_EXT_DISABLE=1.
+    """Imports the compiled module `bnorm_ext._C`.
 
-    Raises ImportError where it is missing or was compiled against another torch.
+    Returns:
+        The module; None under BNORM_EXT_DISABLE=1.
+
+    Raises:
+        ImportError: it is missing, or was compiled against another torch.
     """
     if DISABLED:
         return None
@@ -80,9 +86,13 @@ def load() -> ModuleType | None:
 
 
 def build_info() -> BuildInfo:
-    """How this copy was compiled, and what it chose on this machine.
+    """How this copy was compiled, and which instruction set it uses on this machine.
 
-    Works under BNORM_EXT_DISABLE=1 too; what was never compiled is None there.
+    Under BNORM_EXT_DISABLE=1 it works too; entries that only the compiled module knows are None.
+
+    Returns:
+        A dictionary with the entries of ``BuildInfo``: versions of this package, of torch and of
+        CUDA, the compiler, the GPU architectures, and the instruction sets of the CPU kernels.
     """
     compiled = load()
     build = _submodule("_build")

@@ -1,5 +1,7 @@
-"""What `_transforms` refuses because native does, in native's words: derivatives of running
-statistics, and one buffer for many batches."""
+"""Errors that `_transforms` raises where native does, with native's texts.
+
+They are about derivatives with respect to running statistics, and shared buffers under vmap.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 
 def gradients(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Refuses running statistics that require gradients."""
     if not torch.is_grad_enabled():
         return
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
@@ -22,7 +25,8 @@ def gradients(running_mean: Tensor | None, running_var: Tensor | None) -> None:
 
 
 def tangents(of_others: Sequence[Tensor | None], of_statistics: Sequence[Tensor | None]) -> None:
-    """Those of statistics alone native ignores."""
+    """Refuses tangents of running statistics beside those of other arguments. Without others native
+    ignores them."""
     if all(t is None for t in of_others) or all(t is None for t in of_statistics):
         return
     raise RuntimeError(
@@ -32,7 +36,9 @@ def tangents(of_others: Sequence[Tensor | None], of_statistics: Sequence[Tensor 
 
 
 def shared_buffers(buffers: Sequence[Any], dims: Sequence[int | None]) -> None:
-    """Many batches cannot update one buffer. Native has no text for the counter."""
+    """Refuses buffers (running_mean, running_var, num_batches_tracked) that are not mapped where
+    the input is: several batches cannot update one buffer. The text for the counter is this
+    package's own, because native has none."""
     if any(t is not None and d is None for t, d in zip(buffers[:2], dims[:2], strict=True)):
         raise RuntimeError(
             "Batch norm got a batched tensor as input while the running_mean or running_var, which "

@@ -1,4 +1,4 @@
-"""The activations that are fused with batch normalisation: names, and other ways to say them."""
+"""The activations that can be fused with batch normalisation, by name, class or module."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Named as in ``torch.nn.functional``; None is identity.
+#: How callers give an activation: its name in ``torch.nn.functional``, a module, a class of
+#: modules, or None for the identity.
 Activation = str | nn.Module | type[nn.Module] | None
 
 NAMES = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
 _KNOWN = frozenset(NAMES)
 
-# Exact types: a subclass may do something else.
+# For exact types only: a subclass may do something else.
 MODULE_NAMES: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
@@ -29,7 +30,7 @@ MODULE_NAMES: dict[type[nn.Module], str] = {
 def resolve(act: Activation, negative_slope: float) -> tuple[str, float]:
     """Name and slope of an activation given by name, module class or module.
 
-    The slope of an ``nn.LeakyReLU`` instance goes before ``negative_slope``.
+    The slope of an ``nn.LeakyReLU`` instance takes precedence over ``negative_slope``.
 
     Raises:
         ValueError: it is not one of those that can be fused.
@@ -64,7 +65,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def compose(y: Tensor, residual: Tensor | None, name: str, negative_slope: float) -> Tensor:
-    """``act(y + residual)`` in torch's own operations."""
+    """``act(y + residual)`` by torch's own operations."""
     if residual is not None:
         y = torch.add(y, residual)
     if name == "leaky_relu":
@@ -72,8 +73,8 @@ def compose(y: Tensor, residual: Tensor | None, name: str, negative_slope: float
     return _FUNCTIONS[name](y)
 
 
-def alike(input: Tensor, residual: Any) -> bool:
-    """Whether they can be added with neither broadcasting nor promotion."""
+def addable(input: Tensor, residual: Any) -> bool:
+    """Whether they can be added without broadcasting and type promotion."""
     return (
         isinstance(residual, Tensor)
         and residual.shape == input.shape
@@ -83,8 +84,8 @@ def alike(input: Tensor, residual: Any) -> bool:
 
 
 def check_residual(input: Tensor, residual: Tensor) -> None:
-    """Where torch's own addition would broadcast or promote instead of raising."""
-    if not alike(input, residual):
+    """Raises RuntimeError where torch's own addition would broadcast or promote, or raise."""
+    if not addable(input, residual):
         raise RuntimeError(
             f"residual must be like the input (shape {list(input.shape)}, dtype {input.dtype} on "
             f"{input.device}), but got shape {list(residual.shape)}, dtype {residual.dtype} on "

@@ -1,10 +1,9 @@
 """Replacing native batch norm inside a model by this package's, and back.
 
-Native module and replacement have the same instance layout, attribute for attribute, so a module
-is converted by giving it the other class, as torch's own lazy modules and parametrisations do.
-The object stays the object: its parameters and buffers, the optimizers that hold them, hooks and
-their handles, train/eval mode, attributes set by the user, and every other reference to it (a
-second name, a second parent, a Python list) stay valid with no copying at all.
+Native module and replacement have the same attributes, so a module is converted by assigning its
+``__class__``, as torch does for lazy modules and parametrisations. Nothing is copied and the object
+stays the same. So everything that refers to it or to its tensors stays valid: optimizers, hooks and
+their handles, attributes set by the user, a second parent of the module.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import TypeVar
 from torch import nn
 
 from . import modules, modules_timm
-from ._compat import AnyBatchNorm, tell_compiler
+from ._compat import AnyBatchNorm
+from ._compat.modules import change_class
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
@@ -36,20 +36,19 @@ _NATIVE = {ours: native for native, ours in _OURS.items()}
 def convert_batchnorm(module: ModuleT) -> ModuleT:
     """Replaces every native batch norm in ``module`` (and ``module`` itself) by this package's.
 
-    Replaced is each module whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or their lazy
-    forms. It keeps the very same parameters and buffers, so an optimizer that was built before
-    goes on, even in the middle of training; it also keeps train/eval mode, ``requires_grad``,
-    hooks of every kind, dtype, device, its own extra attributes and its identity: a module used
-    in several places stays shared. A ``state_dict`` of either side loads on the other with
-    ``strict=True``.
+    This replaces each module whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or one of their
+    lazy forms. The module keeps its parameters and buffers, so an optimizer that was built before
+    stays valid, even in the middle of training. It also keeps its mode, ``requires_grad``, hooks,
+    dtype, device, extra attributes and identity: a module that is used in several places stays
+    shared. A ``state_dict`` of either kind loads into the other with ``strict=True``.
 
-    timm's ``BatchNormAct2d`` becomes a subclass of itself, ``BatchNormAct2d`` of
-    ``bnorm_ext.modules_timm``, with its children ``drop`` and ``act``. It is one call where
-    ``drop`` is ``nn.Identity`` and ``act`` an activation of :class:`bnorm_ext.BatchNormAct2d`.
+    timm's ``BatchNormAct2d`` becomes ``bnorm_ext.modules_timm.BatchNormAct2d``, a subclass of
+    timm's class with the same children ``drop`` and ``act``. Its forward is one call if ``drop`` is
+    ``nn.Identity`` and ``act`` is an activation that :class:`bnorm_ext.BatchNormAct2d` takes.
 
-    Already converted modules are left. Other subclasses of native batch norm
-    (``nn.SyncBatchNorm``, parametrised ones) are left too, since their forward may do more, and are
-    named in one ``UserWarning``.
+    Modules that are converted already stay as they are. Other subclasses of native batch norm
+    (``nn.SyncBatchNorm``, parametrised ones) stay as they are too, because their forward may do
+    more; one ``UserWarning`` names them.
 
     The method is that of Ioffe & Szegedy 2015, arXiv:1502.03167; shapes and dtypes are those of
     :class:`bnorm_ext.BatchNorm1d`, ``2d`` and ``3d``.
@@ -68,7 +67,7 @@ def convert_batchnorm(module: ModuleT) -> ModuleT:
 
         >>> model = bnorm_ext.convert_batchnorm(torchvision.models.resnet50())
     """
-    _check_module(module, "convert_batchnorm")
+    check_module(module, "convert_batchnorm")
     _warn_of(change_classes(module, to_ours=True), "convert_batchnorm")
     return module
 
@@ -76,12 +75,12 @@ def convert_batchnorm(module: ModuleT) -> ModuleT:
 def revert_batchnorm(module: ModuleT) -> ModuleT:
     """Undoes :func:`convert_batchnorm`: gives plain ``torch.nn`` batch norms back.
 
-    Replaced is each module whose type is exactly one of this package's ``BatchNorm1d/2d/3d`` or
-    their lazy forms, wherever it came from, and each ``BatchNormAct2d`` that was timm's;
-    everything that :func:`convert_batchnorm` keeps is kept here as well. A net made by
-    :func:`fuse_batchnorm_act` is unfused too. Use it before tools that look for native's exact
-    types (quantisation in eager mode, conv-bn folding in FX graphs). Other subclasses of this
-    package's modules are left and named in one ``UserWarning``.
+    This replaces each module whose type is exactly one of this package's ``BatchNorm1d/2d/3d`` or
+    one of their lazy forms, whether it was converted or built as such, and each ``BatchNormAct2d``
+    that was timm's. It keeps everything that :func:`convert_batchnorm` keeps. A net made by
+    :func:`bnorm_ext.fuse_batchnorm_act` is unfused too. Use it before tools that look for native's
+    exact types (quantisation in eager mode, folding of convolution and batch norm in FX graphs).
+    Other subclasses of this package's modules stay as they are; one ``UserWarning`` names them.
 
     Args:
         module: a model, or a single batch norm; changed in place.
@@ -92,48 +91,51 @@ def revert_batchnorm(module: ModuleT) -> ModuleT:
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
     """
-    from .fuse.module import unfuse  # imports this module
+    from .fuse.fused_module import unfuse  # here, because bnorm_ext.fuse imports this module
 
-    _check_module(module, "revert_batchnorm")
+    check_module(module, "revert_batchnorm")
     unfuse(module)
     _warn_of(change_classes(module, to_ours=False), "revert_batchnorm")
     return module
 
 
-def change_classes(module: nn.Module, to_ours: bool) -> dict[str, list[str]]:
-    """Changes classes between native's and ours in ``module`` and everything in it.
+def change_classes(module: nn.Module, to_ours: bool) -> dict[type[nn.Module], list[str]]:
+    """Changes classes from native's to this package's (``to_ours``) or back, in ``module`` and in
+    everything inside.
 
-    Returns the names of the batch norms that were left, though not of a class that the change
-    leads to, by class.
+    Returns:
+        The batch norms for which there is no replacement: their names by class.
     """
     replacements: Mapping[type[nn.Module], type[nn.Module]] = _OURS if to_ours else _NATIVE
-    left: dict[str, list[str]] = {}
+    left: dict[type[nn.Module], list[str]] = {}
     for name, child in module.named_modules():
         cls = type(child)
         if cls in replacements:
-            child.__class__ = replacements[cls]
-            tell_compiler(child)
+            change_class(child, replacements[cls])
         elif to_ours and (cls.__module__, cls.__qualname__) == modules_timm.NAME:
-            child.__class__ = modules_timm.ours(cls)
-            tell_compiler(child)
+            change_class(child, modules_timm.ours(cls))
         elif not to_ours and hasattr(cls, "timms"):
-            child.__class__ = cls.timms
-            tell_compiler(child)
+            change_class(child, cls.timms)
         elif isinstance(child, AnyBatchNorm) and to_ours is not isinstance(
-            child, modules._OneCallForward
+            child, modules._BatchNormMixin
         ):
-            left.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(name or "(root)")
+            left.setdefault(cls, []).append(name or "(root)")
     return left
 
 
-def _check_module(module: nn.Module, caller: str) -> None:
+def class_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def check_module(module: nn.Module, caller: str) -> None:
+    """Raises TypeError where ``module`` is no module; ``caller`` is named in the text."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{caller} expects a torch.nn.Module, got {type(module).__name__}")
 
 
-def _warn_of(left: dict[str, list[str]], caller: str) -> None:
+def _warn_of(left: dict[type[nn.Module], list[str]], caller: str) -> None:
     if left:
-        listed = "; ".join(f"{cls}: {', '.join(names)}" for cls, names in left.items())
+        listed = "; ".join(f"{class_name(c)}: {', '.join(names)}" for c, names in left.items())
         warnings.warn(
             f"{caller} left these batch norms as they are, since the forward of a subclass may do "
             f"more than batch normalisation: {listed}",

@@ -1,4 +1,4 @@
-"""How the CUDA kernels would run a batch norm: ``explain``. Needs no GPU."""
+"""``explain``: how the CUDA kernels would run a batch norm. It needs no GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _Device(NamedTuple):
     multiprocessors: int
     capability: tuple[int, int]
     shared_per_multiprocessor: int  # bytes
-    shared_per_block: int  # bytes, where a kernel opts in
+    shared_per_block: int  # bytes, the maximum that a kernel can opt in to
 
     @property
     def clusters(self) -> bool:
@@ -55,8 +55,8 @@ _GPUS = {
     "RTX 5090": (170, (12, 0)),
 }
 
-# Words of the names that CUDA reports which say nothing of the multiprocessors: vendor, memory, and
-# how the board is connected.
+# Words in the names that CUDA reports which do not tell GPUs apart: vendor and memory size, and how
+# the board is connected.
 _VENDOR = re.compile(r"nvidia|tesla|geforce|graphics|\d+gb|hbm3e?")
 _BOARD = re.compile(r"pcie|sxm\d*|nvl")
 
@@ -68,22 +68,25 @@ def explain(
     memory_format: torch.memory_format | None = None,
     device: str | torch.device | None = None,
 ) -> str:
-    """How the CUDA kernels would run a batch norm in training, as text.
-
-    For the forward and the backward pass: the path, its teams of blocks, what each keeps in shared
-    memory, how often the tensor is read and written, and why no better path is taken. As the
-    device's limits allow it; under MPS or MIG, where less of a device is free, a launch may be
-    refused and take two passes.
+    """Describes how the CUDA kernels would run a batch norm in training.
 
     Args:
-        input: a tensor (N, C, ...) of any device, or its shape.
-        dtype: of the tensor; its own, or float32.
-        memory_format: its own, or contiguous.
-        device: a GPU's name (A100, H200, RTX 4090, ..., or as CUDA reports it: NVIDIA H100 80GB
-            HBM3), or a CUDA device that is here. Default: the tensor's device, or the current one.
+        input: a tensor (N, C, ...) on any device, or its shape.
+        dtype: dtype of the tensor. Default: its own, or float32 for a shape.
+        memory_format: memory format of the tensor. Default: its own, or contiguous for a shape.
+        device: name of a GPU (A100, H200, RTX 4090, ..., or as CUDA reports it: NVIDIA H100 80GB
+            HBM3), or a CUDA device of this machine. Default: the device of the tensor, or the
+            current CUDA device.
+
+    Returns:
+        A text that says for the forward and the backward pass which path is taken, its teams of
+        blocks, what each block keeps in shared memory, how often the tensor is read and written,
+        and why no better path is taken. It follows from the limits of the device. Under MPS or MIG
+        less of the device is available; a launch may then be refused, and two passes are taken.
 
     Raises:
-        ValueError: a shape without channels, or a device that is neither known nor here.
+        ValueError: a shape without channels or elements, or a device that is neither known nor
+            present.
     """
     if isinstance(input, Tensor):
         x = input.detach().to("meta")
@@ -102,7 +105,7 @@ def explain(
     if load() is None:
         return "BNORM_EXT_DISABLE is set: torch's own batch norm runs"
     shape = "x".join(map(str, x.shape))
-    lines = []
+    lines: list[str] = []
     for name, tensors in (("forward", 1), ("backward", 2)):
         plan = launch_plan(x, tensors, gpu)
         if not lines:
@@ -118,15 +121,18 @@ def explain(
 
 
 def launch_plan(x: Tensor, tensors: int, gpu: _Device) -> dict[str, Any]:
-    """Of a kernel that keeps `tensors` like x on chip, 1 forward and 2 backward, by name."""
-    return load().explain_plan(
+    """The launch plan of the forward pass (`tensors` is 1: it keeps x on chip) or the backward pass
+    (2: x and dy), as a dictionary."""
+    compiled: Any = load()
+    plan: dict[str, Any] = compiled.explain_plan(
         x, tensors, gpu.multiprocessors, gpu.shared_per_multiprocessor, gpu.shared_per_block,
         gpu.clusters, aligned=True,
     )  # fmt: skip
+    return plan
 
 
 def resolve_device(device: str | torch.device | None) -> _Device:
-    """A GPU by name, as here or as CUDA reports it, or one that is here."""
+    """A GPU of the table by its name, or a CUDA device of this machine."""
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if isinstance(device, str):
         for index in range(here):
@@ -151,8 +157,8 @@ def resolve_device(device: str | torch.device | None) -> _Device:
 
 
 def _known_name(text: str) -> str | None:
-    """The GPU of the table that is meant. A word that is left over, as in RTX 4090 Laptop GPU or
-    H100 80GB HBM3 MIG 1g.10gb, makes it another GPU."""
+    """The GPU of the table that a name means. A name with further words (RTX 4090 Laptop GPU, H100
+    80GB HBM3 MIG 1g.10gb) means another GPU."""
     names = {name.lower().replace(" ", ""): name for name in _GPUS}
     words = [w for w in re.split(r"[\s,_-]+", text.lower()) if w and not _VENDOR.fullmatch(w)]
     for given in (words, [w for w in words if not _BOARD.fullmatch(w)]):
@@ -162,7 +168,7 @@ def _known_name(text: str) -> str | None:
 
 
 def _measured(wanted: torch.device) -> _Device:
-    p = torch.cuda.get_device_properties(wanted)
+    p: Any = torch.cuda.get_device_properties(wanted)
     return _Device(
         p.name,
         p.multi_processor_count,

@@ -1,9 +1,8 @@
 """Batch normalisation as modules: drop-in subclasses of ``torch.nn.BatchNorm{1,2,3}d``.
 
-Each class is a subclass of torch's own, so that constructor, attributes, ``state_dict``, repr,
-hooks, copying and ``isinstance`` checks are torch's; only the forward pass is new, and all of
-them share it: one operator call that normalises, updates the running statistics and counts the
-batch.
+Each class is a subclass of torch's own. Constructor, attributes, ``state_dict``, repr, hooks,
+copying and ``isinstance`` checks are therefore torch's. Only the forward pass is new, and all
+classes share it: one operator call normalises, updates the running statistics and counts the batch.
 
 The method is that of Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training
 by Reducing Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
@@ -19,7 +18,8 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 
 from . import functional
-from ._compat import BatchNormBase, module_call, overrides_call, tensors_of
+from ._compat import BatchNormBase
+from ._compat.modules import module_call, overrides_call, tensors_of
 
 __all__ = [
     "BatchNorm1d",
@@ -30,14 +30,20 @@ __all__ = [
     "LazyBatchNorm3d",
 ]
 
-# Looked up on every call: as globals they cost one dictionary access instead of three.
+# Looked up on every call: a global costs one dictionary access instead of three.
 _is_scripting = torch.jit.is_scripting
 _ABSENT: Any = object()
 _PACKAGE = f"{__package__}."
 
 
+def is_ours(module: nn.Module) -> bool:
+    """Whether it is a batch norm whose class is this package's own. A subclass that is defined
+    elsewhere may do more than batch normalisation."""
+    return isinstance(module, _BatchNormMixin) and type(module).__module__.startswith(_PACKAGE)
+
+
 @overrides_call
-class _OneCallForward(BatchNormBase):
+class _BatchNormMixin(BatchNormBase):
     """The forward pass that all modules of this package share."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -60,7 +66,8 @@ class _OneCallForward(BatchNormBase):
             bias,
             training,
             momentum,
-            # Not by plain access: some subclasses look who asks. A parameter lies elsewhere.
+            # From the dictionary, because in some subclasses eps is a property that refuses certain
+            # callers. An eps that is a parameter is not in there.
             self.__dict__["eps"] if "eps" in self.__dict__ else self.eps,  # noqa: SIM401
             num_batches_tracked=counter,
             residual=residual,
@@ -69,23 +76,23 @@ class _OneCallForward(BatchNormBase):
         )
 
     def _state(self, input: Tensor) -> tuple[Any, ...]:
-        """What this call normalises with: running_mean, running_var, weight, bias, training,
-        momentum, num_batches_tracked."""
-        # A small layer is bound by host time, hence the unusual form: parameters and buffers are
-        # taken from their dictionaries, since going through ``nn.Module.__getattr__`` costs about
-        # as much as the rest of this function (and so would the eager default of ``dict.get``).
-        # A name that is missing there has been replaced by pruning, parametrisation, weight norm
-        # or the like, and is found by plain access.
+        """The arguments of this call: running_mean, running_var, weight, bias, training, momentum,
+        num_batches_tracked."""
+        # The host time of a small layer matters, hence the unusual form. Tensors are read from the
+        # dictionaries of parameters and buffers, because ``nn.Module.__getattr__`` would cost about
+        # as much as the rest of this function. So would ``dict.get``, whose default is evaluated on
+        # every call. A name that is missing there was replaced by pruning, parametrisation, weight
+        # norm or the like, and is read as an attribute.
         self._check_input_dim(input)
         parameters, buffers = tensors_of(self)
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        # By truth value, as native takes it; the function takes nothing but a bool.
+        # Native uses the truth value; the function takes a bool only.
         training = True if self.training else False  # noqa: SIM210  (bool() costs a call)
         momentum = self.momentum
         counter = None
         if training and not self.track_running_stats:
-            # Tracking was turned off: buffers that are still there must stay as they are.
+            # Tracking was switched off after construction: the buffers must not be updated.
             running_mean = running_var = None
         else:
             running_mean = (
@@ -101,12 +108,12 @@ class _OneCallForward(BatchNormBase):
             else:
                 counter = self.num_batches_tracked
         if momentum is None and counter is None:
-            momentum = 0.0  # native's: without a counter there is no average to extend
+            momentum = 0.0  # as native: there is no cumulative average without a counter
         return running_mean, running_var, weight, bias, training, momentum, counter
 
     def _scripted_forward(self, input: Tensor) -> Tensor:
-        """What ``torch.jit.script`` compiles: native's operators, so that a scripted model runs
-        (and loads from a file) without this package."""
+        """What ``torch.jit.script`` compiles. It uses native's operators only, so that a scripted
+        model can be loaded and run without this package."""
         self._check_input_dim(input)
         factor = 0.0
         if self.momentum is not None:
@@ -131,11 +138,12 @@ class _OneCallForward(BatchNormBase):
         )
 
     def _called(self, input: Any = _ABSENT, /, *args: Any, **kwargs: Any) -> Any:
-        """Makes the module one ``call_module`` node in every FX graph, as native's is.
+        """Makes the module one ``call_module`` node in every FX graph, like native's.
 
-        A tracer takes modules whose class lives in ``torch.nn`` for leaves and would trace into
-        ours, which cannot work: the forward pass depends on the rank of its input. Here it is
-        caught before the hooks run, so that they too run once per call of the traced graph.
+        A tracer treats modules as leaves if their class is in ``torch.nn``. It would trace into the
+        forward of this package's modules, which fails because that depends on the rank of its
+        input. The call is intercepted before the hooks run, so that a hook runs once for each call
+        of the graph and not during tracing.
         """
         if type(input) is Tensor:
             return module_call(self, input, *args, **kwargs)
@@ -144,14 +152,14 @@ class _OneCallForward(BatchNormBase):
         else:
             proxy = input
             args = (input, *args)
-        # A subclass from elsewhere is no leaf with native either; its own forward is traced.
-        if isinstance(proxy, Proxy) and type(self).__module__.startswith(_PACKAGE):
+        # A subclass from elsewhere is no leaf with native either: its forward is traced.
+        if isinstance(proxy, Proxy) and is_ours(self):
             tracer: Any = proxy.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return module_call(self, *args, **kwargs)
 
 
-class BatchNorm1d(_OneCallForward, nn.BatchNorm1d):
+class BatchNorm1d(_BatchNormMixin, nn.BatchNorm1d):
     """Batch normalisation of 2-D or 3-D input: :class:`torch.nn.BatchNorm1d` on this package's
     kernels.
 
@@ -166,13 +174,14 @@ class BatchNorm1d(_OneCallForward, nn.BatchNorm1d):
         - input: ``(N, C)`` or ``(N, C, L)``; output: the same shape and memory format.
         - ``weight``, ``bias``, ``running_mean``, ``running_var``: ``(C,)``.
 
-    Dtypes: float64, float32, float16 and bfloat16; parameters and running statistics in the
-    input's dtype or, for 16-bit input, in float32.
+    Dtypes: float64, float32, float16 and bfloat16. Parameters and running statistics have the dtype
+    of the input or, for 16-bit input, float32.
 
     Raises:
         ValueError: the input has another rank, or one value per channel in training.
-        RuntimeError: sizes, dtypes or devices do not match; with native's texts.
-        A call that raises leaves running statistics and counter as they were.
+        RuntimeError: sizes, dtypes or devices do not match.
+
+    Texts of errors are native's. A call that raises changes neither running statistics nor counter.
 
     Example::
 
@@ -180,11 +189,11 @@ class BatchNorm1d(_OneCallForward, nn.BatchNorm1d):
     """
 
 
-class BatchNorm2d(_OneCallForward, nn.BatchNorm2d):
+class BatchNorm2d(_BatchNormMixin, nn.BatchNorm2d):
     """Batch normalisation of 4-D input: :class:`torch.nn.BatchNorm2d` on this package's kernels.
 
     As :class:`BatchNorm1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) for images: the statistics of
-    a channel run over batch, height and width.
+    a channel are taken over batch, height and width.
 
     Shape:
         - input: ``(N, C, H, W)``, contiguous, ``channels_last`` or of any other strides; output:
@@ -199,11 +208,11 @@ class BatchNorm2d(_OneCallForward, nn.BatchNorm2d):
     """
 
 
-class BatchNorm3d(_OneCallForward, nn.BatchNorm3d):
+class BatchNorm3d(_BatchNormMixin, nn.BatchNorm3d):
     """Batch normalisation of 5-D input: :class:`torch.nn.BatchNorm3d` on this package's kernels.
 
     As :class:`BatchNorm1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) for volumes: the statistics of
-    a channel run over batch, depth, height and width.
+    a channel are taken over batch, depth, height and width.
 
     Shape:
         - input: ``(N, C, D, H, W)``, contiguous, ``channels_last_3d`` or of any other strides;
@@ -218,25 +227,34 @@ class BatchNorm3d(_OneCallForward, nn.BatchNorm3d):
     """
 
 
-class LazyBatchNorm1d(_OneCallForward, nn.LazyBatchNorm1d):
-    """:class:`BatchNorm1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) that takes ``num_features``
-    from ``input.size(1)`` of its first call and becomes a :class:`BatchNorm1d` there; arguments,
-    shapes, dtypes and errors as there, behaviour as :class:`torch.nn.LazyBatchNorm1d`."""
+class LazyBatchNorm1d(_BatchNormMixin, nn.LazyBatchNorm1d):
+    """:class:`BatchNorm1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) without ``num_features``.
+
+    The first call takes it from ``input.size(1)`` and turns the module into a
+    :class:`BatchNorm1d`. Shapes, dtypes and errors are those of that class, arguments and
+    behaviour those of :class:`torch.nn.LazyBatchNorm1d`.
+    """
 
     cls_to_become = BatchNorm1d
 
 
-class LazyBatchNorm2d(_OneCallForward, nn.LazyBatchNorm2d):
-    """:class:`BatchNorm2d` (Ioffe & Szegedy 2015, arXiv:1502.03167) that takes ``num_features``
-    from ``input.size(1)`` of its first call and becomes a :class:`BatchNorm2d` there; arguments,
-    shapes, dtypes and errors as there, behaviour as :class:`torch.nn.LazyBatchNorm2d`."""
+class LazyBatchNorm2d(_BatchNormMixin, nn.LazyBatchNorm2d):
+    """:class:`BatchNorm2d` (Ioffe & Szegedy 2015, arXiv:1502.03167) without ``num_features``.
+
+    The first call takes it from ``input.size(1)`` and turns the module into a
+    :class:`BatchNorm2d`. Shapes, dtypes and errors are those of that class, arguments and
+    behaviour those of :class:`torch.nn.LazyBatchNorm2d`.
+    """
 
     cls_to_become = BatchNorm2d
 
 
-class LazyBatchNorm3d(_OneCallForward, nn.LazyBatchNorm3d):
-    """:class:`BatchNorm3d` (Ioffe & Szegedy 2015, arXiv:1502.03167) that takes ``num_features``
-    from ``input.size(1)`` of its first call and becomes a :class:`BatchNorm3d` there; arguments,
-    shapes, dtypes and errors as there, behaviour as :class:`torch.nn.LazyBatchNorm3d`."""
+class LazyBatchNorm3d(_BatchNormMixin, nn.LazyBatchNorm3d):
+    """:class:`BatchNorm3d` (Ioffe & Szegedy 2015, arXiv:1502.03167) without ``num_features``.
+
+    The first call takes it from ``input.size(1)`` and turns the module into a
+    :class:`BatchNorm3d`. Shapes, dtypes and errors are those of that class, arguments and
+    behaviour those of :class:`torch.nn.LazyBatchNorm3d`.
+    """
 
     cls_to_become = BatchNorm3d

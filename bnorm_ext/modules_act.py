@@ -8,34 +8,36 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._compat import is_hooked
+from ._compat.modules import is_hooked
 from .activations import MODULE_NAMES, Activation, resolve
-from .modules import _is_scripting, _OneCallForward
+from .modules import _BatchNormMixin, _is_scripting
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
 
 
-# Whoever reads `eps` from these packages makes another layer of a batch norm, except for the tools
-# that only look.
+# Packages whose tools build other layers from the attributes of a batch norm.
+_REBUILDING: tuple[str, ...] = ("torch.", "torchvision.", "timm.", "torchao.")
+# Modules of torch that read attributes without building another layer from them.
 _OBSERVING = ("torch._", "torch.jit", "torch.fx", "torch.export", "torch.onnx")
 
 
 def activation_of(module: nn.Module) -> tuple[str | None, float]:
-    """Name and slope of the activation that a module is; None where it is none of those known."""
+    """Name and slope of the activation that a module is; None as name if it is none of the known
+    ones, or has hooks."""
     name = MODULE_NAMES.get(type(module))
     if name is None or is_hooked(module):
         return None, 0.01
     return name, module.negative_slope if name == "leaky_relu" else 0.01  # type: ignore[return-value]
 
 
-class _ActForward(_OneCallForward):
+class _BatchNormActMixin(_BatchNormMixin):
     """Constructor and forward pass that all batch norms with an activation share."""
 
-    _rebuilding = ("torch.", "torchvision.", "timm.", "torchao.")
+    _rebuilding = _REBUILDING
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # TorchScript is not to compile the property; it looks for this in each class itself.
+        # Keeps TorchScript from compiling the property. TorchScript does not look at base classes.
         cls.__jit_unused_properties__ = ["eps"]  # type: ignore[attr-defined]
 
     def __init__(
@@ -52,26 +54,29 @@ class _ActForward(_OneCallForward):
         **kwargs: Any,
     ) -> None:
         name, slope = resolve(act, negative_slope)
-        # kwargs: `bias`, in versions of torch that have it.
+        # kwargs: `bias`, which newer versions of torch take.
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs
         )
-        # Annotated here, not in the class: torch.jit.script cannot read the latter as strings.
+        # Annotated here, because torch.jit.script cannot read annotations of the class that are
+        # strings.
         self.act: str = name
         self.negative_slope: float = slope
 
     def activation(self) -> tuple[str | None, float]:
-        """Name and slope of the activation; None where it is none of those known."""
+        """Name and slope of the activation; None as name if it is none of the known ones."""
         return self.act, self.negative_slope
 
     @property
-    def eps(self) -> float:  # type: ignore[override]
-        # Whoever rebuilds a batch norm from its attributes needs this one, and would drop the
-        # activation without a word.
+    def eps(self) -> float:
+        # A tool that builds another layer from the attributes of a batch norm reads eps. It does
+        # not know of the activation and would drop it silently, so it gets an error instead.
         name = sys._getframe(1).f_globals.get("__name__", "")
         if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
             self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
-        return self.__dict__["eps"] if "eps" in self.__dict__ else self.__getattr__("eps")
+        held: Any = self.__dict__["eps"] if "eps" in self.__dict__ else self.__getattr__("eps")
+        value: float = held
+        return value
 
     @eps.setter
     def eps(self, value: float) -> None:
@@ -113,33 +118,35 @@ class _ActForward(_OneCallForward):
         return f"{super().extra_repr()}, act={self.act}{slope}"
 
 
-class BatchNormAct1d(_ActForward, nn.BatchNorm1d):
-    """Batch normalisation of 2-D or 3-D input, then an addition and an activation, in one pass:
-    ``act(batch_norm(input) + residual)``.
+class BatchNormAct1d(_BatchNormActMixin, nn.BatchNorm1d):
+    """Batch normalisation of 2-D or 3-D input, then an addition and an activation, in one pass.
 
-    In place of :class:`BatchNorm1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) with what follows it.
-    Parameters, buffers and ``state_dict`` are those of the plain module: a checkpoint of the
-    unfused net loads.
+    Computes ``act(batch_norm(input) + residual)`` and replaces a :class:`BatchNorm1d` (Ioffe &
+    Szegedy 2015, arXiv:1502.03167) and the operations after it. Parameters, buffers and
+    ``state_dict`` are those of :class:`BatchNorm1d`: a checkpoint of the unfused net loads.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as for
             :class:`torch.nn.BatchNorm1d`.
         act: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``, None (or
             ``"identity"``), or the ``torch.nn`` module of that name, as a class or an instance.
-        negative_slope: of ``leaky_relu``; that of an ``nn.LeakyReLU`` instance goes before it.
+        negative_slope: of ``leaky_relu``. If ``act`` is an ``nn.LeakyReLU`` instance, its slope is
+            used instead.
 
     Shape:
-        - input: ``(N, C)`` or ``(N, C, L)``; residual, where given, and output: the same. The
-          output has the input's memory format; a residual in another one costs a copy.
+        - input: ``(N, C)`` or ``(N, C, L)``; residual, if given, and output: the same. The output
+          has the input's memory format; a residual in another one costs a copy.
         - ``weight``, ``bias``, ``running_mean``, ``running_var``: ``(C,)``.
 
-    Dtypes: float64, float32, float16 and bfloat16; 16-bit values are added and activated in
-    float32 and rounded once. Parameters as for :class:`BatchNorm1d`; residual in the input's dtype.
+    Dtypes: float64, float32, float16 and bfloat16. With 16-bit input, addition and activation are
+    computed in float32 and the result is rounded once. The residual has the dtype of the input,
+    parameters those that :class:`BatchNorm1d` takes.
 
     Raises:
         ValueError: an unknown ``act``; otherwise as :class:`BatchNorm1d`.
         RuntimeError: the residual has another shape, dtype or device than the input; otherwise as
-            :class:`BatchNorm1d`. From ``convert_sync_batchnorm``, which would drop the activation.
+            :class:`BatchNorm1d`. Also raised within ``convert_sync_batchnorm`` and other tools that
+            would build another layer and drop the activation.
 
     Example::
 
@@ -147,7 +154,7 @@ class BatchNormAct1d(_ActForward, nn.BatchNorm1d):
     """
 
 
-class BatchNormAct2d(_ActForward, nn.BatchNorm2d):
+class BatchNormAct2d(_BatchNormActMixin, nn.BatchNorm2d):
     """Batch normalisation of 4-D input, then an addition and an activation, in one pass.
 
     As :class:`BatchNormAct1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) for images.
@@ -164,7 +171,7 @@ class BatchNormAct2d(_ActForward, nn.BatchNorm2d):
     """
 
 
-class BatchNormAct3d(_ActForward, nn.BatchNorm3d):
+class BatchNormAct3d(_BatchNormActMixin, nn.BatchNorm3d):
     """Batch normalisation of 5-D input, then an addition and an activation, in one pass.
 
     As :class:`BatchNormAct1d` (Ioffe & Szegedy 2015, arXiv:1502.03167) for volumes.

@@ -1,8 +1,8 @@
 """timm's batch norm with activation on this package's kernels.
 
-The class exists once timm is there: ``bnorm_ext.modules_timm.BatchNormAct2d``. It is a subclass of
-timm's own, with timm's children ``drop`` and ``act``, so that timm's tools (freezing, splitting,
-folding) treat it as theirs.
+``bnorm_ext.modules_timm.BatchNormAct2d`` exists where timm is installed. It is a subclass of timm's
+class with the same children ``drop`` and ``act``, so timm's tools (freezing, splitting, folding)
+treat it as their own.
 """
 
 from __future__ import annotations
@@ -12,29 +12,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._compat import has_global_module_hooks, is_hooked
-from .modules import _OneCallForward
-from .modules_act import _ActForward, activation_of
+from ._compat.modules import has_global_module_hooks, is_hooked
+from .modules import _BatchNormMixin
+from .modules_act import _BatchNormActMixin, activation_of
 
-#: timm's class is told by its name: timm need not be there.
+#: Module and name of timm's class. It is recognised by them, because timm need not be installed.
 NAME = ("timm.layers.norm_act", "BatchNormAct2d")
 
 
-class _TimmForward(_ActForward):
-    """``act(drop(batch_norm(input)))``, in one call where ``drop`` does nothing."""
+class _TimmMixin(_BatchNormActMixin):
+    """``act(drop(batch_norm(input)))``, in one call if ``drop`` is ``nn.Identity``."""
 
-    _rebuilding = ("torch.", "torchvision.", "torchao.")  # timm's own tools know what they do
+    _rebuilding = ("torch.", "torchvision.", "torchao.")  # not timm, whose tools know the class
 
     def activation(self) -> tuple[str | None, float]:
-        drop = self.drop
-        if type(drop) is not nn.Identity or is_hooked(drop):
+        children: Any = self  # timm's `act` is a module
+        if type(children.drop) is not nn.Identity or is_hooked(children.drop):
             return None, 0.01
-        return activation_of(self.act)
+        return activation_of(children.act)
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         name, slope = self.activation()
         if name is None or has_global_module_hooks():
-            return self.act(self.drop(_OneCallForward.forward(self, input)))
+            children: Any = self
+            y: Tensor = children.act(children.drop(_BatchNormMixin.forward(self, input)))
+            return y
         return self._normalise(input, None, name, slope)
 
 
@@ -49,11 +51,11 @@ def ours(cls: type[nn.Module]) -> Any:
         "__init__": cls.__init__,
         "extra_repr": cls.extra_repr,
     }
-    return type(cls.__name__, (_TimmForward, cls), body)
+    return type(cls.__name__, (_TimmMixin, cls), body)
 
 
 def __getattr__(name: str) -> Any:
-    # For unpickling.
+    # Pickle finds the class by its name, before it has been made in this process.
     if name != NAME[1]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from timm.layers.norm_act import BatchNormAct2d as timms

@@ -1,7 +1,7 @@
-"""The mathematics of batch normalisation in plain torch and float64: what is right.
+"""Reference implementation of batch normalisation: basic torch operations in float64.
 
-Slow and obvious on purpose. Nothing here knows the compiled extension; the tests and the benchmark
-measure every implementation, native's too, by its distance from this one.
+Written to be simple, not fast, and independent of the compiled extension. The tests and the
+benchmark measure the error of every implementation, native's too, against this one.
 
 Source: S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
 Internal Covariate Shift", 2015, arXiv:1502.03167.
@@ -16,18 +16,19 @@ from torch import Tensor
 
 
 class ForwardReference(NamedTuple):
-    """All float64. ``mean`` and ``var`` are those that normalised: of the batch, or running."""
+    """Results of the forward pass, all float64. ``mean`` and ``var`` are the statistics that were
+    used: those of the batch, or the running ones."""
 
     y: Tensor  #: (N, C, ...)
     mean: Tensor  #: (C,)
     var: Tensor  #: (C,), biased
     rstd: Tensor  #: (C,), 1 / sqrt(var + eps)
     running_mean: Tensor | None  #: (C,), after the step
-    running_var: Tensor | None  #: (C,), after the step, which moved it by the unbiased variance
+    running_var: Tensor | None  #: (C,), after the step, updated with the unbiased variance
 
 
 class BackwardReference(NamedTuple):
-    """All float64."""
+    """Gradients, all float64."""
 
     dx: Tensor  #: (N, C, ...)
     dweight: Tensor  #: (C,)
@@ -51,11 +52,11 @@ def _per_channel(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _normalise(x: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> _Normalised:
-    """With the given statistics or, where they are None, with those of the batch."""
+    """Normalises by the given statistics or, if they are None, by those of the batch."""
     x = x.detach().double()
     if mean is None or var is None:
-        # The mean is not rounded before it is subtracted: where it exceeds the deviations by far,
-        # even float64 would lose what float64 input holds.
+        # The mean is subtracted in two parts. A mean that is much larger than the deviations would
+        # otherwise be rounded to float64 first, and for float64 input that error matters.
         shift = x.mean(_dims(x), keepdim=True)
         rest = (x - shift).mean(_dims(x), keepdim=True)
         centred = (x - shift) - rest
@@ -78,9 +79,17 @@ def batch_norm_reference(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> ForwardReference:
-    """``y = (x - mean) * rstd * weight + bias`` per channel (arXiv:1502.03167, algorithm 1).
-    x is (N, C, ...), everything else (C,). No argument is changed: a training step returns what the
-    running statistics become. A cumulative average is ``momentum = 1 / number of batches so far``.
+    """The forward pass: ``y = (x - mean) * rstd * weight + bias`` per channel (arXiv:1502.03167,
+    algorithm 1).
+
+    Args:
+        x: (N, C, ...); the other tensors are (C,).
+        training: whether to normalise by the statistics of the batch.
+        momentum: weight of the batch in the new running statistics. For a cumulative average it is
+            1 / (number of batches, this one included).
+
+    Returns:
+        The results, with the new running statistics; no argument is changed.
     """
     n = _normalise(x, *(None, None) if training else (running_mean, running_var), eps)
     y = n.xhat
@@ -107,8 +116,11 @@ def batch_norm_backward_reference(
     training: bool = False,
     eps: float = 1e-5,
 ) -> BackwardReference:
-    """Gradients for dy (N, C, ...), from the arguments of the forward pass. In training the
-    statistics depend on x, hence the two projections; in inference they do not."""
+    """The gradients for dy (N, C, ...), from the arguments of the forward pass.
+
+    In training the statistics depend on x, which gives the two projections; in inference they are
+    constants.
+    """
     n = _normalise(x, *(None, None) if training else (running_mean, running_var), eps)
     dy = dy.detach().double()
     dx = dy

@@ -1,5 +1,5 @@
-"""The program that the first argument names: train, profile, ...; without a name the
-microbenchmarks."""
+"""The command line: the first argument names a program (train, profile, ...); without one the
+microbenchmarks run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ PROGRAMS = ("train", "profile", "cost_model", "compare", "plots")
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
-    """`command`: how this was started, for messages and for the head of what is written."""
+    """Runs the program and returns its exit code.
+
+    `command` is how this was started, for messages and for the header of results.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = command or f"python -m {__package__}"
     program = "micro"
@@ -20,11 +23,12 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         command += f" {arguments[0]}"
         program = arguments.pop(0).replace("-", "_")
     module = importlib.import_module(f".{program}", __package__)
-    return module.main(arguments, command)
+    code: int = module.main(arguments, command)
+    return code
 
 
 def script() -> int:
-    """What the command `bnorm-bench` calls."""
+    """The entry point of the command `bnorm-bench`."""
     return main(command="bnorm-bench")
 
 

@@ -1,11 +1,11 @@
-"""What is measured: cases, the suites that name them, and the least bytes that each has to move."""
+"""The cases that are measured, the suites of cases, and the fewest bytes that each must move."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,12 +32,12 @@ class Case:
     layout: str = "contiguous"
     op: str = "bn"
     pass_: str = "fwd"
-    count: int = 1  #: how many layers of the net are like this one
-    layer: str = ""  #: the first of them
+    count: int = 1  #: number of layers of the net with this shape
+    layer: str = ""  #: name of the first of them
 
     @property
     def group(self) -> tuple[Shape, str, str, str]:
-        """Cases that are equal in this share tensors and the reference."""
+        """Cases of one group share their tensors and the reference."""
         return self.shape, self.dtype, self.layout, self.op
 
     @property
@@ -60,17 +60,18 @@ class Case:
 
 
 class Floor(NamedTuple):
-    """The least that an implementation moves: tensors read, tensors written, masks (1 bit each)."""
+    """The fewest transfers of any implementation: tensors read, tensors written, and masks (1 bit
+    per element)."""
 
     reads: int
     writes: int
     masks: int = 0
 
 
-# Forward reads x and writes y, though it needs the statistics first: what it reads twice can come
-# from a cache. Backward reads x and dy, writes dx; the sign that ReLU needs follows from x. With an
-# addition it does not, so forward leaves a mask of one bit an element; backward then writes two
-# gradients.
+# Forward reads x and writes y. It needs x twice, for the statistics and to normalise, but the
+# second read can come from a cache. Backward reads x and dy and writes dx; the sign that ReLU needs
+# follows from x. After an addition it does not: forward writes a mask of one bit per element, and
+# backward writes two gradients.
 _FLOORS = {
     ("bn", "fwd"): Floor(1, 1),
     ("bn", "eval"): Floor(1, 1),
@@ -85,25 +86,25 @@ _FLOORS = {
 
 
 def floor(op: str, pass_: str) -> Floor:
-    """Of one call. A step, fwd+bwd, is the sum of its halves."""
+    """The floor of one call. That of fwd+bwd is the sum of its halves."""
     if pass_ != "fwd+bwd":
         return _FLOORS[op, pass_]
     return Floor(*map(sum, zip(_FLOORS[op, "fwd"], _FLOORS[op, "bwd"], strict=True)))
 
 
 def bytes_floor(case: Case) -> int:
-    """Bytes to and from memory. Vectors of one value per channel are not counted."""
+    """The fewest bytes to and from memory. Vectors (C,) are not counted."""
     f = floor(case.op, case.pass_)
     mask = math.ceil(math.prod(case.shape) / 8)
     return (f.reads + f.writes) * case.tensor_bytes + f.masks * mask
 
 
-#: Tensors read and written by the two elementwise operations that ceilings are made of.
+#: Tensors read and written by the two elementwise operations that make up the copy ceiling.
 COPY_PASSES = {"clone": 2, "add": 3}
 
 
 def ceiling(case: Case) -> tuple[str, ...]:
-    """The elementwise operations that move what the case moves at the floor (but masks)."""
+    """The elementwise operations that move as many tensors as the case at its floor (no masks)."""
     if case.pass_ == "fwd+bwd":
         halves = (replace(case, pass_=half) for half in ("fwd", "bwd"))
         return tuple(name for half in halves for name in ceiling(half))
@@ -116,11 +117,11 @@ def ceiling_bytes(case: Case) -> int:
 
 
 class ImpossibleCase(ValueError):
-    """Says in one line what is wrong with a case."""
+    """No batch norm could run a case; the text says why, in one line."""
 
 
 def check(case: Case) -> None:
-    """Raises ImpossibleCase where no batch norm could run it."""
+    """Raises ImpossibleCase if no batch norm could run the case."""
     shape = ",".join(map(str, case.shape))
     if len(case.shape) < 2 or min(case.shape) < 1:
         raise ImpossibleCase(f"shape {shape}: needs N,C and more, all of them positive")
@@ -166,7 +167,7 @@ def _shapes(make: Callable[[int], Iterable[Shape]]) -> Callable[[str, int], list
     return lambda device, batch: _product((s, {}) for s in make(batch))
 
 
-def _product(shapes: Iterable[tuple[Shape, dict]]) -> list[Case]:
+def _product(shapes: Iterable[tuple[Shape, dict[str, Any]]]) -> list[Case]:
     return [Case(s, pass_=p, **fields) for s, fields in shapes for p in ("fwd", "bwd")]
 
 
@@ -182,7 +183,7 @@ def _3d(n: int) -> list[Shape]:
 
 
 def _mixed(device: str, batch: int) -> list[Case]:
-    """What kernels are tuned on: large, small, thin and odd, 2-D to 5-D, every layout."""
+    """The shapes for tuning kernels: large, small, thin and odd, 2-D to 5-D, all layouts."""
     n = batch
     shapes: list[Shape] = [
         (n, 64, 56, 56), (n // 4, 64, 112, 112), (n, 256, 14, 14), (2 * n, 512, 7, 7),
@@ -201,7 +202,7 @@ def _mixed(device: str, batch: int) -> list[Case]:
 
 
 def _fused(device: str, batch: int) -> list[Case]:
-    """Activation and addition behind a batch norm, from the first to the last stage of a ResNet."""
+    """Batch norm with activation, and with addition and activation, in all stages of a ResNet."""
     n = batch
     shapes: list[Shape] = [
         (n, 64, 56, 56), (n, 256, 56, 56), (n // 4, 64, 112, 112), (n, 128, 28, 28),
@@ -244,9 +245,9 @@ def expand(
     ops: Sequence[str] = (),
     passes: Sequence[str] = (),
 ) -> list[Case]:
-    """Each list that is not empty takes the place of what the cases say; no case comes twice, and
-    those that share tensors stand together."""
-    found: dict[tuple, dict[Case, None]] = {}
+    """Cases with these dtypes, layouts, operations and passes; an empty list keeps those of the
+    cases. No case comes twice, and cases of one group are adjacent."""
+    found: dict[tuple[Shape, str, str, str], dict[Case, None]] = {}
     for case in cases:
         for dtype in dtypes or [case.dtype]:
             for layout in layouts or [case.layout]:

@@ -1,4 +1,4 @@
-"""What changed between two results of the microbenchmarks, and which of it is more than noise:
+"""Comparing two results of the microbenchmarks, and telling changes from noise:
 `python -m bench.compare OLD.json NEW.json`."""
 
 from __future__ import annotations
@@ -14,36 +14,39 @@ from .options import Parser
 from .report import SHORT, aligned, case_key, geometric_mean, number, read_json
 from .run import COPY, Row
 
-LEAST = 0.02  # smaller changes are never called real
+LEAST = 0.02  # relative; smaller changes are never called real
 
 
 @dataclass(frozen=True)
 class Change:
+    """The same measurement in two files."""
+
     old: Row
     new: Row
 
     @property
     def factor(self) -> float:
-        """Above 1: the new one is faster."""
-        return self.old["median_us"] / self.new["median_us"]
+        """Old time / new time: above 1 the new one is faster."""
+        return float(self.old["median_us"] / self.new["median_us"])
 
     @property
     def noise(self) -> float:
-        """Microseconds: the larger of both files' spreads (p10 to p90, halved) and drifts between
-        the halves of a run."""
-        return max(
+        """Microseconds: the largest, over both files, of half the spread (p10 to p90) and of the
+        drift between the halves of a run."""
+        found = (
             max((r["p90_us"] - r["p10_us"]) / 2, abs(r["first_half_us"] - r["second_half_us"]))
             for r in (self.old, self.new)
         )
+        return float(max(found))
 
     @property
     def real(self) -> bool:
-        difference = abs(self.old["median_us"] - self.new["median_us"])
+        difference: float = abs(self.old["median_us"] - self.new["median_us"])
         return difference > self.noise and abs(math.log(self.factor)) > math.log1p(LEAST)
 
 
 def changes(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
-    """Of what both have timed, in the order of the new file."""
+    """The measurements that were timed in both, in the order of the new file."""
     before = {(case_key(r), r["provider"]): r for r in old if r["median_us"] is not None}
     found = []
     for row in new:
@@ -78,7 +81,7 @@ def _machines(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def report(
     old: tuple[dict[str, Any], Sequence[Row]], new: tuple[dict[str, Any], Sequence[Row]]
 ) -> str:
-    """The table of changes, their geometric means, and what is in one file alone."""
+    """The table of changes, their geometric means, and which measurements are in one file only."""
     text = _machines(old[0], new[0])
     found = changes(old[1], new[1])
     lines = [["case", "provider", "old, us", "new, us", "old / new", "noise", ""]]

@@ -1,10 +1,10 @@
-"""The gate: what a provider computes is compared with the float64 reference before it is timed.
+"""The gate: the results of a provider are compared with the float64 reference before it is timed.
 
-Per channel, the largest absolute error relative to the sum of the magnitudes that made the value
-(as `tests/common/cases.py` measures it), against a bound that any sound implementation meets: 64
-and sqrt(n) units of the accumulation type, for that is how plain sums of n values round, times
-1 + |mean| / std, for deviations are as exact as the mean; and 4 units of the result's type where
-that is a 16-bit one.
+The error of a channel is its largest absolute error, relative to the sum of the magnitudes of the
+terms of the value (as `tests/common/cases.py` measures it). The bound is one that any sound implementation meets: 64 + sqrt(n) units of
+roundoff of the accumulation type, because that is how a plain sum of n values rounds, times
+1 + |mean| / std, because deviations are as exact as the mean. For results in a 16-bit type, 4 units
+of that type are added.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .cases import DTYPES, Case
 
 EPS, MOMENTUM = 1e-5, 0.1
 Results = dict[str, Tensor]
-#: What each pass is held to.
+#: The results that are compared, by pass.
 FORWARD = ("y", "running_mean", "running_var")
 BACKWARD = ("dx", "dresidual", "dweight", "dbias")
 CHECKED = {"fwd": FORWARD, "eval": ("y",), "bwd": BACKWARD, "fwd+bwd": FORWARD + BACKWARD}
@@ -29,24 +29,24 @@ CHECKED = {"fwd": FORWARD, "eval": ("y",), "bwd": BACKWARD, "fwd+bwd": FORWARD +
 
 @dataclass
 class Inputs:
-    """The tensors that every provider of a case gets. (C,) vectors are of the accumulation type."""
+    """The tensors that every provider of a case gets. Vectors are in the accumulation type."""
 
     x: Tensor  #: (N, C, ...)
-    dy: Tensor
-    residual: Tensor | None
-    weight: Tensor  #: (C,), and so the rest
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
+    dy: Tensor  #: (N, C, ...)
+    residual: Tensor | None  #: (N, C, ...)
+    weight: Tensor  #: (C,)
+    bias: Tensor  #: (C,)
+    running_mean: Tensor  #: (C,)
+    running_var: Tensor  #: (C,)
 
 
 @dataclass
 class Reference:
-    """What is right, by name, and the scale (C,) that errors of it are relative to."""
+    """The right results by name, and how far others may be off."""
 
     right: Results
-    scale: Results
-    error: Tensor  #: (C,): what rounding of the accumulation type is allowed, relative to the scale
+    scale: Results  #: (C,) each: the magnitude that errors of a result are relative to
+    error: Tensor  #: (C,): the allowed rounding error of the accumulation type, relative to scale
 
 
 def accumulation_type(dtype: torch.dtype) -> torch.dtype:
@@ -87,10 +87,10 @@ def _vector(t: Tensor, like: Tensor) -> Tensor:
 
 
 def reference(case: Case, i: Inputs, *, training: bool) -> Reference:
-    """Of forward and, in training, of backward.
+    """The reference of forward and, in training, of backward.
 
-    Where the sign that ReLU looks at is within rounding of 0, either gradient is right: dy is set
-    to 0 in these places, here and for the providers, since it is the same tensor.
+    Where the argument of ReLU is 0 up to rounding, either gradient is right. dy is set to 0 there,
+    in place, so that the providers get it too.
     """
     f = batch_norm_reference(
         i.x, i.running_mean, i.running_var, i.weight, i.bias, training, MOMENTUM, EPS
@@ -134,12 +134,12 @@ def reference(case: Case, i: Inputs, *, training: bool) -> Reference:
 
 
 def _allowed(error: Tensor, dtype: torch.dtype) -> Tensor:
-    """(C,): the largest error of a result of that dtype, relative to its scale, that passes."""
+    """(C,): the largest allowed error of a result of that dtype, relative to its scale."""
     return error + (2 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0)
 
 
 def wrong(results: Results, r: Reference) -> str | None:
-    """None where all results are right; else one line with the worst of them."""
+    """None if all results are right; else one line about the worst of them."""
     worst, text = 1.0, None
     for name, result in results.items():
         right, scale = r.right[name], r.scale[name]

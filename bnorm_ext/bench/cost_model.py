@@ -33,7 +33,8 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 def predict(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, tensors: int, device: str
 ) -> tuple[str, int, int]:
-    """Path, bytes, and bytes at the floor of a forward (1 tensor on chip) or backward (2) pass."""
+    """Path, bytes moved, and the fewest possible bytes. `tensors` is 1 for the forward pass, which
+    keeps x on chip, and 2 for the backward pass, which keeps x and dy."""
     x = torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[layout])
     plan = launch_plan(x, tensors, resolve_device(device))
     tensor_bytes = math.prod(shape) * dtype.itemsize
@@ -77,7 +78,9 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     return 0
 
 
-def sums(o: Any, net: str, layers: Counter, dtype: torch.dtype, layout: str) -> None:
+def sums(
+    o: Any, net: str, layers: Counter[tuple[int, ...]], dtype: torch.dtype, layout: str
+) -> None:
     totals = []
     for tensors, name in ((1, "fwd"), (2, "bwd")):
         moved = floor = on_chip = 0

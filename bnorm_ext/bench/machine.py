@@ -1,4 +1,4 @@
-"""What a measurement depends on besides the code: versions, hardware, memory and caches."""
+"""The conditions of a measurement besides the code: versions, hardware, memory and caches."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from torch import Tensor
 
 import bnorm_ext
 
-#: The folder that bnorm_ext lies in: of a checkout, or of installed packages.
+#: The folder that contains bnorm_ext: a checkout, or the installed packages.
 ROOT = Path(bnorm_ext.__file__).resolve().parent.parent
-FRESH_BYTES = 4 << 20  # outputs of this size and more come from the system in a cold run
+FRESH_BYTES = 4 << 20  # in a cold run, outputs of at least this size are fresh memory
 MADV_HUGEPAGE = 14  # Linux's mman.h
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
@@ -33,19 +33,22 @@ VARIABLES = ("BNORM_EXT_", "OMP_", "MKL_", "KMP_", "GOMP_", "GLIBC_TUNABLES", "M
 
 @functools.cache
 def _libc() -> Any:
-    """glibc, or None where the C library is another one."""
+    """glibc; None if the C library is another one."""
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def fresh_outputs(fresh: bool) -> bool:
-    """Decides for the whole process whether large blocks are taken from the system each time and
-    given back when freed (True), or kept and used again. Left to itself, glibc does either, as the
-    order of calls has it. Returns whether the C library can be told.
+    """Sets for the whole process whether large blocks are fresh memory of the system each time
+    (True) or freed blocks are reused (False). By default glibc does either, depending on the order
+    of calls.
+
+    Returns:
+        Whether the C library could be set.
     """
     libc = _libc()
     if libc is None:
         return False
-    told = libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # what is small is always used again
+    told = libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # small blocks are always reused
     if not fresh:
         return bool(told and libc.mallopt(M_MMAP_MAX, 0))
     told = told and libc.mallopt(M_MMAP_THRESHOLD, FRESH_BYTES)
@@ -54,8 +57,9 @@ def fresh_outputs(fresh: bool) -> bool:
 
 @contextlib.contextmanager
 def no_large_holes() -> Iterator[None]:
-    """Within, blocks of FRESH_BYTES and more are fresh for certain: malloc would first take what
-    lies free in its heap, left there by whatever ran before. That is held meanwhile, untouched.
+    """A context in which blocks of FRESH_BYTES and more are certain to be fresh memory.
+
+    malloc would first reuse free blocks in its heap. They are allocated here and held meanwhile.
     """
     libc, held = _libc(), []
     if libc is not None:
@@ -67,7 +71,7 @@ def no_large_holes() -> Iterator[None]:
             if not block:
                 break
             held.append(block)
-            if block > libc.sbrk(0):  # not from the heap, which has no such hole any more
+            if block > libc.sbrk(0):  # beyond the heap: it has no such block left
                 break
     try:
         yield
@@ -77,7 +81,7 @@ def no_large_holes() -> Iterator[None]:
 
 
 def in_huge_pages(out: Tensor) -> Tensor:
-    """Asks for huge pages for memory that nobody has written yet, as bnorm_ext does for outputs."""
+    """Asks for huge pages for memory that is not yet written, as bnorm_ext does for outputs."""
     libc = _libc() if sys.platform == "linux" else None
     if libc is not None and out.nbytes >= FRESH_BYTES:
         huge = 2 << 20
@@ -89,7 +93,7 @@ def in_huge_pages(out: Tensor) -> Tensor:
 
 
 def _cache_bytes() -> int:
-    """Of the largest cache of the first core; 32 MB where the system does not say."""
+    """The size of the largest cache of the first core; 32 MB if the system does not say."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -99,7 +103,7 @@ def _cache_bytes() -> int:
 
 
 def cpu_flush_bytes() -> int:
-    """The buffer that is walked through before a cold call."""
+    """The size of the buffer that is written before a cold call to flush the caches."""
     return min(max(2 * _cache_bytes(), 16 << 20), 256 << 20)
 
 
@@ -108,7 +112,7 @@ def _physical_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that tensors may take; on the CPU no more than a container is limited to."""
+    """Memory that tensors may take; on the CPU within the limit of the container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo") or "")
@@ -120,7 +124,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_memory(what: str, needed: int, device: torch.device) -> None:
-    """Raises ValueError where that many bytes would not fit."""
+    """Raises ValueError if that many bytes would not fit into memory."""
     there = free_bytes(device)
     if needed > 0.8 * there:
         raise ValueError(
@@ -129,7 +133,8 @@ def check_memory(what: str, needed: int, device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has a type for GPUs alone; on the CPU the text has to do."""
+    """Whether an error means that memory is exhausted. torch has an exception type for GPUs only;
+    on the CPU the text decides."""
     known = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, known) or "can't allocate memory" in str(error)
 
@@ -159,8 +164,8 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout that is measured; None for an installed package, even where some checkout
-    contains the environment that it is installed in."""
+    """The commit of the checkout that is measured; None for an installed package, even if the
+    environment that contains it is inside of some checkout."""
     if _output("git", "rev-parse", "--show-toplevel") != str(ROOT):
         return None
     head = _output("git", "rev-parse", "--short=12", "HEAD")
@@ -200,8 +205,8 @@ def _hardware(device: torch.device) -> dict[str, Any]:
 
 
 def header(device: torch.device, command: str, arguments: list[str]) -> dict[str, Any]:
-    """Who measured what, when and on what; the same for every program. `command`: how it was
-    started."""
+    """The header of results, the same for every program: versions, commit, date, command and
+    machine. `command` is how the program was started."""
     info = bnorm_ext.build_info()
     return {
         "versions": {
@@ -224,7 +229,7 @@ def header(device: torch.device, command: str, arguments: list[str]) -> dict[str
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            # Paths say nothing about speed, and the file may be published.
+            # Values with paths are left out: they do not matter for speed and may be private.
             if name.startswith(VARIABLES) and "/" not in value
         },
     }

@@ -1,6 +1,6 @@
-"""How time is taken: rounds in which each contestant is called once, and what samples say.
+"""Timing: rounds in which each provider is called once, and statistics of the samples.
 
-The text METHOD is the description that the help and every JSON carry.
+METHOD describes it; the help and every JSON file contain this text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from . import machine
 
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 3, 10, 101
-HURRIED_ROUNDS = 5  # where the time budget is overdrawn
+HURRIED_ROUNDS = 5  # if the time budget is used up
 CACHES = ("cold", "warm")
 
 METHOD = f"""\
@@ -52,7 +52,7 @@ or the baseline's, differ by more than it differs from the baseline."""
 
 @dataclass
 class Work:
-    """What is called in each round. What `call` returns stays alive until the clock has stopped."""
+    """A call that is timed in each round. Its result stays alive until the clock has stopped."""
 
     name: str
     call: Callable[[], object]
@@ -61,13 +61,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Stats:
-    """Of samples in microseconds."""
+    """Statistics of samples, in microseconds."""
 
     median: float
     p10: float
     p90: float
-    first_half: float  #: medians
-    second_half: float
+    first_half: float  #: median of the first half of the samples
+    second_half: float  #: median of the second half
     rounds: int
 
     @property
@@ -76,7 +76,7 @@ class Stats:
 
 
 def percentile(samples: Sequence[float], fraction: float) -> float:
-    """Between the two samples next to it, in proportion."""
+    """The percentile by linear interpolation between two samples."""
     ordered = sorted(samples)
     position = fraction * (len(ordered) - 1)
     low = int(position)
@@ -85,7 +85,7 @@ def percentile(samples: Sequence[float], fraction: float) -> float:
 
 
 def describe(samples: Sequence[float]) -> Stats:
-    """Of samples in the order in which they were taken."""
+    """The statistics of samples, given in the order in which they were taken."""
     middle = len(samples) // 2
     return Stats(
         statistics.median(samples),
@@ -98,31 +98,36 @@ def describe(samples: Sequence[float]) -> Stats:
 
 
 def within_noise(mine: Stats, base: Stats) -> bool:
-    """Whether two halves of the samples differ by more than the difference that is claimed."""
+    """Whether the two halves of the samples differ by more than the medians of the two."""
     return max(mine.drift, base.drift) > abs(mine.median - base.median)
 
 
 class Timer(Protocol):
-    gaps: bool  #: whether the last rounds may contain time that the device was idle
-    step: int  #: rounds to ask for at once
-    faults: dict[str, list[int]]  #: page faults of each timed call, by name of work, where counted
+    """A clock for rounds of calls."""
+
+    gaps: bool  #: whether the last rounds may include time in which the device was idle
+    step: int  #: number of rounds to run at once
+    faults: dict[str, list[int]]  #: page faults of each timed call by name of work, if counted
 
     def ready(self) -> AbstractContextManager[None]:
-        """Around the rounds of one case."""
+        """A context for the rounds of one case."""
+        ...
 
     def rounds(self, works: Sequence[Work], count: int) -> list[list[float]]:
-        """`count` rounds; for each the microseconds of each work, in the order of `works`."""
+        """Runs `count` rounds; returns for each the microseconds of each work, in the order of
+        `works`."""
+        ...
 
 
 def _order(count: int, round_: int) -> list[int]:
-    """Who follows whom differs from round to round; the same in every run."""
+    """A random order of calls, different in each round and the same in every run."""
     order = list(range(count))
     random.Random(round_).shuffle(order)
     return order
 
 
 def _page_faults() -> int:
-    """Of this process so far, those that the system served without a disk."""
+    """The page faults of this process so far that needed no disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
@@ -162,7 +167,8 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """Needs no synchronisation inside a batch of rounds: events are read at its end."""
+    """Times by CUDA events, which are read at the end of a batch of rounds: no synchronisation is
+    needed inside."""
 
     ATTEMPTS = 3
     LONGEST = 0.5  # seconds that the device may sleep
@@ -175,7 +181,7 @@ class CudaTimer:
         l2 = torch.cuda.get_device_properties(device).L2_cache_size
         self._buffer = torch.empty(2 * l2, dtype=torch.int8, device=device) if self.cold else None
         self._rate = self._cycles_per_second()
-        self._sleep = 0.005  # seconds; grows to what queueing takes
+        self._sleep = 0.005  # seconds; grows until it is longer than queueing takes
 
     def ready(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -188,7 +194,7 @@ class CudaTimer:
             torch.cuda._sleep(cycles)
             end.record()
         torch.cuda.synchronize()
-        return cycles / (start.elapsed_time(end) / 1e3)
+        return float(cycles / (start.elapsed_time(end) / 1e3))
 
     def rounds(self, works: Sequence[Work], count: int) -> list[list[float]]:
         for _ in range(self.ATTEMPTS):
@@ -204,7 +210,12 @@ class CudaTimer:
     def _queue(
         self, works: Sequence[Work], count: int
     ) -> tuple[list[list[tuple[torch.cuda.Event, torch.cuda.Event]]], bool, float]:
-        """The events, whether the device woke before all was queued, seconds of queueing."""
+        """Queues the rounds behind a sleeping kernel.
+
+        Returns:
+            The start and end events, whether the device woke before everything was queued, and the
+            seconds that queueing took.
+        """
         events = [
             [
                 (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
@@ -244,16 +255,16 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sampled:
+    """The measurement of one case."""
+
     stats: dict[str, Stats]  #: by name of work
-    gaps: bool  #: whether gaps between launches are in the times
-    faults: dict[str, float]  #: median page faults of a call; empty on CUDA
+    gaps: bool  #: whether the times include gaps between launches
+    faults: dict[str, float]  #: median number of page faults of a call; empty on CUDA
 
 
 def sample(works: Sequence[Work], timer: Timer, seconds: float) -> Sampled:
-    """Rounds for about that long, at least MIN_ROUNDS and at most MAX_ROUNDS of them.
-
-    No seconds, or fewer: the budget is spent, and HURRIED_ROUNDS have to do.
-    """
+    """Runs rounds for about that long, at least MIN_ROUNDS and at most MAX_ROUNDS of them. If the
+    budget is used up (`seconds` <= 0) it runs HURRIED_ROUNDS."""
     least = MIN_ROUNDS if seconds > 0 else HURRIED_ROUNDS
     samples: list[list[float]] = []
     gaps = False

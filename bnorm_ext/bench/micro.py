@@ -1,4 +1,4 @@
-"""Microbenchmarks: times of batch norm beside torch's and the copy ceiling."""
+"""Microbenchmarks: the time of one batch norm, torch's and others', and the copy ceiling."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ DESCRIPTION = "Times batch norm against torch's, other packages' and the copy ce
 BATCH = 32
 QUICK_SECONDS = 75.0
 SECONDS_PER_CASE = 3.0
-#: Of the time budget, what torch.compile may take to compile in a run that did not ask for it.
+#: The fraction of the time budget that torch.compile may compile, in a run that did not name it.
 COMPILE_SHARE = 0.2
-BUSY = 0.7  # load average of the last minute; what starting Python leaves is less
+BUSY = 0.7  # load average of the last minute, above what starting Python causes
 ALIASES = {short: name for name, short in report.SHORT.items()}
 
 
@@ -91,7 +91,7 @@ def _cases(options: argparse.Namespace, device: str) -> list[cases.Case]:
         except cases.ImpossibleCase:
             if options.shape:
                 raise
-            continue  # a suite is measured as far as it goes
+            continue  # the cases of a suite that are possible are measured
         possible.append(case)
     if not possible:
         raise ValueError("no shape of this suite can be measured so")
@@ -117,7 +117,8 @@ def _providers(
 def _plan(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[list[cases.Case], list[providers.Provider], list[str], float]:
-    """Cases, providers, states of the cache, seconds. Raises ValueError for what cannot be."""
+    """Cases, providers, states of the cache, and seconds. Raises ValueError if a case or a provider
+    is impossible."""
     planned = _cases(options, device.type)
     caches = names(options.cache, "--cache", (*measure.CACHES, "both"))
     caches = list(measure.CACHES) if "both" in caches else caches or ["cold"]
@@ -132,7 +133,7 @@ def _plan(
 
 
 def _versions() -> dict[str, str]:
-    """Of every provider, or why there is none."""
+    """The version of every provider, or why it is unavailable."""
     found = {}
     for provider in packages.make(packages.NAMES):
         try:
@@ -149,11 +150,12 @@ def _check_files(options: argparse.Namespace) -> None:
     report.check_picture(options.plot, "--plot")
     if options.json is not None and options.json.resolve() == options.plot.resolve():
         raise ValueError("--json and --plot name the same file")
-    import_pictures()  # now, not after minutes of measuring
+    import_pictures()  # here, so that it does not fail after minutes of measuring
 
 
 def _only_compares(p: Parser, options: argparse.Namespace) -> bool:
-    """Whether nothing is to be measured. Raises ValueError where other options want it."""
+    """Whether two files are compared and nothing is measured. Raises ValueError if other options
+    contradict that."""
     if len(options.compare or ()) < 2:
         return False
     if len(options.compare) > 2:
@@ -166,7 +168,7 @@ def _only_compares(p: Parser, options: argparse.Namespace) -> bool:
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = command or f"python -m {__package__}"
-    machine.fresh_outputs(True)  # before anything large was allocated
+    machine.fresh_outputs(True)  # before anything large is allocated
     p = parser(command)
     options = p.parse_args(arguments)
     try:
@@ -203,7 +205,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
             report.write_json(options.json, header, rows)
         if options.plot is not None and rows:
             import_pictures().draw(header, rows, options.plot)
-    except OSError as error:  # a full disk: what was measured is on the screen
+    except OSError as error:  # such as a full disk: the table was printed already
         print(f"{command}: {error}", file=sys.stderr)
         return 1
     return 0 if problem is None else problem
@@ -217,8 +219,8 @@ def _measure(
     seconds: float,
     rows: list[run.Row],
 ) -> int | None:
-    """Fills rows. The exit code where it ended early; the rows up to then stay."""
-    # Asked to end in other ways than by Ctrl-C, the same: what is there is kept.
+    """Fills rows. Returns the exit code if it ended early, and keeps the rows up to then."""
+    # SIGTERM is treated like Ctrl-C, so that the rows are kept then too.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with report.Progress(len(planned) * len(caches), "measuring") as progress:
         try:

@@ -1,7 +1,7 @@
 """The nets whose layers are measured, built as torchvision builds them, without torchvision.
 
-Each takes (N, 3, H, W) images and gives (N, 1000) scores. Numbers and shapes of parameters and of
-batch norms are torchvision's; `torchvision` itself is used for training where it is importable.
+Each takes (N, 3, H, W) images and returns (N, 1000) scores. Numbers and shapes of parameters and of
+batch norms are torchvision's. For training torchvision itself is used where it can be imported.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from torch.nn import functional as F
 from .options import first_line
 
 
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, of which type checkers do not know that it is a tensor."""
+    y: Tensor = module(x)
+    return y
+
+
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 class _Residual(nn.Module):
-    """He et al. 2015, arXiv:1512.03385: convolutions with batch norm, a shortcut around them."""
+    """A residual block (He et al. 2015, arXiv:1512.03385)."""
 
     def __init__(self, c_in: int, width: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
@@ -44,7 +50,7 @@ class _Residual(nn.Module):
         if self.bottleneck:
             out = self.bn3(self.conv3(self.relu(out)))
         out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        return _call(self.relu, out)
 
 
 class ResNet(nn.Module):
@@ -65,11 +71,11 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.fc(self.layers(x).mean((2, 3)))
+        return _call(self.fc, self.layers(x).mean((2, 3)))
 
 
 class _Inverted(nn.Module):
-    """Sandler et al. 2018, arXiv:1801.04381: widen, filter each channel, narrow."""
+    """An inverted residual block (Sandler et al. 2018, arXiv:1801.04381)."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, widen: int) -> None:
         super().__init__()
@@ -80,7 +86,8 @@ class _Inverted(nn.Module):
         self.shortcut = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x) if self.shortcut else self.layers(x)
+        out = _call(self.layers, x)
+        return x + out if self.shortcut else out
 
 
 def _conv_norm_relu6(
@@ -109,11 +116,11 @@ class MobileNetV2(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, 1000))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.layers(x).mean((2, 3)))
+        return _call(self.classifier, self.layers(x).mean((2, 3)))
 
 
 class _Dense(nn.Module):
-    """Huang et al. 2016, arXiv:1608.06993: 32 more channels, computed from all before them."""
+    """A dense layer (Huang et al. 2016, arXiv:1608.06993) with a growth rate of 32 channels."""
 
     def __init__(self, c_in: int) -> None:
         super().__init__()
@@ -145,7 +152,7 @@ class DenseNet(nn.Module):
         self.classifier = nn.Linear(channels, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(F.relu(self.layers(x)).mean((2, 3)))
+        return _call(self.classifier, F.relu(self.layers(x)).mean((2, 3)))
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -157,7 +164,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(name: str) -> tuple[nn.Module, str]:
-    """The net of that name and where it is from: torchvision where importable, else this file."""
+    """The net of that name, and where it is from: torchvision if it can be imported, else this
+    file."""
     try:
         models = importlib.import_module("torchvision.models")
         version = importlib.import_module("torchvision").__version__
@@ -169,8 +177,11 @@ def build(name: str) -> tuple[nn.Module, str]:
 def batch_norm_inputs(name: str, batch: int, size: int = 224) -> list[tuple[str, tuple[int, ...]]]:
     """Name and input shape of each batch norm of a net in training, in order of execution.
 
-    Run on the meta device: shapes alone, nothing is computed. Raises ValueError where the net
-    cannot be trained on such a batch: images that are too small, one value per channel.
+    The net runs on the meta device, so only shapes are computed.
+
+    Raises:
+        ValueError: the net cannot be trained on such a batch: its images are too small, or a batch
+            norm gets one value per channel.
     """
     with torch.device("meta"):
         net = NETS[name]()

@@ -1,5 +1,5 @@
-"""Command lines: what the programs have in common. What cannot be is said in one line, and before
-anything is measured."""
+"""Command line options that the programs share. Errors are one line, and come before anything is
+measured."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import NoReturn
 import torch
 
 DAY = 86400.0
-LARGEST = 2**63 - 1  # of torch's sizes
+LARGEST = 2**63 - 1  # the largest size that torch takes
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser whose error messages are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
-    """For argparse's `type`: a whole number within bounds."""
+    """A converter for argparse: a whole number within bounds."""
 
     def number(text: str) -> int:
         try:
@@ -43,7 +43,7 @@ def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
 
 
 def positive(high: float) -> Callable[[str], float]:
-    """For argparse's `type`: a number above 0."""
+    """A converter for argparse: a number above 0."""
 
     def number(text: str) -> float:
         try:
@@ -60,8 +60,8 @@ def positive(high: float) -> Callable[[str], float]:
 
 
 def threads(text: str) -> int:
-    """For argparse's `type`. More threads than cores would measure the scheduler, and very many of
-    them end the process."""
+    """A converter for argparse: a number of threads up to that of the cores. More would measure the
+    scheduler, and very many end the process."""
     return whole(1, os.cpu_count() or 1)(text)
 
 
@@ -70,14 +70,14 @@ def _short(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and text of an error in one line."""
+    """Type and text of an error as one line."""
     text = " ".join(str(error).split())
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
 
 
 def listed(values: Sequence[str] | None, option: str) -> list[str]:
-    """Values that are separated by spaces, commas or both; none where the option is not given."""
+    """The values of an option, separated by spaces, commas or both; empty if it is not given."""
     found = [part for value in values or () for part in value.split(",") if part]
     if values is not None and not found:
         raise ValueError(f"{option}: names nothing")
@@ -90,7 +90,7 @@ def names(
     known: Sequence[str],
     aliases: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Those listed, each once."""
+    """The names in the values of an option, each once. Raises ValueError for an unknown one."""
     found = [(aliases or {}).get(name, name) for name in listed(values, option)]
     for name in found:
         if name not in known:
@@ -99,7 +99,7 @@ def names(
 
 
 def shape_of(text: str) -> tuple[int, ...]:
-    """Of 32,64,56,56, or as the tables have it: 32x64x56x56."""
+    """The shape in a text: 32,64,56,56 or, as in the tables, 32x64x56x56."""
     try:
         sizes = tuple(int(size) for size in text.replace("x", ",").split(","))
     except ValueError:
@@ -124,7 +124,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def import_pictures() -> ModuleType:
-    """What draws. Raises ValueError where matplotlib, which it needs, is not installed."""
+    """The module `pictures`. Raises ValueError if matplotlib, which it needs, is not installed."""
     try:
         return importlib.import_module(".pictures", __package__)
     except ImportError as error:
@@ -132,12 +132,12 @@ def import_pictures() -> ModuleType:
 
 
 def part_of(path: Path) -> Path:
-    """The file that is written first, beside the one that it becomes."""
+    """The temporary file that is written first and then renamed to `path`."""
     return path.with_name(path.name + ".part")
 
 
 def check_output(path: Path | None, option: str) -> None:
-    """Raises ValueError where no file can be written under this name."""
+    """Raises ValueError if no file can be written under this name."""
     if path is None:
         return
     try:
@@ -157,11 +157,11 @@ def _problem(path: Path) -> str | None:
         return f"there is no folder {path.parent}"
     if path.exists():
         mode = path.stat().st_mode
-        # For root os.access allows everything; a file without write permission is still meant so.
+        # os.access allows everything to root, but a file without write permission is respected.
         if not mode & 0o222 or not os.access(path, os.W_OK):
             return "is read-only"
         if not stat.S_ISREG(mode):
-            return None  # a device or a pipe, which is not opened before it is written
+            return None  # a device or a pipe, which must not be opened for a trial
     probe = part_of(path)
     probe.touch()
     probe.unlink()
@@ -169,8 +169,8 @@ def _problem(path: Path) -> str | None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Whole or not at all: an interruption leaves no half of a file."""
-    path = Path(os.path.realpath(path))  # a link stays one
+    """Writes a file completely or, if interrupted, not at all."""
+    path = Path(os.path.realpath(path))  # a link stays a link
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return

@@ -1,4 +1,4 @@
-"""Batch norms of other packages, measured where importable; and the list of all providers."""
+"""Providers for the batch norms of other packages, and the list of all providers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .providers import (
 
 
 class Package(Provider):
-    """Of another package, measured where it can be imported."""
+    """A provider from another package. Unavailable if that cannot be imported."""
 
     module = ""
 
@@ -51,7 +51,7 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 class Apex(Package):
-    """apex.parallel.SyncBatchNorm in one process; it takes channels_last as (N, H, W, C)."""
+    """apex.parallel.SyncBatchNorm in one process; its channels_last is contiguous (N, H, W, C)."""
 
     name, module, devices = "apex", "apex.parallel", ("cuda",)
 
@@ -66,7 +66,7 @@ class Apex(Package):
         def forward(x: Tensor, residual: Tensor | None) -> Tensor:
             given = [x] if residual is None else [x, residual]
             given = [t.movedim(1, -1) for t in given] if last else given
-            y = module(*given)
+            y: Tensor = module(*given)
             return y.movedim(-1, 1) if last else y
 
         return module_layer(module, case, i, forward)
@@ -120,7 +120,7 @@ def make(names: Sequence[str]) -> list[Provider]:
 
 
 def absent(names: Sequence[str], device: str) -> list[str]:
-    """Of these providers those that cannot be measured on this device, each with the reason."""
+    """Those of the providers that cannot be measured on this device, each with the reason."""
     found = []
     for provider in make(names):
         if device not in provider.devices:
@@ -134,7 +134,8 @@ def absent(names: Sequence[str], device: str) -> list[str]:
 
 
 def available(device: str, ops: Collection[str] = ("bn",)) -> list[str]:
-    """The names of those for this device and all these operations that can be imported."""
+    """The names of the providers that can be imported and support this device and all of these
+    operations."""
     found = []
     for cls in ALL:
         if device in cls.devices and set(ops) <= set(cls.ops):

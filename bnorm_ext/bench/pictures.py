@@ -1,4 +1,4 @@
-"""Pictures for a slide, 1200 pixels wide."""
+"""Plots of results, 1200 pixels wide."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file is written; no display is needed
+matplotlib.use("Agg")  # writes files and needs no display
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from PIL import Image  # which matplotlib brings
+from PIL import Image  # installed with matplotlib
 
 from .cases import DTYPES
 from .options import write
@@ -25,7 +25,8 @@ from .providers import BASELINE
 from .report import SHORT, geometric_mean, source_of, threads_of
 from .run import COPY, Row
 
-# Okabe and Ito: told apart by the colour-blind; the markers and lines differ too, for print.
+# The colours of Okabe and Ito, which colour-blind people can tell apart. Markers and lines differ
+# too, for print.
 STYLES = {
     "bnorm_ext": ("#0072B2", "o", "-"),
     "bnorm_ext-unfused": ("#0072B2", "o", "--"),
@@ -50,7 +51,7 @@ FONT: Any = {
 
 
 def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
-    """For a net the speed-up by layer, else the fraction of copy bandwidth against size."""
+    """Plots the speed-up by layer for a net, else the fraction of copy bandwidth against size."""
     with plt.rc_context(FONT):
         if any(r["layer"] for r in rows):
             figure = speed_up_by_layer(header, rows)
@@ -61,7 +62,7 @@ def draw(header: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
         figure.savefig(drawn, dpi=100, format=form)
         plt.close(figure)
     if form == "png":
-        # 64 colours are enough, and a quarter of the bytes: the pictures live in git.
+        # 64 colours are enough and need a quarter of the bytes, which matters for files in git.
         image = Image.open(drawn).convert("RGB").quantize(64)
         drawn = io.BytesIO()
         image.save(drawn, format="png", optimize=True)
@@ -77,7 +78,7 @@ def _providers(rows: Sequence[Row]) -> list[str]:
 
 
 def _variants(rows: Sequence[Row], fields: Sequence[str]) -> str:
-    """What all the rows have in common of these fields, for the title."""
+    """The values of these fields that are the same in all rows, for the title."""
     common = []
     for field in fields:
         values = list(dict.fromkeys(r[field] for r in rows))
@@ -89,7 +90,7 @@ def _variants(rows: Sequence[Row], fields: Sequence[str]) -> str:
 def _figure(
     header: dict[str, Any], rows: Sequence[Row], columns: int, lines: int = 1
 ) -> tuple[Figure, list[Axes]]:
-    """Panels line by line, and machine and date below."""
+    """A figure with its panels, line by line, and machine and date below them."""
     size = (12, 6.2)
     figure, axes = plt.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
     threads = f", {threads_of(header)}" if header["device"] == "cpu" else ""
@@ -117,7 +118,7 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def speed_up_by_layer(header: dict[str, Any], rows: Sequence[Row]) -> Figure:
-    """Baseline over provider, for each shape of layer in the order of the net."""
+    """Time of the baseline / time of a provider, for each shape in the order of the net."""
     timed = [r for r in _timed(rows) if r["ratio"] is not None]
     passes = list(dict.fromkeys(r["pass"] for r in timed)) or ["fwd"]
     variants = list(dict.fromkeys(_variant(r) for r in timed))
@@ -166,13 +167,15 @@ def _variant(row: Row) -> str:
 
 
 def _net_ratio(timed: Sequence[Row], ours: Sequence[Row]) -> float:
-    """Of the times of all layers of the net: each shape as often as it comes."""
+    """The ratio of the times of all layers of the net, each shape weighted by its count."""
     mine = sum(r["median_us"] * r["count"] for r in ours)
     base = sum(r["median_us"] * r["ratio"] * r["count"] for r in ours)
     return base / mine if mine else math.nan
 
 
-def _layer_axis(axis: Axes, order: Sequence[tuple[int, ...]], counts: dict[tuple, int]) -> None:
+def _layer_axis(
+    axis: Axes, order: Sequence[tuple[int, ...]], counts: dict[tuple[int, ...], int]
+) -> None:
     every = math.ceil(len(order) / 24)  # more labels than that cannot be read
     places = range(0, len(order), every)
     names = [f"{order[i][1]}@{order[i][-1]}" for i in places]
@@ -189,7 +192,7 @@ def _layer_axis(axis: Axes, order: Sequence[tuple[int, ...]], counts: dict[tuple
 
 
 def _log_axis(axis: Axes, values: Sequence[float]) -> None:
-    """Ratios: twice as fast is as far up as half as fast is down."""
+    """A logarithmic axis for ratios: factors 2 and 1/2 are equally far from 1."""
     axis.set_yscale("log")
     low, high = min([*values, 1]), max([*values, 1])
     axis.set_ylim(low / 1.15, high * 1.15)
@@ -201,8 +204,8 @@ def _log_axis(axis: Axes, values: Sequence[float]) -> None:
 
 
 def roofline(header: dict[str, Any], rows: Sequence[Row]) -> Figure:
-    """GB/s relative to the copy of the same rounds, against the bytes of one tensor: a column for
-    each pass, a line of panels for each state of the caches."""
+    """GB/s relative to the copy in the same rounds, against the bytes of one tensor. A column of
+    panels for each pass, a line for each state of the caches."""
     timed = [r for r in _timed(rows) if r["copy_fraction"] is not None]
     passes = list(dict.fromkeys(r["pass"] for r in timed)) or ["fwd"]
     caches = list(dict.fromkeys(r["cache"] for r in timed)) or ["cold"]

@@ -1,4 +1,4 @@
-"""Draws a result of the microbenchmarks again: `python -m bench.plots FILE.json FILE.png`."""
+"""Plotting a stored result of the microbenchmarks: `python -m bench.plots FILE.json FILE.png`."""
 
 from __future__ import annotations
 

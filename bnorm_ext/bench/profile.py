@@ -1,11 +1,11 @@
-"""For one shape, where the time of a module's call goes.
+"""Where the time of a module's call goes, for one shape.
 
-host: what a call keeps Python and the dispatcher busy, taken with a layer of the same rank that has
-next to nothing to compute (2 samples, 8 channels, 4 in each further dimension), in blocks of calls,
-one module after the other, the median of the blocks. call: at the given shape, with warm caches
-and memory used again, the median of single calls; on CUDA the time until they are queued. kernels:
-time on the device in one call, by the profiler; on the CPU it is call less host. launches: kernels
-on the device, by the profiler; on the CPU operators that were dispatched.
+host: the time that Python and the dispatcher take for a call. It is measured with a layer of the
+same rank that computes almost nothing (2 samples, 8 channels, 4 in each further dimension), as the
+median over blocks of calls; the modules take turns. call: the median time of single calls at the
+given shape, with warm caches and reused memory; on CUDA, the time until they are queued. kernels:
+the time on the device in one call, by the profiler; on the CPU, call minus host. launches: the
+number of kernels on the device, by the profiler; on the CPU, of operators that were dispatched.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass
 class Found:
-    """Of one module and direction; microseconds."""
+    """The times of one module in one direction, in microseconds."""
 
     host: float
     call: float
     kernels: float
     launches: int
-    names: Counter[str] = field(default_factory=Counter)  #: time by kernel or operator
+    names: Counter[str] = field(default_factory=Counter)  #: time of each kernel or operator
 
 
 def blocks(module: nn.Module, x: Tensor, dy: Tensor, calls: int) -> tuple[float, float]:
-    """Microseconds of forward and of backward, per call, until the host is done with them."""
+    """Microseconds per call of forward and of backward, until the host is done."""
     start = time.perf_counter()
     outputs = [module(x) for _ in range(calls)]
     middle = time.perf_counter()
@@ -77,11 +77,11 @@ def times(
 
 
 def launches(call: Callable[[], Any], device: torch.device) -> Counter[str]:
-    """Microseconds by kernel on CUDA; on the CPU, by operator, what it did not leave to others.
-    Each name carries how often it ran."""
+    """Microseconds of each kernel on CUDA; on the CPU, of each operator without the operators that
+    it calls. Each name starts with the number of times that it ran."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    call()  # memory and caches as they are for any but the first
+    call()  # a first call, so that the profiled one finds memory and caches as usual
     with profile(activities=activities) as profiler:
         call()
         if cuda:
@@ -102,7 +102,7 @@ def count(names: Counter[str]) -> int:
 
 
 def examine(case: Case, names: Sequence[str], device: torch.device) -> dict[str, list[Found]]:
-    """By provider; forward and backward."""
+    """The times of each provider, forward and backward."""
 
     def tensors(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         x, dy = (
@@ -119,7 +119,7 @@ def examine(case: Case, names: Sequence[str], device: torch.device) -> dict[str,
 
     def modules(channels: int) -> list[nn.Module]:
         made = [MODULES[name][rank](channels) for name in names]
-        # 16-bit data have parameters of 32 bits, as autocast has it.
+        # With 16-bit data the parameters are float32, as under autocast.
         kind = torch.float64 if case.dtype == "float64" else torch.float32
         return [m.to(device, kind) for m in made]
 
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         if len(case.shape) > 5:
             raise ImpossibleCase(f"shape {o.shape}: modules take 2 to 5 dimensions")
         device = device_of(o.device)
-        # x, dy, their float32 originals, and for each module y and the gradient of x.
+        # x, dy, both in float32 too, and for each module y and the gradient of x.
         tensors = 6 + 2 * len(chosen)
         machine.check_memory(str(case), tensors * case.tensor_bytes, device)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What the profiler says of one training step: peak memory, and batch norm's share of the time."""
+"""Peak memory of a training step, and batch norm's share of its time, by the profiler."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ BATCH_NORM = ("batch_norm", "batchnorm")  # in the names of operators and autogr
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Of tensors, in one step, over what was there before."""
+    """The peak of the memory of tensors in one step, minus what was allocated before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()  # what it leaves behind is known to the profiler when the next one frees it
+        step()  # so that the profiler knows the allocations that the measured step frees
         with record_function(_MEASURED):
             step()
     return peak_of(profiler.profiler.kineto_results.events())
 
 
 def peak_of(events: Sequence[Any]) -> int:
-    """The most bytes that tensors held at once while what is named _MEASURED ran, over what they
-    held before, of a profiler's raw events."""
+    """The peak of the bytes of tensors during the event _MEASURED, minus what was allocated before,
+    from the raw events of a profiler."""
     start = next(e.start_ns() for e in events if e.name() == _MEASURED)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     before = sum(change for when, change in changes if when < start)
@@ -37,7 +37,7 @@ def peak_of(events: Sequence[Any]) -> int:
         if when >= start:
             held += change
             peak = max(peak, held)
-    return peak - before
+    return int(peak - before)
 
 
 def _is_batch_norm(name: str) -> bool:
@@ -45,7 +45,7 @@ def _is_batch_norm(name: str) -> bool:
 
 
 def share(step: Callable[[], None], device: torch.device) -> float:
-    """Of batch norm in a step, 0 to 1: outermost operators of that name over all outermost ones."""
+    """The share of batch norm in the time of a step, 0 to 1."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -55,12 +55,13 @@ def share(step: Callable[[], None], device: torch.device) -> float:
 
 
 def share_of(events: Sequence[Any], *, on_device: bool) -> float:
-    """Of profiler events. What lies within a batch norm counts as batch norm, once."""
+    """The share of batch norm in the time of profiler events. All that a batch norm calls counts as
+    batch norm."""
 
     def own(event: Any) -> float:
         if on_device:
-            return event.self_device_time_total
-        return event.self_cpu_time_total
+            return float(event.self_device_time_total)
+        return float(event.self_cpu_time_total)
 
     mine = everything = 0.0
     for event in events:

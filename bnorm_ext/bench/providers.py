@@ -1,6 +1,6 @@
-"""Who is measured: bnorm_ext, torch in its variants, and other packages' batch norms.
+"""The implementations that are measured: bnorm_ext, and torch in several variants.
 
-A provider turns a case into a `Layer`. One that cannot says why by raising `Unavailable`.
+A provider makes a `Layer` from a case, or raises `Unavailable` with the reason why it cannot.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ class Unavailable(Exception):
 class Layer:
     """One batch norm with parameters and buffers of its own."""
 
-    forward: Callable[[Tensor, Tensor | None], Tensor]  #: of x and residual
-    weight: Tensor
-    bias: Tensor
-    buffers: Callable[[], tuple[Tensor, Tensor]]  #: running mean and variance, as they are now
+    forward: Callable[[Tensor, Tensor | None], Tensor]  #: takes x and residual
+    weight: Tensor  #: (C,)
+    bias: Tensor  #: (C,)
+    buffers: Callable[[], tuple[Tensor, Tensor]]  #: current running mean and variance
     consumes_input: bool = False  #: whether forward overwrites x
 
 
 class Provider:
-    """What they have in common. `name` is what --provider and the tables say."""
+    """Base of all providers."""
 
-    name: str
+    name: str  #: in tables and for --provider
     devices: tuple[str, ...] = ("cpu", "cuda")
     ops: tuple[str, ...] = ("bn", "bn_relu", "bn_add_relu")
 
     def version(self) -> str:
-        """Raises Unavailable where there is nothing to import."""
+        """The version of the package. Raises Unavailable if it cannot be imported."""
         return str(torch.__version__)
 
     def layer(self, case: Case, inputs: Inputs) -> Layer:
@@ -60,7 +60,7 @@ class Provider:
 
 
 def _parameters(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Running mean and variance, weight, bias: copies, the last two with gradients."""
+    """Copies of running mean, running variance, weight and bias; the last two require gradients."""
     return (
         i.running_mean.clone(),
         i.running_var.clone(),
@@ -72,7 +72,8 @@ def _parameters(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def functional_layer(
     function: Callable[..., Tensor], case: Case, i: Inputs, *, consumes_input: bool = False
 ) -> Layer:
-    """Of ``function(x, residual, running_mean, running_var, weight, bias, training)``."""
+    """A layer that calls ``function(x, residual, running_mean, running_var, weight, bias,
+    training)``."""
     mean, var, weight, bias = _parameters(i)
 
     def forward(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -89,6 +90,7 @@ def module_layer(
     *,
     consumes_input: bool = False,
 ) -> Layer:
+    """A layer that calls a module with the parameters and buffers of the inputs."""
     module = module.to(i.x.device, i.weight.dtype).train(case.training)
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):
@@ -102,7 +104,7 @@ def module_layer(
     )
 
 
-# In place where a net of torchvision does it: `out += identity`, `nn.ReLU(inplace=True)`.
+# In place, as in the nets of torchvision: `out += identity`, `nn.ReLU(inplace=True)`.
 def _activated(op: str, y: Tensor, residual: Tensor | None) -> Tensor:
     if residual is not None:
         y += residual
@@ -136,7 +138,7 @@ class Ours(Provider):
 
 
 class Unfused(Ours):
-    """The same batch norm with torch's addition and activation behind it: what fusing is worth."""
+    """The same batch norm followed by torch's addition and activation: shows the gain of fusing."""
 
     name = "bnorm_ext-unfused"
     ops = ("bn_relu", "bn_add_relu")
@@ -163,7 +165,7 @@ class Torch(Provider):
 
 
 class TorchWithoutCudnn(Provider):
-    """Which of the two backward uses is decided in forward."""
+    """torch without cuDNN. Backward uses the implementation that forward chose."""
 
     name = "torch-nocudnn"
     devices = ("cuda",)
@@ -180,9 +182,10 @@ class TorchWithoutCudnn(Provider):
 
 
 class Compiled(Provider):
-    """torch.compile of what `torch` runs; once for the cases that share tensors.
+    """torch.compile of what the provider `torch` runs, compiled once for each group of cases.
 
-    `allowance`: seconds that a run may spend compiling before it leaves out the rest.
+    `allowance` is the number of seconds that a run may spend on compiling; cases after that are
+    left out.
     """
 
     name = "torch.compile"
@@ -206,7 +209,7 @@ class Compiled(Provider):
                 start = time.perf_counter()
                 try:
                     self._function = self._compile(case, i)
-                except Exception as error:  # a compiler that is missing, among others
+                except Exception as error:  # for instance, there is no compiler
                     self._failure = first_line(error)
                 self.spent += time.perf_counter() - start
         if self._function is None:
@@ -215,16 +218,18 @@ class Compiled(Provider):
 
     @staticmethod
     def _compile(case: Case, i: Inputs) -> Callable[..., Tensor]:
-        torch._dynamo.reset()  # else the eighth shape is not compiled any more
-        # Gradients are computed more than once from one forward pass, so that its activations must
-        # not be overwritten by the first backward.
+        torch._dynamo.reset()  # otherwise dynamo stops compiling after eight shapes
+        # Gradients are computed several times from one forward pass, so the first backward must not
+        # overwrite its activations.
         torch._functorch.config.donated_buffer = False
         op = case.op
 
-        def function(x, r, m, v, w, b, t):
+        def function(
+            x: Tensor, r: Tensor | None, m: Tensor, v: Tensor, w: Tensor, b: Tensor, t: bool
+        ) -> Tensor:
             return _activated(op, F.batch_norm(x, m, v, w, b, t, MOMENTUM, EPS), r)
 
-        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        compiled: Callable[..., Tensor] = torch.compile(function, fullgraph=True, dynamic=False)
         mean, var, weight, bias = _parameters(i)
         x = i.x.detach().requires_grad_(case.training)
         r = None if i.residual is None else i.residual.detach().requires_grad_(case.training)
@@ -235,5 +240,5 @@ class Compiled(Provider):
         return compiled
 
 
-#: What ratios are relative to.
+#: The provider that ratios are relative to.
 BASELINE = Torch.name

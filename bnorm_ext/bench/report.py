@@ -1,4 +1,4 @@
-"""Rows as a table, as JSON, and as progress while they come."""
+"""Output of results: as a table, as JSON, and as progress while measuring."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .run import COPY, Row
 SHORT = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-def case_key(row: Row) -> tuple:
-    """What rows of the same measurement have in common."""
+def case_key(row: Row) -> tuple[Any, ...]:
+    """Identifies a measurement: the same for the rows of all providers."""
     fields = ("device", "cache", "dtype", "layout", "op", "pass")
     return tuple(row["shape"]), *(row[name] for name in fields)
 
@@ -30,12 +30,12 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def number(us: float) -> str:
-    """Microseconds in four digits."""
+    """Microseconds with four digits."""
     return f"{us:,.0f}" if us >= 1000 else f"{us:.4g}"
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Providers in the order of the rows; those that no case could run are left out."""
+    """Providers in the order of the rows, without those that could run no case."""
     timed = {r["provider"] for r in rows if r["median_us"] is not None}
     return [p for p in dict.fromkeys(r["provider"] for r in rows) if p in timed and p != COPY]
 
@@ -51,17 +51,17 @@ def _cell(row: Row | None, notes: dict[str, str]) -> str:
 
 
 def subject(rows: Sequence[Row]) -> str:
-    """Whose GB/s, fraction and ratio the table shows: the first that is not the baseline."""
+    """The provider whose GB/s, fraction and ratio the table shows: the first but the baseline."""
     found = columns(rows)
     return next((p for p in found if p != BASELINE), BASELINE)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per case, then geometric means and what the marks mean."""
+    """One line for each case, then geometric means and the meaning of marks."""
     if not rows:
         return "Nothing was measured."
     shown, chosen = columns(rows), subject(rows)
-    cases: dict[tuple, dict[str, Row]] = {}
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         cases.setdefault(case_key(row), {})[row["provider"]] = row
     reasons = [r["reason"] for r in rows if r["reason"] and r["provider"] in shown]
@@ -101,7 +101,8 @@ def aligned(lines: list[list[str]], left: int) -> list[str]:
 
 
 def _means(rows: Sequence[Row], shown: Sequence[str]) -> list[str]:
-    """Of ratios to the baseline by provider and pass; of what is right and was timed."""
+    """Geometric means of the ratios to the baseline by provider and pass, over the results that are
+    right and were timed."""
     passes = list(dict.fromkeys(r["pass"] for r in rows))
     lines = [[f"geometric mean, {BASELINE} / provider", *passes, "all", "% of copy", "cases"]]
     for provider in shown:
@@ -131,12 +132,12 @@ def _legend(rows: Sequence[Row], notes: dict[str, str]) -> list[str]:
     return lines + [f"unavailable: {name}: {reason}" for name, reason in absent.items()]
 
 
-#: Formats of pictures, by the suffix of the file.
+#: Suffixes of the files that plots can be written to.
 PICTURES = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
 
 
 def check_picture(path: Path, option: str) -> None:
-    """Raises ValueError where no picture can be written there."""
+    """Raises ValueError if no plot can be written to this file."""
     if path.suffix.lower().removeprefix(".") not in PICTURES:
         raise ValueError(f"{option} {path}: the name must end in .{', .'.join(PICTURES)}")
     check_output(path, option)
@@ -147,12 +148,12 @@ def threads_of(header: dict[str, Any]) -> str:
 
 
 def source_of(header: dict[str, Any]) -> str:
-    """Which bnorm_ext was measured, besides its version."""
+    """The commit of bnorm_ext that was measured, or that it was an installed package."""
     return f"commit {header['commit']}" if header.get("commit") else "as installed"
 
 
 def title(header: dict[str, Any]) -> str:
-    """What was measured where, for the head of a table."""
+    """Machine, versions, date and command, for the head of a table."""
     v = header["versions"]
     threads = f", {threads_of(header)}" if header["device"] == "cpu" else ""
     text = (
@@ -169,7 +170,8 @@ def write_json(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Raises ValueError, with one line, where it is no result of the microbenchmarks."""
+    """Header and rows of a result of the microbenchmarks. Raises ValueError, with one line, if the
+    file is none."""
     try:
         content = json.loads(path.read_text())
         header, rows = content["header"], content["rows"]
@@ -185,7 +187,7 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _is_row(row: Row) -> bool:
-    """Whether comparisons and pictures can be made of it."""
+    """Whether a row has all that comparisons and plots need."""
     texts = ("device", "cache", "layout", "op", "pass", "provider", "layer")
     times = [row[name] for name in ("median_us", "p10_us", "p90_us", "first_half_us",
                                     "second_half_us")]  # fmt: skip
@@ -204,7 +206,7 @@ def _is_row(row: Row) -> bool:
 
 
 class Progress:
-    """On a terminal a bar (tqdm, where installed); else a line for each step. All on stderr."""
+    """Progress on stderr: on a terminal a bar (if tqdm is installed), else a line for each step."""
 
     def __init__(self, total: int, what: str) -> None:
         self.total, self.done = total, 0
@@ -239,7 +241,7 @@ class Progress:
 
 
 def one_line(case: object, rows: Sequence[Row]) -> str:
-    """A case and its times, for the progress."""
+    """A case and its times as one line of progress."""
     times = [
         f"{r['provider']} {number(r['median_us'])}" for r in rows if r["median_us"] is not None
     ]

@@ -1,4 +1,4 @@
-"""From cases and providers to rows: gate, measurement, figures."""
+"""Running the microbenchmarks: for each case the gate, the timing, and the rows of results."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .measure import CpuTimer, CudaTimer, Sampled, Stats, Timer, Work, sample, w
 from .options import first_line
 from .providers import BASELINE, Layer, Provider, Unavailable
 
-COPY = "copy"  #: stands where a provider's name does, for the ceiling
+COPY = "copy"  #: the name of the copy ceiling, in place of a provider's
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of the gate on one provider: `correct` None where it could not run."""
+    """The result of the gate for one provider. `correct` is None if it could not run."""
 
     correct: bool | None
     reason: str | None = None
 
 
 def check_memory(case: Case, device: torch.device, providers: int) -> None:
-    """Raises ValueError where tensors and float64 reference would not fit."""
+    """Raises ValueError if the tensors and the float64 reference would not fit into memory."""
     elements = math.prod(case.shape)
     needed = elements * (8 * 8 + DTYPES[case.dtype].itemsize * (4 + 2 * providers))
     machine.check_memory(str(case), needed, device)
@@ -45,7 +45,7 @@ def _leaves(i: Inputs, *, gradients: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def _given(layer: Layer, x: Tensor) -> Tensor:
-    """What forward gets: x, or a copy where it is going to be overwritten."""
+    """The input of forward: x, or a copy if forward overwrites it."""
     return x.clone() if layer.consumes_input else x
 
 
@@ -55,7 +55,7 @@ def _gradients(layer: Layer, y: Tensor, x: Tensor, r: Tensor | None, dy: Tensor,
 
 
 def results(layer: Layer, case: Case, i: Inputs) -> Results:
-    """What one pass computes, by name."""
+    """The results of one pass, by name."""
     x, r = _leaves(i, gradients=case.training)
     with torch.set_grad_enabled(case.training):
         y = layer.forward(_given(layer, x), r)
@@ -68,12 +68,12 @@ def results(layer: Layer, case: Case, i: Inputs) -> Results:
 
 
 def gate(case: Case, i: Inputs, provider: Provider, right: Any) -> Verdict:
-    """Runs a provider once and compares."""
+    """Runs a provider once and compares its results with the reference."""
     try:
         error = wrong(results(provider.layer(case, i), case, i), right)
     except Unavailable as why:
         return Verdict(None, str(why))
-    except Exception as why:  # whatever another package raises is a reason, not our end
+    except Exception as why:  # any error of another package is a reason, not our failure
         return Verdict(None, first_line(why))
     return Verdict(error is None, error)
 
@@ -108,14 +108,14 @@ def work(provider: Provider, case: Case, i: Inputs) -> Work:
 
     def again() -> None:
         nonlocal y
-        if layer.consumes_input:  # and backward overwrites what forward has left
+        if layer.consumes_input:  # then backward overwrites what forward has saved
             y = layer.forward(_given(layer, x), r)
 
     return Work(provider.name, lambda: _gradients(layer, y, x, r, i.dy, True), again)
 
 
 def copy_work(case: Case, i: Inputs) -> Work:
-    """The ceiling. Its outputs are allocated, and live, as a provider's."""
+    """The call of the copy ceiling. Its outputs are allocated and kept like those of a provider."""
     sources = itertools.cycle((i.x, i.dy))
     calls = [
         functools.partial(_copy, (source,) if name == "clone" else (i.x, i.dy))
@@ -143,7 +143,7 @@ def make_row(
     sampled: Sampled,
     base: Stats | None,
 ) -> Row:
-    """One object of `rows` in the JSON. `base`: the baseline's times, None where it is wrong."""
+    """One row of the results. `base`: the times of the baseline; None if its results are wrong."""
     stats, copy = sampled.stats.get(provider), sampled.stats.get(COPY)
     moved = ceiling_bytes(case) if provider == COPY else bytes_floor(case)
     row: Row = {
@@ -185,7 +185,7 @@ def make_row(
 
 
 def compared(mine: Stats, base: Stats | None, provider: str) -> Row:
-    """How many times faster than the baseline, and whether that is more than noise."""
+    """The time of the baseline / this time, and whether the difference is within noise."""
     if base is None:
         return {}
     noisy = None if provider == BASELINE else within_noise(mine, base)
@@ -203,7 +203,8 @@ def measure(
     caches: Sequence[str],
     seconds: float,
 ) -> Iterator[tuple[Case, list[Row]]]:
-    """The rows of each case as they are there. The seconds are spread over what is left to do."""
+    """Yields the rows of each case once they are measured. The remaining seconds are divided evenly
+    among the remaining cases."""
     end = time.perf_counter() + seconds
     left = len(cases) * len(caches)
     for cache in caches:
@@ -225,7 +226,7 @@ def measure(
                         continue
                     try:
                         works.append(_tried(work(p, case, inputs)))
-                    except Exception as why:  # what runs once need not run again
+                    except Exception as why:  # it may fail although the gate has passed
                         verdicts[key] = Verdict(None, first_line(why))
                 timed = sample(works, timer, (end - time.perf_counter()) / left)
                 left -= 1
@@ -249,10 +250,10 @@ def _tried(w: Work) -> Work:
 def _gated(
     cases: Sequence[Case], providers: Sequence[Provider], device: torch.device
 ) -> tuple[Inputs, dict[tuple[str, str], Verdict]]:
-    """The tensors that these cases share, and what the gate says of (pass, provider)."""
+    """The tensors that these cases share, and the verdict of the gate by (pass, provider)."""
     inputs = make_inputs(cases[0], device)
     verdicts = {}
-    # Training first: it decides where dy is 0.
+    # Training first, because its reference sets dy to 0 in places.
     for case in sorted(cases, key=lambda c: not c.training):
         right = reference(case, inputs, training=case.training)
         for provider in providers:

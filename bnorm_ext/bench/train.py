@@ -46,7 +46,7 @@ WARM_UP, MIN_STEPS = 2, 5
 
 
 def convert(variant: str, model: nn.Module) -> nn.Module:
-    """A copy of the model in that variant; raises Unavailable where there is none."""
+    """A copy of the model in that variant. Raises Unavailable if it has nothing to fuse."""
     model = copy.deepcopy(model)
     if variant == "native":
         return model
@@ -63,7 +63,7 @@ VARIANTS = ("native", "converted", "fused")
 
 @dataclass
 class Run:
-    """One variant's model and what was measured of it."""
+    """One variant of the model, and its measurements."""
 
     name: str
     step: Callable[[], None]
@@ -75,7 +75,8 @@ class Run:
 def make_step(
     model: nn.Module, images: Tensor, labels: Tensor, *, amp: bool, compiled: bool
 ) -> Callable[[], None]:
-    """Forward, loss, backward, SGD; ends when the device is done."""
+    """A function that takes one training step (forward, loss, backward, SGD) and waits for the
+    device."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     device = images.device.type
     dtype = torch.bfloat16 if device == "cpu" else torch.float16
@@ -96,7 +97,8 @@ def make_step(
 
 
 def warm_up(runs: list[Run], device: torch.device, reasons: dict[str, str]) -> None:
-    """First steps, memory and shares. What fails leaves the runs and gets a reason."""
+    """Takes the first steps and measures memory and shares. A run that fails is removed from
+    `runs`, with the reason in `reasons`."""
     for run in list(runs):
         try:
             for _ in range(WARM_UP):
@@ -104,16 +106,16 @@ def warm_up(runs: list[Run], device: torch.device, reasons: dict[str, str]) -> N
             run.peak_bytes = peak_bytes(run.step, device)
             run.share = share(run.step, device)
             print(f"{run.name}: warmed up", file=sys.stderr)
-        except Exception as why:  # a compiler that is missing, memory that is not enough, ...
+        except Exception as why:  # no compiler, not enough memory, ...
             reasons[run.name] = first_line(why)
             runs.remove(run)
 
 
 def measure(runs: Sequence[Run], seconds: float) -> None:
-    """Fills the runs; steps are taken in turns until the time is up."""
+    """Times steps until the time is up; the runs take turns."""
     end = time.perf_counter() + seconds
     while len(runs[0].seconds) < MIN_STEPS or time.perf_counter() < end:
-        # Whoever goes first changes, as in the microbenchmark.
+        # The order alternates, so that no run is always first.
         for run in runs if len(runs[0].seconds) % 2 == 0 else list(reversed(runs)):
             start = time.perf_counter()
             run.step()
@@ -123,11 +125,11 @@ def measure(runs: Sequence[Run], seconds: float) -> None:
 def rows(
     runs: Sequence[Run], reasons: dict[str, str], batch: int, compiled: bool
 ) -> list[dict[str, Any]]:
-    """One object per variant, of those that could not run too."""
+    """One row for each variant, also for those that could not run."""
     base: Stats | None = None
     found = []
     for run in runs:
-        # A round that was interrupted has given some runs a step more than others.
+        # After an interruption some runs have a step more than others.
         samples = run.seconds[: min(len(r.seconds) for r in runs)]
         if not samples:
             continue
@@ -144,7 +146,7 @@ def rows(
                 "ratio": round(base.median / s.median, 4) if base else None,
                 "noisy": within_noise(s, base) if base and s is not base else None,
                 "peak_bytes": run.peak_bytes,
-                # The compiler puts batch norm and its neighbours into one kernel.
+                # Unknown after compiling: batch norm is in one kernel with its neighbours.
                 "batch_norm_share": None if compiled or run.share is None else round(run.share, 4),
                 "reason": None,
             }
@@ -153,7 +155,7 @@ def rows(
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Aligned; reasons of what could not run below."""
+    """The rows as text, and below them the reasons of variants that could not run."""
     lines = [["variant", "ms a step", "p10", "p90", "images/s", "native / it", "peak, MB",
               "batch norm", "steps"]]  # fmt: skip
     for r in found:
@@ -190,9 +192,9 @@ def parser(command: str) -> Parser:
 
 
 def check(model: str, batch: int, size: int, device: torch.device) -> None:
-    """Raises ValueError where the net cannot take such a batch, or the memory cannot."""
+    """Raises ValueError if the net cannot take such a batch, or it would not fit into memory."""
     kept = sum(math.prod(shape) for _, shape in nets.batch_norm_inputs(model, batch, size))
-    # At the least: what goes into each batch norm, as float32, and as much that comes out.
+    # A lower bound: input and output of each batch norm in float32.
     what = f"{model} with {batch} images of {size}x{size}"
     machine.check_memory(what, 2 * 4 * kept, device)
 
@@ -242,7 +244,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     if o.json is not None:
         try:
             report.write_json(o.json, header, found)
-        except OSError as error:  # a full disk: what was measured is on the screen
+        except OSError as error:  # such as a full disk: the table was printed already
             print(f"{command}: {error}", file=sys.stderr)
             return 1
     return 130 if interrupted else 0 if runs else 1

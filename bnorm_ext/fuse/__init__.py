@@ -1,4 +1,11 @@
-"""Fusing batch norms with the additions and activations after them, by ``torch.fx``."""
+"""Fusing batch norms with the additions and activations that follow them, by ``torch.fx``.
+
+The steps, and where they are: trace the modules (``trace.py``, ``tracer.py``, ``proxy.py``; what a
+forward changes: ``state.py``, ``watch.py``), find chains of batch norm, addition and activation in
+the graphs and replace them (``chains.py``, ``patterns.py``, ``shapes.py``, ``aliasing.py``,
+``call.py``), and make the modules run the graphs (``program.py``, ``guards.py``,
+``fused_module.py``).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +18,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import convert
-from .._compat import AnyBatchNorm, children_of
-from .chains import Fused, Refused, Unit, Usage, fuse_unit
-from .module import FusedModule, Fusion, be_undoable, inside_of, run_graph, unfuse
-from .modules import has_forward, is_compiled, is_layer
+from .._compat import AnyBatchNorm
+from .._compat.modules import children_of, is_compiled
+from .chains import Fused, Refused, Unit, Usage, fuse_unit, may_do_more
+from .copying import copy_with_same_tensors
+from .fused_module import FusedModule, Fusion, be_undoable, run_graph, unfuse
+from .guards import make_guard
+from .leaves import has_forward, is_layer
 from .program import Program
-from .trace import Traced, copy_of, trace
+from .trace import Traced, trace
 
 __all__ = ["FusedModule", "FusionReport", "fuse_batchnorm_act"]
 
@@ -25,15 +35,15 @@ __all__ = ["FusedModule", "FusionReport", "fuse_batchnorm_act"]
 class FusionReport:
     """What :func:`fuse_batchnorm_act` did."""
 
-    #: Name of the batch norm, name of the activation (``"identity"``: none), whether an addition
-    #: was fused.
+    #: Name of the batch norm, name of the activation (``"identity"`` for none), and whether an
+    #: addition was fused.
     fused: list[tuple[str, str, bool]] = field(default_factory=list)
-    #: Name of the batch norm and why it, or the activation after its addition, was not fused.
+    #: Name of the batch norm, and why it, or the activation after its addition, was not fused.
     refused: list[tuple[str, str]] = field(default_factory=list)
-    #: Name of the module that keeps its own forward, and why it was not traced.
+    #: Name of a module that keeps its own forward, and why it was not traced.
     not_traced: list[tuple[str, str]] = field(default_factory=list)
-    #: Names of the batch norms that no graph calls: what calls them was not traced, or nothing
-    #: does.
+    #: Names of the batch norms that no graph calls: either nothing calls them, or a module that
+    #: was not traced.
     not_called: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -54,45 +64,43 @@ class FusionReport:
 def fuse_batchnorm_act(
     model: nn.Module, example_inputs: Tensor | Sequence[Any] | None = None
 ) -> tuple[nn.Module, FusionReport]:
-    """A copy of ``model`` that does batch norm, addition and activation in one call, and a report.
+    """Makes a copy of ``model`` that computes batch norm, addition and activation in one call.
 
     Fused are ``act(bn(x))``, ``act(bn(x) + residual)`` and ``bn(x) + residual``. Known activations
     are ReLU, ReLU6, LeakyReLU, SiLU and Hardswish, as modules, functions or methods, in place or
     not. All batch norms of the copy are converted as by :func:`bnorm_ext.convert_batchnorm`.
 
-    In the copy every module stays what and where it was, with its hooks, its class and its methods;
-    ``bn1`` is a batch norm, ``relu`` a ReLU. Only what calls them changes: a module whose forward
-    could be traced by ``torch.fx`` runs a graph with one call in the place of several (its class
-    becomes a subclass of its own). The call looks at the modules when it runs. If one of them was
-    replaced, has got hooks or another activation, or if shapes or dtypes do not fit, it does what
-    the separate calls do. If a module whose forward went into the graph was changed or has got
-    hooks, or while a tool traces or exports the model, the modules' own forwards run.
-    ``fused.unfuse()`` or :func:`bnorm_ext.revert_batchnorm` undoes fusing.
+    **What changes.** In the copy every module keeps its name, hooks, methods and children; ``bn1``
+    is still a batch norm, ``relu`` a ReLU. A module whose forward ``torch.fx`` can trace runs a
+    graph instead (its class becomes a subclass of its own class), in which one call stands for
+    several. That call does what the separate calls would do if one of the modules was replaced,
+    has hooks or another activation, or if shapes or dtypes do not fit. The modules' own forwards
+    run if a module whose forward is part of the graph was changed or has hooks, and while a tool
+    traces or exports the model. ``fused.unfuse()`` or :func:`bnorm_ext.revert_batchnorm` undoes
+    fusing.
 
-    The copy has the very same parameters and buffers, under the same names and in the same order:
-    an optimizer that was built before goes on, checkpoints load both ways with ``strict=True``,
-    training one trains the other. ``model`` is not changed. ``copy.deepcopy(fused)`` separates them
-    (do so before changing dtype or device of one).
+    **What is shared.** The copy has the very same parameters and buffers, under the same names and
+    in the same order. An optimizer that was built before stays valid, checkpoints load both ways
+    with ``strict=True``, and training one trains the other. ``copy.deepcopy(fused)`` separates
+    them; do that before you change the dtype or device of one. ``model`` itself is not changed.
 
-    Modules keep their own forward, and are fused inside their children, if it cannot be traced, or
-    if it differs between training and evaluation, draws random numbers, changes the module or
-    something outside of it, switches gradients, enters autocast, checkpoints, uses autograd
-    functions, asks for the type of its input or takes optional arguments. Modules with hooks are
-    traced by themselves.
-
-    A chain is refused, and named in the report, if an intermediate value has several users; a hook
-    sees the batch norm or the activation; the addition broadcasts, promotes or writes into a
-    tensor that may be seen elsewhere; or the input of the batch norm is changed in place before the
-    addition.
+    **What is not fused.** A module keeps its own forward, and only its children are fused, if the
+    forward cannot be traced, differs between training and evaluation, draws random numbers, changes
+    the module or something outside of it, switches gradients, enters autocast, checkpoints, uses
+    autograd functions, asks for the type of its input, or takes optional arguments. A module with
+    hooks is traced by itself. A chain is refused, and named in the report, if an intermediate value
+    has several users; a hook sees the batch norm or the activation; the addition broadcasts,
+    promotes, or writes into a tensor that may be used elsewhere; or the input of the batch norm is
+    changed in place before the addition.
 
     Shapes and dtypes are those of :class:`bnorm_ext.BatchNormAct1d`, ``2d`` and ``3d``; the method
     is that of Ioffe & Szegedy 2015, arXiv:1502.03167.
 
     Args:
         model: any module.
-        example_inputs: what ``model`` is called with, a tensor or a sequence of positional
-            arguments. Only shapes, dtypes and devices are used, nothing is computed. Without it
-            they are guessed from the first layer where there is one input.
+        example_inputs: what ``model`` is called with: a tensor, or a sequence of positional
+            arguments. Only their shapes, dtypes and devices are used; nothing is computed. If None
+            and the model takes one input, its shape is guessed from the first layer.
 
     Returns:
         The copy, and a :class:`FusionReport`; ``print(report)`` shows it.
@@ -106,10 +114,9 @@ def fuse_batchnorm_act(
 
         >>> model, report = bnorm_ext.fuse_batchnorm_act(torchvision.models.resnet50())
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse_batchnorm_act expects a torch.nn.Module, got {type(model).__name__}")
+    convert.check_module(model, "fuse_batchnorm_act")
     inputs = _checked(model, example_inputs)
-    copied, _ = copy_of(model)
+    copied, _ = copy_with_same_tensors(model)
     unfuse(copied)
     left = convert.change_classes(copied, to_ours=True)
     units = _Units()
@@ -127,20 +134,19 @@ def fuse_batchnorm_act(
         fuse_unit(unit, usage)
         fused += unit.fused
         refused += unit.refused
-    # From the inside out: what a graph calls has its final class when the graph is made.
+    # Innermost first: the modules that a graph calls have their final class when its guard is made.
     for unit in reversed(units.found):
         if unit.fused:
             traced = units.traced[id(unit.root)]
-            watched = traced.inlined | unit.removed | _around(unit)
+            guarded = traced.inlined | unit.removed | _around(unit)
             program = Program(unit.graph, dict(unit.root.named_modules()))
-            called = {path: number for number, path in enumerate(program.modules)}
-            inside = inside_of(unit.root, watched, called, traced.names)
-            run_graph(unit.root, Fusion(program, inside))
+            called = {path: index for index, path in enumerate(program.modules)}
+            guard = make_guard(unit.root, guarded, called, traced.names)
+            run_graph(unit.root, Fusion(program, guard))
     be_undoable(copied)
     named = {name for name, _ in refused}
     for cls, names in left.items():
-        reason = f"{cls} may do more than batch normalisation"
-        refused += [(name, reason) for name in names if name not in named]
+        refused += [(name, may_do_more(cls)) for name in names if name not in named]
     named |= {name for names in left.values() for name in names}
     not_called: list[str] = []
     for name, module in copied.named_modules():
@@ -169,7 +175,7 @@ def _checked(model: nn.Module, example_inputs: Any) -> tuple[Any, ...] | None:
 
 
 def _around(unit: Unit) -> set[str]:
-    """The containers of what the graph of ``unit`` calls."""
+    """Paths of the modules that contain what the graph of ``unit`` calls or reads."""
     targets = [
         str(node.target) for node in unit.graph.nodes if node.op in ("call_module", "get_attr")
     ]
@@ -178,7 +184,8 @@ def _around(unit: Unit) -> set[str]:
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
-    """The names that each module is registered under; those in a shared container count once."""
+    """The names under which each module is registered, by id; those in a shared container count
+    once."""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for name, child in children_of(module).items():
@@ -188,8 +195,8 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
 
 
 class _Units:
-    """The modules of a model that are traced: it as a whole where possible, then the modules that
-    stay single calls in its graph, and what is in them."""
+    """The modules of a model that are traced: the model as a whole where possible, and then in the
+    same manner the modules that its graph calls."""
 
     def __init__(self) -> None:
         self.found: list[Unit] = []

@@ -1,4 +1,4 @@
-"""What the nodes of a graph may do to memory: which share it, which change it in place."""
+"""Which nodes of a graph may share memory, and which may change it in place."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import fx, nn
 from torch.fx.graph import inplace_methods
 from torch.fx.node import map_arg
 
-from .._compat import has_forward_hooks, has_hooks_at_forward
-from ..modules import _OneCallForward
+from .._compat.modules import has_forward_hooks, has_hooks_at_forward
+from ..modules import _BatchNormMixin
 from .call import CHANGES_RESIDUAL, batch_norm_add_act
 
-# Results that share memory with nothing. Whatever is not listed may be a view of its arguments.
+# Operations whose result is new memory. The result of any other may be a view of its arguments.
 _FRESH_MODULES = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.Linear, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
@@ -32,7 +32,7 @@ _FRESH_FUNCTIONS = frozenset(
 )  # fmt: skip
 _FRESH_METHODS = frozenset({"add", "mul", "sub", "div", "clone", "relu", "sigmoid", "mean", "sum"})
 _IN_PLACE_OPERATORS = {getattr(operator, name) for name in (*inplace_methods, "setitem")}
-_RESIDUAL, _ADDITION = 2, 3  # the places of its arguments
+_RESIDUAL, _ADDITION = 2, 3  # positions of these arguments of batch_norm_add_act
 _KNOWN_PACKAGES = ("torch", "_operator", "builtins", "math")
 
 
@@ -42,7 +42,7 @@ def is_torchs_function(function: Callable[..., Any]) -> bool:
 
 
 def fresh(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the result of ``node`` surely has memory of its own."""
+    """Whether the result of ``node`` is certain to share memory with nothing else."""
     if "out" in node.kwargs:
         return False
     if node.target is batch_norm_add_act:
@@ -53,7 +53,7 @@ def fresh(node: fx.Node, root: nn.Module) -> bool:
             "torch.nn"
         )
         # Hooks may return anything.
-        return (layer or isinstance(module, _OneCallForward)) and not has_forward_hooks(module)
+        return (layer or isinstance(module, _BatchNormMixin)) and not has_forward_hooks(module)
     if node.op == "call_method":
         return node.target in _FRESH_METHODS
     return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
@@ -66,7 +66,7 @@ def changed_by(node: fx.Node, root: nn.Module) -> list[fx.Node]:
     out = [value for name, value in node.kwargs.items() if name == "out"]
     nodes = [value for value in out if isinstance(value, fx.Node)]
     if _changes_first(node, root):
-        map_arg(node.args[:1], nodes.append)  # a list of tensors, too
+        map_arg(node.args[:1], nodes.append)  # the first argument may be a list of tensors
         nodes += node.all_input_nodes[:1]
     elif _may_change_any(node, root):
         nodes += node.all_input_nodes
@@ -100,18 +100,18 @@ def _may_change_any(node: fx.Node, root: nn.Module) -> bool:
     """Whether ``node`` runs code that is not torch's."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        # torch's own containers, such as DataParallel, run what is in them.
+        # Containers of torch, such as DataParallel, run modules that may be anybody's.
         theirs = type(module).__module__.startswith("torch.nn") and not any(module.children())
-        return has_hooks_at_forward(module) or not (theirs or isinstance(module, _OneCallForward))
+        return has_hooks_at_forward(module) or not (theirs or isinstance(module, _BatchNormMixin))
     return node.op == "call_function" and not is_torchs_function(node.target)  # type: ignore[arg-type]
 
 
 class Aliases:
-    """Which nodes may share memory."""
+    """Which nodes of a graph may share memory: a union-find over the nodes."""
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self.root = root
-        self.nodes = list(graph.nodes)
+        self.nodes: list[fx.Node] = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self._parent: dict[fx.Node, fx.Node] = {}
         inputs = [node for node in self.nodes if node.op == "placeholder"]
@@ -119,7 +119,7 @@ class Aliases:
             self._join(node, inputs[0])
         for node in self.nodes:
             if not fresh(node, root):
-                # The result of an operator in place is what it changes.
+                # An in-place operator returns its first argument.
                 only_first = node.target in _IN_PLACE_OPERATORS or node.target == "add_"
                 for argument in node.all_input_nodes[: 1 if only_first else None]:
                     self._join(node, argument)
@@ -141,8 +141,8 @@ class Aliases:
         before: fx.Node | None = None,
         but: fx.Node | None = None,
     ) -> fx.Node | None:
-        """The first node between the two, other than ``but``, that may change the memory of
-        ``node``."""
+        """The first node after ``after`` and before ``before``, other than ``but``, that may change
+        the memory of ``node``; None where there is none. Without ``before``: up to the end."""
         end = len(self.nodes) if before is None else self.position[before]
         same = self._find(node)
         for candidate in self.nodes[self.position[after] + 1 : end]:

@@ -1,27 +1,27 @@
-"""The one call that a fused graph makes where there were a batch norm, an addition and an
-activation.
+"""The call that replaces a batch norm, an addition and an activation in a fused graph.
 
-It is given the modules as they are when it runs. Where they are what they were when the graph was
-made, or others that fit as well, it takes the fused operator; else it does what the separate calls
-do: with hooks, with another activation, with a batch norm of another class, with shapes that
-broadcast. So a graph stays right whatever becomes of the modules.
+It gets the modules as arguments, so it sees them as they are when it runs. If they can be fused, it
+calls the fused operator. Otherwise (hooks, an unknown activation, a batch norm of another class,
+shapes that broadcast) it makes the separate calls. So a graph stays right if modules are replaced
+later.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from .._compat import has_global_module_hooks, is_hooked
-from ..activations import alike, compose
-from ..modules import _PACKAGE, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from ..modules_act import _ActForward, activation_of
+from .._compat.modules import has_global_module_hooks, is_hooked
+from ..activations import addable, compose
+from ..modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormMixin, is_ours
+from ..modules_act import _BatchNormActMixin, activation_of
 
-#: The ways to add, as they are written; they differ in what they change, and in their errors.
+#: Additions of ``y``, the output of the batch norm, and ``r``, the residual, by how they are
+#: written. They differ in which tensor they change, and in their errors.
 ADDITIONS: dict[str, Callable[[Any, Any], Any]] = {
     "y + r": lambda y, r: y + r,
     "r + y": lambda y, r: r + y,
@@ -36,7 +36,8 @@ ADDITIONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 CHANGES_RESIDUAL = ("r += y", "r.add_(y)")
 
-_PLAIN = frozenset({BatchNorm1d, BatchNorm2d, BatchNorm3d})
+# Tested first, because it costs least.
+_WITHOUT_ACT = frozenset({BatchNorm1d, BatchNorm2d, BatchNorm3d})
 
 
 def batch_norm_add_act(
@@ -50,19 +51,19 @@ def batch_norm_add_act(
     """``act(bn(input) + residual)``.
 
     Args:
-        bn: a batch norm, or whatever has taken its place.
-        input: what the batch norm is called with.
-        residual: what is added; any value that the addition takes.
-        addition: how they are added, one of ``ADDITIONS`` (``y`` is ``bn(input)``, ``r`` the
-            residual); "none"; or "bn(x, r)" for a batch norm that adds itself.
-        act: a module; the name of an activation that was called as a function; or None.
-        negative_slope: of "leaky_relu", where ``act`` is a name.
+        bn: the batch norm, or the module that has replaced it.
+        input: its input.
+        residual: any value that the addition takes.
+        addition: how the residual is added: a key of ``ADDITIONS``, "none", or "bn(x, r)" where the
+            batch norm takes the residual as its second argument.
+        act: a module, the name of an activation that was called as a function, or None.
+        negative_slope: of "leaky_relu"; used if ``act`` is a name.
     """
     name, slope = _activation(act, negative_slope)
     if (
         name is not None
-        and _is_plain(bn)
-        and (addition == "none" or alike(input, residual))
+        and _is_fusible(bn)
+        and (addition == "none" or addable(input, residual))
         and not has_global_module_hooks()
     ):
         return bn._normalise(input, residual, name, slope)
@@ -70,26 +71,21 @@ def batch_norm_add_act(
 
 
 def _activation(act: nn.Module | str | None, negative_slope: float) -> tuple[str | None, float]:
-    """Name and slope of the activation as it is now; None where it is none of ours."""
+    """Name and slope of the activation; None as name if it cannot be fused."""
     if act is None or isinstance(act, str):
         return act or "identity", negative_slope
     return activation_of(act)
 
 
-def is_ours(module: nn.Module) -> bool:
-    """Whether it is a batch norm of this package, not of a subclass that may do more."""
-    return type(module) in _PLAIN or (
-        isinstance(module, _ActForward) and type(module).__module__.startswith(_PACKAGE)
-    )
-
-
 def own_act(module: nn.Module) -> tuple[str | None, float]:
-    """What a batch norm does to its output; None where that is none of the known activations."""
-    return module.activation() if isinstance(module, _ActForward) else ("identity", 0.01)
+    """Name and slope of the activation that a batch norm applies itself; None as name if that is
+    none of the known ones."""
+    return module.activation() if isinstance(module, _BatchNormActMixin) else ("identity", 0.01)
 
 
-def _is_plain(bn: nn.Module) -> bool:
-    if type(bn) not in _PLAIN and not (is_ours(bn) and own_act(bn)[0] == "identity"):
+def _is_fusible(bn: nn.Module) -> TypeGuard[_BatchNormMixin]:
+    """Whether it is a batch norm of this package with neither an activation nor hooks."""
+    if type(bn) not in _WITHOUT_ACT and not (is_ours(bn) and own_act(bn)[0] == "identity"):
         return False
     return not is_hooked(bn)
 
@@ -102,10 +98,11 @@ def _separate(
     act: nn.Module | str | None,
     negative_slope: float,
 ) -> Tensor:
-    y = bn(input, residual) if addition == "bn(x, r)" else bn(input)
+    y: Tensor = bn(input, residual) if addition == "bn(x, r)" else bn(input)
     add = ADDITIONS.get(addition)
     if add is not None:
         y = add(y, residual)
     if act is None:
         return y
-    return compose(y, None, act, negative_slope) if isinstance(act, str) else act(y)
+    z: Tensor = compose(y, None, act, negative_slope) if isinstance(act, str) else act(y)
+    return z

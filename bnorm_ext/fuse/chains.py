@@ -1,4 +1,5 @@
-"""Putting one call in the place of batch norm, addition and activation, where that is right."""
+"""Finding chains of batch norm, addition and activation in a graph, and replacing them by one call
+where that is right."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .._compat import AnyBatchNorm, is_lazy
+from .._compat.modules import hooks_of
+from ..convert import class_name
+from ..modules import is_ours
 from .aliasing import Aliases, fresh
-from .call import CHANGES_RESIDUAL, batch_norm_add_act, is_ours, own_act
-from .modules import hooks_of
+from .call import CHANGES_RESIDUAL, batch_norm_add_act, own_act
 from .patterns import Act, Addition, as_act, as_addition, remove_identities
 from .shapes import propagate
 
-_KEEPS_RESIDUAL = ("silu", "hardswish")  # for backward
+_KEEPS_RESIDUAL = ("silu", "hardswish")  # their backward reads the residual
 
 Fused = tuple[str, str, bool]
 Refused = tuple[str, str]
@@ -26,15 +29,20 @@ class _Refusal(Exception):
     """Why a chain is not fused."""
 
 
+def may_do_more(cls: type[nn.Module]) -> str:
+    """The reason for which a batch norm of another class is not fused."""
+    return f"{class_name(cls)} may do more than batch normalisation"
+
+
 @dataclass
 class Unit:
-    """A module that was traced, and its graph."""
+    """A traced module and its graph."""
 
     path: str
     root: nn.Module
     graph: fx.Graph
     example_inputs: tuple[Any, ...] | None
-    removed: set[str] = field(default_factory=set)  #: modules that the graph calls no longer
+    removed: set[str] = field(default_factory=set)  #: paths of identities taken out of the graph
     fused: list[Fused] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
 
@@ -47,18 +55,18 @@ class Unit:
 
 @dataclass(frozen=True)
 class Usage:
-    """Who holds and who calls the modules of a model, by id."""
+    """Who calls and who contains the modules of a model, by their id."""
 
-    calls: Counter[int]  #: calls in graphs
-    names: Mapping[int, list[str]]  #: names that a module is registered under
-    kept: Mapping[int, str]  #: modules that run their own forward, and why
+    calls: Counter[int]  #: number of calls in all graphs
+    names: Mapping[int, list[str]]  #: names under which the module is registered
+    kept: Mapping[int, str]  #: modules that keep their own forward, and why
 
 
 def fuse_unit(unit: Unit, usage: Usage) -> None:
-    """Rewrites the graph of ``unit``; the modules stay as they are."""
+    """Rewrites the graph of ``unit``. Its modules are not changed."""
     unit.removed = remove_identities(unit.graph, unit.root)
     known = propagate(unit.graph, unit.root, unit.example_inputs)
-    # Backwards: where two batch norms are added, the later one takes the addition.
+    # Last first: where the outputs of two batch norms are added, the later one takes the addition.
     for node, module in reversed(unit.norms()):
         name = f"{unit.path}.{node.target}".strip(".")
         try:
@@ -84,7 +92,7 @@ def _fuse_one(
     root = unit.root
     users = list(node.users)
     act: Act | None = next((a for user in users if (a := as_act(user, root, node))), None)
-    addition: Addition | None = next((a for user in users if (a := as_addition(user, node))), None)
+    addition: Addition | None = next((s for user in users if (s := as_addition(user, node))), None)
     has_residual = len(node.args) > 1 or "residual" in node.kwargs
     if own_act(module)[0] != "identity" or (has_residual and act is None):
         return None
@@ -131,12 +139,11 @@ def _fuse_one(
 
 
 def _check_module(module: nn.Module) -> None:
-    """Refuses modules whose calls are not those of a batch norm alone."""
-    cls = type(module)
+    """Refuses modules whose call is not just a batch norm of this package."""
     if is_lazy(module):
         raise _Refusal("it is not initialised: call the model once before")
     if not is_ours(module):
-        raise _Refusal(f"{cls.__module__}.{cls.__qualname__} may do more than batch normalisation")
+        raise _Refusal(may_do_more(type(module)))
     if hooks_of(module):
         raise _Refusal(f"it has {hooks_of(module)}")
     if "forward" in vars(module):
@@ -144,8 +151,8 @@ def _check_module(module: nn.Module) -> None:
 
 
 def _check_order(unit: Unit, usage: Usage, node: fx.Node, module: nn.Module) -> None:
-    """The batch norm moves to where the addition is: refuses it where others may look at its
-    running statistics, or move them, in between."""
+    """Fusing moves the batch norm to the place of the addition. Refuses that if anything else may
+    read or update its running statistics in between."""
     if usage.calls[id(module)] > 1:
         raise _Refusal("it is called more than once")
     if len(usage.names[id(module)]) > 1:
@@ -166,11 +173,13 @@ def _check_addition(
     node: fx.Node,
     input: fx.Node,
 ) -> None:
-    """Refuses additions that are not of two like tensors, or that cannot wait or be left out."""
+    """Refuses additions of tensors that differ in shape, dtype or device, additions that change a
+    tensor which is used elsewhere, and inputs that are changed before the addition."""
     if addition.refusal:
         raise _Refusal(addition.refusal)
     residual = addition.residual
-    # Where the addition itself cannot be (it is not in ``known``), the guessed input was wrong.
+    # Where the shape of the sum is unknown, the addition failed on the guessed input: the guess was
+    # wrong and says nothing.
     if input in known and residual in known and addition.node in known:
         x, r = known[input], known[residual]
         if not isinstance(r, Tensor):
@@ -199,7 +208,7 @@ def _check_addition(
 def _act_of_sum(
     addition: Addition, aliases: Aliases, root: nn.Module
 ) -> tuple[Act | None, str | None]:
-    """The activation that can be fused with an addition, or why the one there is cannot."""
+    """The activation after an addition, if it can be fused too; otherwise why it cannot."""
     users = list(addition.node.users)
     act = next((a for user in users if (a := as_act(user, root, addition.node))), None)
     if act is None:
@@ -209,9 +218,10 @@ def _act_of_sum(
         return None, what + "the sum has several users"
     if act.refusal:
         return None, what + act.refusal
-    # A module may be replaced by one that keeps the residual.
+    # A module may be replaced later by an activation that keeps the residual.
     if act.name in _KEEPS_RESIDUAL or act.node.op == "call_module":
-        # The activation may be in place on the sum, which is the residual after residual += y.
+        # The activation may work in place on the sum, and after `residual += y` that is the memory
+        # of the residual: it is not counted as a change.
         culprit = aliases.changed_between(addition.residual, addition.node, but=act.node)
         if culprit is not None:
             return None, f"{what}{culprit.name} may change the residual in place afterwards"
@@ -219,6 +229,6 @@ def _act_of_sum(
 
 
 def _containers(path: str) -> list[str]:
-    """The modules that the one at ``path`` lies in, innermost first, without the root."""
+    """Paths of the modules that contain the one at ``path``, innermost first, without the root."""
     parts = path.split(".")
     return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]

@@ -1,4 +1,4 @@
-"""Whether two runs of a forward did the same."""
+"""Comparing two recorded runs of a forward, one in training and one in evaluation."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .tracer import Call
+
 MODES_DIFFER = "its forward differs between training and evaluation"
 
 _CONSTANTS = (
     str, int, float, complex, type(None), type(...), torch.dtype, torch.device, torch.layout,
     torch.memory_format,
 )  # fmt: skip
-_ANY = object()
+_ANY: Any = object()  # in ``pairs``: a node that counts as equal to every other
 
 
-def compare(a: Any, b: Any, pairs: dict[fx.Node, Any], unfit: dict[nn.Module, str]) -> None:
-    """Adds to ``unfit`` the innermost modules whose forward did different things in the two runs,
-    ``trace.Call`` of one module.
+def compare(a: Call, b: Call, pairs: dict[fx.Node, Any], unfit: dict[nn.Module, str]) -> None:
+    """Adds to ``unfit`` the innermost modules whose forward did different things in the two runs.
 
-    ``pairs`` maps the nodes of one run to those of the other.
+    Args:
+        a, b: two runs of the forward of one module.
+        pairs: nodes of the first run -> nodes of the second; filled here.
+        unfit: modules -> the reason; filled here.
     """
     for x, y in zip_longest(a.events, b.events):
-        if isinstance(x, type(a)) and isinstance(y, type(b)) and x.module is y.module:
+        if isinstance(x, Call) and isinstance(y, Call) and x.module is y.module:
             compare(x, y, pairs, unfit)
         elif isinstance(x, fx.Node) and isinstance(y, fx.Node) and _same(x, y, pairs):
             pairs[x] = y
@@ -34,7 +38,7 @@ def compare(a: Any, b: Any, pairs: dict[fx.Node, Any], unfit: dict[nn.Module, st
         if _equal(a.result, b.result, pairs):
             return
     unfit[a.module] = MODES_DIFFER
-    # What comes out of it says nothing about the modules that use it.
+    # Its outputs differ, which is no fault of the modules that use them.
     pairs.update(dict.fromkeys(a.nodes(), _ANY))
 
 

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .._compat.modules import hooks_of
 from ..activations import MODULE_NAMES
-from .modules import hooks_of
 
-# How an addition of a and b is written, in the terms of ``call.ADDITIONS``.
-_ADD_FUNCTIONS = {
+# How an addition is written, as in the keys of ``call.ADDITIONS``, with its operands left open.
+_ADD_FUNCTIONS: dict[Any, str] = {
     operator.add: "{} + {}",
     torch.add: "torch.add({}, {})",
     operator.iadd: "{} += {}",
 }
-_ADD_METHODS = {
+_ADD_METHODS: dict[Any, str] = {
     "add": "{}.add({})",
     "__add__": "{} + {}",
     "__radd__": "{1} + {0}",
@@ -37,28 +37,32 @@ _FUNCTIONS: dict[Any, str] = {
     F.silu: "silu",
     F.hardswish: "hardswish",
 }
-_METHODS = {"relu": "relu", "relu_": "relu"}
+_METHODS: dict[Any, str] = {"relu": "relu", "relu_": "relu"}
 _DEFAULT_SLOPE = 0.01
 
 
 @dataclass(frozen=True)
 class Act:
+    """An activation in a graph."""
+
     node: fx.Node
     name: str
     negative_slope: float
-    refusal: str | None
+    refusal: str | None  #: why it cannot be fused
 
 
 @dataclass(frozen=True)
 class Addition:
+    """An addition in a graph, one operand of which is the output of a batch norm."""
+
     node: fx.Node
-    residual: Any  # a node, or a number
+    residual: Any  #: the other operand: a node, or a number
     kind: str  #: see ``call.batch_norm_add_act``
-    refusal: str | None
+    refusal: str | None  #: why it cannot be fused
 
 
 def as_act(node: fx.Node, root: nn.Module, operand: fx.Node) -> Act | None:
-    """The activation that ``node`` applies to ``operand``; None where it is none."""
+    """The activation that ``node`` applies to ``operand``; None if ``node`` is something else."""
     arguments = {**dict(zip(("input", "negative_slope"), node.args, strict=False)), **node.kwargs}
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
@@ -89,7 +93,7 @@ def as_act(node: fx.Node, root: nn.Module, operand: fx.Node) -> Act | None:
 
 
 def as_addition(node: fx.Node, operand: fx.Node) -> Addition | None:
-    """What ``node`` adds to ``operand``; None where it is no addition."""
+    """The addition that ``node`` does to ``operand``; None if ``node`` is something else."""
     forms: dict[Any, str] = {"call_function": _ADD_FUNCTIONS, "call_method": _ADD_METHODS}.get(
         node.op, {}
     )
@@ -118,7 +122,7 @@ def as_addition(node: fx.Node, operand: fx.Node) -> Addition | None:
 
 
 def remove_identities(graph: fx.Graph, root: nn.Module) -> set[str]:
-    """Takes calls of ``nn.Identity`` out of the graph; the paths of these modules."""
+    """Removes calls of ``nn.Identity`` from the graph; returns the paths of these modules."""
     removed = set()
     for node in list(graph.nodes):
         if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:

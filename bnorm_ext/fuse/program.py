@@ -1,4 +1,4 @@
-"""A graph as a function, that can be copied and pickled."""
+"""A graph as a function that can be copied and pickled."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ _OPERATORS = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))
 
 @dataclass(frozen=True)
 class _Result:
-    """Stands for the node of that number in a pickled graph."""
+    """Refers to a node of a pickled graph by its position."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class _Operator:
-    """``torch.ops.<path>``, which cannot be pickled itself."""
+    """Refers to ``torch.ops.<path>``, which cannot be pickled itself."""
 
     path: str
 
 
 class Program:
-    """What ``graph`` says, as a function ``run(root, *modules, *inputs)``.
+    """A graph compiled to a function ``run(root, *modules, *inputs)``.
 
-    It holds no tensor and no module and never changes: copies of a model share it."""
+    It is immutable and holds neither tensors nor modules, so copies of a model share it.
+    """
 
     def __init__(self, graph: fx.Graph, paths: Iterable[str]) -> None:
-        """``paths``: of all modules in the root, of which the graph names some."""
+        """``paths``: of all modules inside the root; the graph uses some of them."""
         self.graph = graph
         self.code: str = graph.python_code(root_module="self").src
         known = set(paths)
         nodes = [node for node in graph.nodes if node.op in ("call_module", "get_attr")]
         named = [str(node.target) for node in nodes]
-        #: The modules that ``run`` takes, by path.
+        #: Paths of the modules that ``run`` takes as arguments.
         self.modules = tuple(dict.fromkeys(path for path in named if path in known))
         code = _with_modules(graph, self.modules).python_code(root_module="self")
-        # A file name of its own lets tracebacks and debuggers show the lines.
+        # With a unique file name in linecache, tracebacks and debuggers show the generated code.
         name = f"<bnorm_ext fused graph {next(_numbers)}>"
         linecache.cache[name] = (len(code.src), None, code.src.splitlines(True), name)
         scope: dict[str, Any] = dict(code.globals)
@@ -57,7 +58,7 @@ class Program:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        number = {node: _Result(i) for i, node in enumerate(self.graph.nodes)}
+        number: dict[fx.Node, Any] = {node: _Result(i) for i, node in enumerate(self.graph.nodes)}
         rows = [
             (
                 node.op,
@@ -72,10 +73,10 @@ class Program:
 
 
 def _with_modules(graph: fx.Graph, modules: tuple[str, ...]) -> fx.Graph:
-    """``graph`` with its modules as its first inputs: looking them up by name costs as much host
-    time as a small layer."""
+    """``graph`` with its modules as additional inputs, before its own. Looking them up by name
+    would cost as much host time as a small layer."""
     made = fx.Graph()
-    # Numbers, since the name of a module need not be one of Python.
+    # Numbered, because the name of a module need not be a Python identifier.
     place = {path: made.placeholder(f"module_{i}") for i, path in enumerate(modules)}
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

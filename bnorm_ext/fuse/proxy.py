@@ -1,8 +1,8 @@
-"""What a forward is given in place of tensors while it is traced.
+"""The proxies that a forward gets in place of tensors while it is traced.
 
-torch's own proxies let some questions about a value pass that only the value itself can answer: its
-type, its text, attributes that it may not have. The answer would be frozen into the graph. Here
-each such question is a fault that the tracer remembers, whatever the forward makes of it.
+A forward may ask a proxy what only the value itself can answer: its type, its text, whether it has
+some attribute. The proxies of torch.fx answer some of these questions, and the answer would be
+frozen into the graph. Here each of them is a fault that the tracer notes.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _KNOWN_ATTRIBUTES = frozenset({*dir(Tensor), *dir(list), *dir(dict)})
 
 
 class Unfit(Exception):
-    """A forward does what a graph cannot stand for; the text says what."""
+    """A forward does something that a graph cannot reproduce; the text says what."""
 
 
 def _asked_by_torch() -> bool:
     name = sys._getframe(2).f_globals.get("__name__", "")
-    return name.split(".")[0] == "torch" or name.startswith(__package__)
+    return bool(name.split(".")[0] == "torch" or name.startswith(__package__))
 
 
 class Value(fx.Proxy):
-    """A tensor that is computed when the graph runs."""
+    """A value that is computed when the graph runs."""
 
     def _refuse(self, what: str) -> NoReturn:
         raise self.tracer.fault(what)  # type: ignore[attr-defined]
@@ -62,11 +62,11 @@ class Value(fx.Proxy):
     def __int__(self) -> int:
         self._refuse("makes a Python number of a tensor, which tracing would freeze")
 
-    __index__ = __float__ = __complex__ = __int__  # type: ignore[assignment]
+    __index__ = __float__ = __complex__ = __int__
 
 
 class Attribute(Value, fx.proxy.Attribute):
-    """An attribute of a traced tensor."""
+    """An attribute of a traced value, or a method that is about to be called."""
 
 
 def _define(name: str, function: Callable[..., Any]) -> None:
@@ -76,6 +76,6 @@ def _define(name: str, function: Callable[..., Any]) -> None:
     setattr(Value, f"__{name}__", in_place)
 
 
-# torch's proxies lack these: their ``x += y`` is recorded as ``x = x + y``.
+# The proxies of torch.fx do not define these and record ``x += y`` as ``x = x + y``.
 for _name in fx.graph.inplace_methods:
     _define(_name, getattr(operator, _name))

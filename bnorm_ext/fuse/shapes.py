@@ -1,4 +1,4 @@
-"""Shapes and dtypes in a graph, as far as they can be had without running anything."""
+"""Shapes and dtypes in a graph, as far as fake tensors can tell them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from .._compat import AnyBatchNorm, fake_tensors
-from ..modules import _OneCallForward
+from .._compat.modules import hooks_of
+from ..modules import _BatchNormMixin
 from .aliasing import is_torchs_function
-from .modules import hooks_of
 
-# Images of the usual size: large enough that no layer of a net for them runs out of pixels.
+# Usual sizes by number of spatial dimensions, large enough for every strided layer of a net.
 _GUESSED_SIZES = {1: (256,), 2: (224, 224), 3: (32, 112, 112)}
 _NORM_DIMS = {nn.BatchNorm1d: 0, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
 
 
 class _Unknown(Exception):
-    pass
+    """The value of a node cannot be determined."""
 
 
 def propagate(
     graph: fx.Graph, root: nn.Module, example_inputs: tuple[Any, ...] | None
 ) -> dict[fx.Node, Any]:
-    """The value of each node for which it is known, with fake tensors for tensors.
+    """The value of each node for which it can be determined, with fake tensors for tensors.
 
-    No memory is allocated and no tensor of the model is touched. Unknown is what comes out of
-    code that is not torch's own, and what depends on it.
+    No memory is allocated and no tensor of the model is changed. The results of code outside of
+    torch are unknown, and so is everything that depends on them.
     """
     known: dict[fx.Node, Any] = {}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -44,7 +44,7 @@ def propagate(
             if node.op not in ("placeholder", "output"):
                 try:
                     known[node] = _run(node, root, fake, known)
-                except Exception:  # whatever it is: nothing is known then
+                except Exception:  # any failure means that the value stays unknown
                     continue
     return known
 
@@ -60,8 +60,8 @@ def _fake(fake: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _guess(placeholders: list[fx.Node], root: nn.Module) -> tuple[Any, ...]:
-    """An input for a graph that has one, if the first layer that takes it says how many channels
-    there are."""
+    """Inputs for a graph with one placeholder, if a layer that takes it determines the number of
+    channels; else none."""
     if len(placeholders) != 1:
         return ()
     for user in placeholders[0].users:
@@ -76,9 +76,10 @@ def _guess(placeholders: list[fx.Node], root: nn.Module) -> tuple[Any, ...]:
                 dims = next((d for cls, d in _NORM_DIMS.items() if isinstance(layer, cls)), 0)
                 shape = (2, layer.num_features, *_GUESSED_SIZES.get(dims, ()))
             if shape is not None:
-                weight = layer.weight
-                like = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
-                return (torch.empty(shape, **like),)
+                weight: Any = layer.weight
+                if weight is None:
+                    return (torch.empty(shape),)
+                return (torch.empty(shape, dtype=weight.dtype, device=weight.device),)
     return ()
 
 
@@ -93,7 +94,8 @@ def _run(
             raise _Unknown
         return known[argument]
 
-    args, kwargs = map_arg(node.args, look_up), map_arg(node.kwargs, look_up)
+    args: Any = map_arg(node.args, look_up)
+    kwargs: Any = map_arg(node.kwargs, look_up)
     target: Any = node.target
     if node.op == "get_attr":
         path, _, name = target.rpartition(".")
@@ -107,7 +109,7 @@ def _run(
     module = root.get_submodule(target)
     if hooks_of(module):
         raise _Unknown
-    if isinstance(module, _OneCallForward):
+    if isinstance(module, _BatchNormMixin):
         return torch.empty_like(args[0] if args else kwargs["input"])
     if not type(module).__module__.startswith("torch.nn") or any(module.children()):
         raise _Unknown

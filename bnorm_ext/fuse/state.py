@@ -1,8 +1,8 @@
-"""What Python code has changed: the state of objects before and after it ran.
+"""Detecting, and undoing, what a forward has changed besides computing its result.
 
-Tracing runs a forward, and a forward is free to count its calls, to remember its input or to fill a
-list of the module that defines it. A graph would do none of that, so such a forward is not traced,
-and what its run has changed outside of the copy that it ran on is put back.
+A forward may count its calls, keep its input, or append to a list of the Python module that defines
+it. A graph would do none of that, so such a forward must not become part of a graph. Tracing has to
+run it to find out; what the run has changed outside of the traced copy is restored here.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import copy
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Packages whose functions and classes are not searched: they keep nothing about one model.
+# Packages whose functions and classes are not searched, because they hold no state of one model.
 _LIBRARIES = frozenset({"torch", "torchvision", "numpy", "bnorm_ext", *sys.stdlib_module_names})
 _MAX_FUNCTIONS = 300
 _MUTABLE = (list, dict, set, bytearray, collections.deque)
@@ -26,7 +26,7 @@ _ABSENT: Any = object()
 
 
 def _is_library(name: str | None) -> bool:
-    # What runs as a script is the user's, and is called __main__.
+    # __main__ is a user's script, although it is a name of the standard library too.
     return name is not None and name != "__main__" and name.split(".")[0] in _LIBRARIES
 
 
@@ -35,36 +35,38 @@ def is_array(value: Any) -> bool:
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
-def same(a: Any, b: Any, skip: Callable[[nn.Module, str], bool] = lambda m, k: False) -> bool:
+def same(a: Any, b: Any, ignored: frozenset[str] = frozenset()) -> bool:
     """Whether two objects, one a deep copy of the other, still hold the same values.
 
-    ``skip``: attributes of modules, by module and name, that do not count.
+    ``ignored``: names of attributes of modules that are not compared.
     """
-    return _same(a, b, skip, set())
+    return _same(a, b, ignored, set())
 
 
-def _same(a: Any, b: Any, skip: Any, seen: set[tuple[int, int]]) -> bool:
+def _same(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[int, int]]) -> bool:
     if a is b:
         return True
     if type(a) is not type(b):
         return False
-    if (id(a), id(b)) in seen:  # an object that holds itself
+    if (id(a), id(b)) in seen:  # an object that contains itself
         return True
     seen.add((id(a), id(b)))
     if isinstance(a, Tensor):
         return _same_tensors(a, b)
     if is_array(a):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     if isinstance(a, set | frozenset):
         return len(a) == len(b) and (
-            a == b or _same(sorted(map(repr, a)), sorted(map(repr, b)), skip, seen)
+            a == b or _same(sorted(map(repr, a)), sorted(map(repr, b)), ignored, seen)
         )
     if isinstance(a, list | tuple | collections.deque):
-        if len(a) != len(b) or not all(_same(x, y, skip, seen) for x, y in zip(a, b, strict=True)):
+        if len(a) != len(b) or not all(
+            _same(x, y, ignored, seen) for x, y in zip(a, b, strict=True)
+        ):
             return False
     elif isinstance(a, dict):
         if len(a) != len(b) or not all(
-            _same(k, m, skip, seen) and _same(v, w, skip, seen)
+            _same(k, m, ignored, seen) and _same(v, w, ignored, seen)
             for (k, v), (m, w) in zip(a.items(), b.items(), strict=True)
         ):
             return False
@@ -77,12 +79,12 @@ def _same(a: Any, b: Any, skip: Any, seen: set[tuple[int, int]]) -> bool:
     if hasattr(a, "__dict__"):
         mine, theirs = vars(a), vars(b)
         if isinstance(a, nn.Module):
-            mine = {k: v for k, v in mine.items() if not skip(a, k)}
-            theirs = {k: v for k, v in theirs.items() if not skip(b, k)}
-        return _same(mine, theirs, skip, seen)
+            mine = {k: v for k, v in mine.items() if k not in ignored}
+            theirs = {k: v for k, v in theirs.items() if k not in ignored}
+        return _same(mine, theirs, ignored, seen)
     if isinstance(a, (*_MUTABLE, tuple)):
         return True
-    return _same_by_pickling(a, b, skip, seen)
+    return _same_by_pickling(a, b, ignored, seen)
 
 
 def _same_tensors(a: Tensor, b: Tensor) -> bool:
@@ -95,11 +97,11 @@ def _same_tensors(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _same_by_pickling(a: Any, b: Any, skip: Any, seen: set[tuple[int, int]]) -> bool:
-    """Iterators, counters and other objects of C, by what they would be made from again."""
+def _same_by_pickling(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[int, int]]) -> bool:
+    """Compares iterators, counters and other objects written in C by what pickle makes of them."""
     try:
         mine, theirs = a.__reduce_ex__(4), b.__reduce_ex__(4)
-    except Exception:  # a lock, a socket, a generator: it has no value to compare
+    except Exception:  # a lock, a socket or a generator has no value to compare
         return True
     if isinstance(mine, str):
         return bool(mine == theirs)
@@ -107,16 +109,16 @@ def _same_by_pickling(a: Any, b: Any, skip: Any, seen: set[tuple[int, int]]) -> 
     def lists(parts: tuple[Any, ...]) -> list[Any]:
         return [list(p) if isinstance(p, types.GeneratorType) else p for p in parts]
 
-    return _same(lists(mine), lists(theirs), skip, seen)
+    return _same(lists(mine), lists(theirs), ignored, seen)
 
 
 class Outside:
-    """What the code of a model can reach beside the model: module globals, attributes of classes,
-    closures. A copy of the model shares them with it."""
+    """The state that the code of a model can reach outside of the model: globals of Python modules,
+    attributes of classes, variables in closures. A copy of the model shares it with the model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._cells: list[tuple[types.CellType, Any, Any]] = []
-        self._names: list[tuple[Any, str, Any, Any]] = []  # holder, name, value, its copy
+        self._cells: list[tuple[types.CellType, Any, Any]] = []  # cell, value, copy of the value
+        self._names: list[tuple[Any, str, Any, Any]] = []  # holder, name, value, copy of the value
         self._seen: set[int] = set()
         self._left = _MAX_FUNCTIONS
         for cls in {type(module) for module in model.modules()}:
@@ -175,7 +177,7 @@ class Outside:
         self._names.append((holder, name, value, _copied(value)))
 
     def restore(self) -> list[str]:
-        """Puts back what has changed; the names of it."""
+        """Restores what has changed; returns the names of it."""
         changed = []
         for cell, value, then in self._cells:
             if cell.cell_contents is not value:
@@ -212,12 +214,12 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _copied(value: Any) -> Any:
     try:
         return copy.deepcopy(value)
-    except Exception:  # nothing that can be compared
+    except Exception:  # it cannot be copied: changes inside of it are not seen
         return value
 
 
 def _put_back(value: Any, then: Any) -> None:
-    """Gives ``value`` the contents of ``then`` again, in place."""
+    """Gives ``value`` the contents of its copy ``then``, in place."""
     if isinstance(value, list | bytearray):
         value[:] = then
     elif isinstance(value, dict | set):

@@ -1,7 +1,7 @@
-"""What a forward does beside computing, seen while it runs: a graph would not do it.
+"""Detecting, while a forward runs, side effects that a graph would not repeat.
 
-Python's profiler hook reports every call, of this thread alone; nothing of torch is replaced, so
-that other threads may train, trace or draw random numbers meanwhile.
+Python's profiler hook reports every call in the current thread. Nothing in torch is patched, so
+other threads may train, trace or draw random numbers meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _code(function: Any) -> types.CodeType | None:
     return getattr(function, "__code__", None)
 
 
-# What is entered or called, by the code that runs then -> what the forward does.
+# Code of Python functions of torch -> what a forward does that calls them.
 _CALLS: dict[types.CodeType | None, str] = {
     _code(torch.autocast.__enter__): "enters the context autocast",
     _code(saved_tensors_hooks.__enter__): "checkpoints, or hooks the tensors saved for backward",
@@ -44,7 +44,7 @@ _BUILTINS: dict[Any, str] = {
     builtins.open: "opens a file, which a graph would not do",
     builtins.input: "reads input, which a graph would not do",
 }
-# Functions of torch that draw from its generators.
+# Functions of torch that draw from its random number generators.
 RANDOM_FUNCTIONS = frozenset(
     {
         "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal",
@@ -57,10 +57,15 @@ RANDOM_FUNCTIONS = frozenset(
 
 @contextmanager
 def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[None]:
-    """Raises what ``fault`` makes of a text, before the code that runs here does what that says.
+    """A context that raises ``fault(text)`` just before the code in it has a side effect.
 
-    Raising ends the watching: the fault has been noted, even if the code catches it. ``names``
-    takes up the names that the code outside of torch uses."""
+    The profiler hook ends with the first exception that it raises. One fault is enough: ``fault``
+    has noted it, even if the code catches the exception.
+
+    Args:
+        fault: makes the exception from a text that says what the code does.
+        names: takes up all names that code outside of torch and of this package uses.
+    """
     functions = {_code(cls.forward): cls.__name__ for cls in _subclasses(torch.autograd.Function)}
 
     def watch(frame: types.FrameType, event: str, called: Any) -> None:
@@ -78,7 +83,7 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
                 raise fault(_RANDOM)
             if owner is builtins and called in _BUILTINS:
                 raise fault(_BUILTINS[called])
-            # From torch 2.14 on, `apply` is no Python code.
+            # Since torch 2.14 `apply` is written in C, so that no Python code of it is entered.
             if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
                 raise fault(f"uses the autograd function {owner.__name__}")
 
@@ -90,24 +95,27 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
 
 
 def _subclasses(cls: type) -> Iterator[Any]:
-    for sub in cls.__subclasses__():
+    subclasses: list[Any] = cls.__subclasses__()
+    for sub in subclasses:
         yield sub
         yield from _subclasses(sub)
 
 
 class NumpyRandom:
-    """numpy's global generator, whose functions the profiler hook does not report."""
+    """numpy's global random number generator; the profiler hook does not report its functions."""
 
     def __init__(self) -> None:
         self.random = getattr(sys.modules.get("numpy"), "random", None)
         self.functions = {name for name in dir(self.random) if not name.startswith("_")}
-        self.before = None if self.random is None else self.random.get_state()
+        self.before: Any = None if self.random is None else self.random.get_state()
 
     def was_used(self, names: set[str]) -> str | None:
-        """What the code with these names did; the numbers that it drew are taken back.
+        """What the code that uses these names did, as text; None if it drew no numbers.
 
-        Where the code names no function of numpy.random, another thread drew: that is left alone.
-        Where it does, and another thread drew within the same milliseconds, both draw again."""
+        If it did, the state of the generator is restored. If the code names no function of
+        numpy.random, another thread has drawn, and its numbers stay drawn. If it names one and
+        another thread drew at the same time, both draw the same numbers again.
+        """
         if self.random is None or names.isdisjoint(self.functions):
             return None
         now = self.random.get_state()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_cuda_is_in_when_torch_and_toolkit_agree():
     assert found.toolkit is CUDA_13
     assert found.archs == ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
     assert "13.0" in found.line()
+
+
+def test_pre_commit_runs_the_formatters_that_make_lint_runs():
+    hooks = ROOT / ".pre-commit-config.yaml"
+    if not hooks.exists():
+        pytest.skip("only in a checkout")
+    pinned = re.findall(r'"([\w-]+==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    run = re.findall(r"[\w-]+==[\d.]+", hooks.read_text())
+    assert {name.partition("==")[0] for name in run} == {"ruff", "clang-format"}
+    assert set(run) <= set(pinned)
 
 
 def test_a_minor_version_may_differ():

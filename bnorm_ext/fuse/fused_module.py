@@ -1,0 +1,142 @@
+"""A module that runs a graph where that is right, and its own forward otherwise.
+
+Fusing replaces the class of a module by a subclass with another ``forward``; attributes, hooks and
+children stay. Each call checks the guard of the module (``guards.py``) and runs the graph only if
+nothing has changed.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from .._compat.modules import change_class, has_global_module_hooks
+from .copying import copy_with_same_tensors
+from .guards import Guard
+from .program import Program
+
+_FUSION = "_bnorm_ext_fusion"
+
+
+@dataclass
+class Fusion:
+    """What a fused module holds."""
+
+    program: Program
+    guard: Guard
+
+
+class FusedModule(nn.Module):
+    """Base of the classes of fused modules, before the module's own class."""
+
+    _unfused: type[nn.Module]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Does not call the ``__init_subclass__`` of the model's class, which may register its
+        subclasses: this class is made internally."""
+
+    def unfuse(self) -> nn.Module:
+        """Undoes :func:`bnorm_ext.fuse_batchnorm_act` in place, as
+        :func:`bnorm_ext.revert_batchnorm` does: the modules run their own forwards, and the batch
+        norms are those of ``torch.nn``.
+
+        Returns:
+            The module itself.
+        """
+        from ..convert import revert_batchnorm
+
+        return revert_batchnorm(self)
+
+    def __getattr__(self, name: str) -> Any:
+        # No properties, because a model may have attributes of these names. Not called `graph`,
+        # because torch's ONNX exporter takes a module with that attribute for a TorchScript module.
+        if name in ("fused_graph", "fused_code") and _FUSION in self.__dict__:
+            return getattr(self.__dict__[_FUSION].program, name.removeprefix("fused_"))
+        return super().__getattr__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        # The class is made at run time, so pickle cannot import it: it is made again from the
+        # module's own class.
+        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            arguments = (self._unfused, "forward" in vars(type(self)))
+            return (_new_instance, arguments, *reduced[2:])
+        return reduced
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What TorchScript compiles instead of this module: a copy with its own forwards."""
+        copied, _ = copy_with_same_tensors(self)
+        return unfuse(copied)
+
+
+def _new_instance(cls: type[nn.Module], runs_graph: bool) -> nn.Module:
+    made = fused_class(cls, runs_graph)
+    return made.__new__(made)
+
+
+def _fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
+    """A subclass of :class:`FusedModule` and ``cls``. With ``runs_graph`` its forward runs the
+    graph of the module, else it is the forward of ``cls``."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body: dict[str, Any] = {**names, "_unfused": cls}
+    if runs_graph:
+        own_forward = cls.forward
+
+        @functools.wraps(own_forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            fusion = self.__dict__.get(_FUSION)
+            if fusion is None or has_global_module_hooks() or _is_traced(args, kwargs):
+                return own_forward(self, *args, **kwargs)
+            called: list[Any] = [None] * len(fusion.program.modules)
+            if not fusion.guard.check(self, called):
+                return own_forward(self, *args, **kwargs)
+            return fusion.program.run(self, *called, *args, **kwargs)
+
+        body["forward"] = forward
+    metaclass: Any = type(cls)
+    made: type[nn.Module] = metaclass(cls.__name__, (FusedModule, cls), body)
+    return made
+
+
+# The cast, because mypy does not take a class of modules for hashable.
+fused_class = cast(
+    Callable[[type[nn.Module], bool], type[nn.Module]], functools.cache(_fused_class)
+)
+
+
+def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a tool is tracing or exporting. It has to see the modules, not the graph."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch.jit.is_tracing()
+        or torch.compiler.is_exporting()
+        or any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))
+    )
+
+
+def run_graph(module: nn.Module, fusion: Fusion) -> None:
+    """Makes ``module`` run a graph, in place."""
+    vars(module)[_FUSION] = fusion
+    change_class(module, fused_class(type(module), True))
+
+
+def be_undoable(module: nn.Module) -> None:
+    """Gives ``module`` the method ``unfuse``, if it has none."""
+    if not isinstance(module, FusedModule | torch.jit.ScriptModule):
+        change_class(module, fused_class(type(module), False))
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Gives all modules in ``model`` their own class and forward back; returns ``model``."""
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            vars(module).pop(_FUSION, None)
+            change_class(module, module._unfused)
+    return model

@@ -1,0 +1,110 @@
+"""Guards: whether modules are still what they were when their forwards became part of a graph.
+
+A graph does the work of several forwards. It is right as long as nothing that these forwards depend
+on has changed: the children of each module, the attributes that its forward reads, and that there
+are no hooks, which a call would run and a graph would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .._compat.modules import INTERNALS, children_of, is_hooked
+
+_ABSENT = "(absent)"
+# Values of these types are compared by value, all others by identity.
+_SIMPLE = (bool, int, float, str, tuple)
+
+
+@dataclass
+class Guard:
+    """What a module was like when its forward became part of a graph.
+
+    A deep copy of the module copies its guard too, so that the guard of the copy refers to the
+    attributes of the copy.
+    """
+
+    cls: type[nn.Module]
+    children: tuple[str, ...]  #: names, in order
+    #: Name, value, and for a list or dictionary the identities of what is in it.
+    attributes: list[tuple[str, Any, tuple[Any, ...] | None]]
+    called: list[tuple[str, int]]  #: children that the graph calls: name, index
+    inside: list[tuple[str, Guard]]  #: children whose forward is part of the graph
+
+    def check(self, module: nn.Module, called: list[Any]) -> bool:
+        """Whether nothing has changed in ``module``. Puts the modules that the graph calls into
+        ``called``, each at its index."""
+        state = module.__dict__
+        children = children_of(module)
+        if tuple(children) != self.children:
+            return False
+        for name, value, contents in self.attributes:
+            now = state.get(name, _ABSENT)
+            if now is not value and not (type(now) in _SIMPLE and now == value):
+                return False
+            if contents is not None and _contents(now) != contents:
+                return False
+        for name, index in self.called:
+            called[index] = children[name]
+        for name, guard in self.inside:
+            child = children[name]
+            if type(child) is not guard.cls or is_hooked(child) or not guard.check(child, called):
+                return False
+        return True
+
+
+def _contents(value: Any) -> tuple[Any, ...] | None:
+    if type(value) is list:
+        return tuple(map(id, value))
+    if type(value) is dict:
+        return tuple((key, id(held)) for key, held in value.items())
+    return None
+
+
+def make_guard(
+    module: nn.Module,
+    guarded: Set[str],
+    called: dict[str, int],
+    names: Iterable[str],
+    path: str = "",
+) -> Guard:
+    """The guard of ``module`` as it is now.
+
+    Args:
+        module: the root of the graph, or a module inside of it.
+        guarded: paths of the modules that must not change.
+        called: paths of the modules that the graph calls -> their index.
+        names: names in the code of the forwards. Attributes of these names are guarded.
+        path: of ``module``, from the root.
+    """
+    state = vars(module)
+    attributes = [
+        (name, state.get(name, _ABSENT), _contents(state.get(name)))
+        for name in sorted(names)
+        if name not in INTERNALS
+        and not name.startswith("__")
+        and (name in state or _is_default(module, name))
+    ]
+    held = children_of(module)
+    children = [(name, f"{path}.{name}".strip("."), child) for name, child in held.items()]
+    return Guard(
+        type(module),
+        tuple(held),
+        attributes,
+        [(name, called[place]) for name, place, _ in children if place in called],
+        [
+            (name, make_guard(child, guarded, called, names, place))
+            for name, place, child in children
+            if child is not None and place in guarded
+        ],
+    )
+
+
+def _is_default(module: nn.Module, name: str) -> bool:
+    """Whether the class has a value of this name, which an attribute of the instance may hide."""
+    value = getattr(type(module), name, None)
+    return isinstance(value, bool | int | float | str | tuple | list)

@@ -1,0 +1,238 @@
+"""Recording one run of a forward as a graph.
+
+The forward runs with proxies in place of its inputs. If it does something that depends on the
+values of tensors, or that a graph would not repeat, that is a fault of the module whose forward is
+running. A fault is noted before it is raised, because the forward may catch the exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from .._compat.modules import catch_calls, release_calls
+from .proxy import Unfit, Value
+from .state import Outside
+from .watch import RANDOM_FUNCTIONS, NumpyRandom, watching
+
+# The attributes and methods of a tensor that describe it without reading its values.
+_DESCRIBING = frozenset(
+    {
+        "shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf",
+        "grad_fn",
+        "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "is_mps",
+        "itemsize", "nbytes", "output_nr", "_version", "size", "dim", "ndimension", "numel",
+        "nelement", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex",
+        "is_signed", "get_device", "type", "data_ptr", "storage_offset", "__len__", "__hash__",
+        "__repr__", "__format__",
+    }
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Call:
+    """One run of a module's forward: the operations and calls in it, in order, and its result."""
+
+    module: nn.Module
+    events: list[fx.Node | Call] = field(default_factory=list)
+    result: Any = None
+
+    def nodes(self) -> Iterator[fx.Node]:
+        for event in self.events:
+            if isinstance(event, Call):
+                yield from event.nodes()
+            else:
+                yield event
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules whose forward is part of the graph."""
+        yield self.module
+        for event in self.events:
+            if isinstance(event, Call):
+                yield from event.modules()
+
+
+class Tracer(fx.Tracer):
+    """Records one run of the forward of a root module.
+
+    Calls of the modules in it are intercepted by an attribute of each instance, so the root must be
+    a copy that nothing else uses.
+    """
+
+    submodule_paths: dict[nn.Module, str]
+
+    def __init__(self, leaves: set[nn.Module], outside: Outside) -> None:
+        super().__init__()
+        self.outside = outside
+        self.numpy_random = NumpyRandom()
+        self.leaves = leaves  # the modules that the graph calls
+        self.names: set[str] = set()  # all names in the code that ran
+        self.faults: dict[nn.Module, str] = {}  # the first fault of each module, as text
+        self.culprit: nn.Module | None = None  # the innermost module whose forward raised
+        self.running: list[Call] = []  # the stack of forwards, outermost first
+
+    def fault(self, what: str) -> Unfit:
+        """Notes a fault of the forward that is running; the caller raises the result."""
+        self.faults.setdefault(self.running[-1].module, f"its forward {what}")
+        return Unfit(self.faults[self.running[-1].module])
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        self.root = root
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.submodule_paths = {module: path for path, module in root.named_modules()}
+        self.tensor_attrs = {}
+        self.running = [Call(root)]
+        forward, args = self.create_args_for_root(type(root).forward, True)
+        with self._calls_caught(root), _Tensors(self), watching(self.fault, self.names):
+            self.running[0].result = forward(*args)
+            self._check_outside()
+        self.create_node("output", "output", (self.create_arg(self.running[0].result),), {})
+        for node in self.graph.nodes:
+            node.type = None  # an annotation of the forward, which may not be picklable
+        return self.graph
+
+    def _check_outside(self) -> None:
+        drawn = self.numpy_random.was_used(self.names)
+        if drawn is not None:
+            raise self.fault(drawn)
+        changed = self.outside.restore()
+        if changed:
+            raise self.fault(f"changes {changed[0]}, outside of the module")
+
+    @contextlib.contextmanager
+    def _calls_caught(self, root: nn.Module) -> Iterator[None]:
+        modules = [module for module in root.modules() if module is not root]
+        classes = {}
+        for module in modules:
+            if type(module).__call__ is not nn.Module.__call__:
+                classes[module] = cls = type(module)
+                module.__class__ = type(cls.__name__, (cls,), {"__call__": nn.Module.__call__})
+            catch_calls(module, self._catch(module))
+        try:
+            yield
+        finally:
+            for module in modules:
+                release_calls(module)
+            for module, cls in classes.items():
+                module.__class__ = cls
+
+    def _catch(self, module: nn.Module) -> Callable[..., Any]:
+        leaf = module in self.leaves
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if leaf:
+                path = self.path_of_module(module)
+                return self.create_proxy("call_module", path, args, kwargs)
+            recorded = Call(module)
+            self.running[-1].events.append(recorded)
+            self.running.append(recorded)
+            try:
+                recorded.result = module.forward(*args, **kwargs)
+                self._check_outside()
+            except Exception:
+                self.culprit = self.culprit or module
+                raise
+            finally:
+                self.running.pop()
+            return recorded.result
+
+        return call
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        if mod not in self.submodule_paths:
+            raise self.fault("calls a module that it does not contain")
+        return self.submodule_paths[mod]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Value(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        self.running[-1].events.append(node)
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor):
+            held = (*self.root.named_parameters(), *self.root.named_buffers())
+            name = next((name for name, tensor in held if tensor is a), None)
+            if name is None:
+                raise self.fault("makes a tensor that tracing would freeze")
+            return self.create_node("get_attr", name, (), {})
+        if type(a) is OrderedDict:
+            pairs = [(self.create_arg(k), self.create_arg(v)) for k, v in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
+        kinds = (dict, list, tuple, set)
+        if isinstance(a, kinds) and not (type(a) in (*kinds, torch.Size) or hasattr(a, "_fields")):
+            raise self.fault(f"makes a {type(a).__name__}, which a graph would not keep")
+        if isinstance(a, set):
+            raise self.fault("makes a set, which a graph would not keep")
+        return super().create_arg(tuple(a) if type(a) is torch.Size else a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise self.fault("decides by the values of a tensor (control flow)")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        raise self.fault("iterates over a tensor, whose length tracing would freeze")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        raise self.fault("unpacks a mapping, whose keys tracing would freeze")
+
+
+class _Tensors(TorchFunctionMode):
+    """Intercepts torch functions that are called with real tensors only.
+
+    Where one of them is a parameter or buffer of the root, the call is recorded in the graph.
+    Otherwise its result would be frozen, and later changes of the parameter would have no effect.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+        root = tracer.root
+        self.own = {id(t) for t in (*root.parameters(), *root.buffers())}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(cls, fx.Proxy) for cls in types):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            if attribute in _DESCRIBING or id(args[0]) not in self.own:
+                return func(*args, **kwargs)
+            if name == "__set__":
+                raise self.tracer.fault(f"assigns to the attribute {attribute} of a tensor")
+            return getattr(self._value(args[0]), attribute)
+        if name in RANDOM_FUNCTIONS:
+            raise self.tracer.fault("draws random numbers that tracing would freeze")
+        if name in _DESCRIBING:
+            return func(*args, **kwargs)
+        if any(id(tensor) in self.own for tensor in _tensors([args, kwargs])):
+            if is_tensor_method_or_property(func):
+                return self.tracer.create_proxy("call_method", name, args, kwargs)
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _value(self, tensor: Tensor) -> fx.Proxy:
+        return self.tracer.proxy(self.tracer.create_arg(tensor))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
