@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._compat import transforms_active
-
 
 def as_floats(training: bool, momentum: Any, eps: Any, counter: Any) -> tuple[Any, Any]:
     """momentum and eps as the numbers that native makes of them; raises where native does."""
@@ -17,22 +15,8 @@ def as_floats(training: bool, momentum: Any, eps: Any, counter: Any) -> tuple[An
     given = (0.0 if cumulative else momentum, eps)
     if not all(isinstance(value, (int, float)) for value in given):
         F.batch_norm(torch.empty(0, 1), None, None, None, None, training, *given)
-    if training and cumulative and _is_minus_one(counter):
-        raise ZeroDivisionError  # native divides by the new count; `_raise_as_native` says it so
     # An eps that is too small stays as it is, because native's error shows it.
     return None if cumulative else float(momentum), eps if eps <= 0 else float(eps)
-
-
-def _is_minus_one(counter: Any) -> bool:
-    """Whether incrementing gives 0. Only tested on the CPU, where it needs no synchronisation."""
-    if type(counter) is not Tensor or counter.dtype is not torch.int64 or not counter.is_cpu:
-        return False
-    if transforms_active() or torch.jit.is_tracing():
-        return False
-    try:
-        return int(counter) == -1
-    except RuntimeError:  # not a single value, or one that is being traced
-        return False
 
 
 def counts_apart(counter: Any, input: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _compat, _refusals
 from ._arguments import Arguments
@@ -64,8 +65,21 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Calls `_Forward`. Buffers that require gradients are refused here, because `_Forward` would
     treat them as constants."""
     _refusals.gradients(*args[1:3])
+    if not _compat.transforms_active() and not any(map(_has_tangent, (args[0], *args[3:5]))):
+        # Native ignores tangents of running statistics alone. A Function would return a tangent of
+        # zeros, because torch does not let it return none.
+        args = (args[0], *map(_without_tangent, args[1:3]), *args[3:])
     outputs: tuple[Tensor, Tensor, Tensor] = _Forward.apply(*args)
     return outputs
+
+
+def _has_tangent(t: Tensor | None) -> bool:
+    return t is not None and forward_ad.unpack_dual(t).tangent is not None
+
+
+def _without_tangent(t: Tensor | None) -> Tensor | None:
+    """The tensor, or an alias of it where it has a tangent."""
+    return forward_ad.unpack_dual(t).primal if t is not None and _has_tangent(t) else t
 
 
 class _Forward(torch.autograd.Function):
@@ -123,8 +137,6 @@ class _Forward(torch.autograd.Function):
         if not ctx.training:
             _refusals.tangents((dx, dweight, dbias), (t.running_mean, t.running_var))
         x, weight, _, mean, rstd = ctx.saved_tensors
-        if dx is None and dweight is None and dbias is None:
-            return None, None, None
         n = Normalised(x, mean, rstd, ctx.training, ctx.eps)
         dy = torch.zeros_like(n.xhat)
         if dx is not None:

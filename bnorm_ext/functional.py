@@ -165,22 +165,26 @@ def batch_norm(
         if training is True and counts_apart(num_batches_tracked, input):
             return _count_apart(call)
         _raise_as_native(call)
-        if _is_deferred(running_mean) or _is_deferred(running_var):
+        if _has_no_memory(running_mean) or _has_no_memory(running_var):
             return _native(call)
         raise
 
 
-def _is_deferred(t: Any) -> bool:
-    """Whether the values of a tensor are not in its memory: torch negates them when they are read,
-    or they are zeros without memory. The operator does not update such running statistics."""
-    return isinstance(t, Tensor) and (t.is_neg() or (t.numel() > 0 and t.data_ptr() == 0))
+def _has_no_memory(t: Any) -> bool:
+    """Whether it is one of torch's zero tensors, which the operator cannot update. Native accepts
+    them as running statistics and leaves them as they are."""
+    try:
+        return isinstance(t, Tensor) and t.numel() > 0 and t.data_ptr() == 0
+    except RuntimeError:  # a tensor of a transform, which has no storage
+        return False
 
 
 def _count_apart(call: Arguments) -> Tensor:
     """Batch norm with a counter that the operator does not take: it is incremented here as in
     ``nn.BatchNorm2d``, but last, so that a call that fails does not count."""
     counter: Any = call.num_batches_tracked
-    momentum = 1.0 / float(counted(counter)) if call.momentum is None else call.momentum
+    count = counted(counter)
+    momentum = 1.0 / float(count) if call.momentum is None else call.momentum
     rest: Any = {name: getattr(call, name) for name in ("residual", "act", "negative_slope")}
     output = batch_norm(*call[:6], momentum, call.eps, **rest)
     counter.add_(1)

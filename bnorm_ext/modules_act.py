@@ -115,7 +115,8 @@ class _BatchNormActMixin(_BatchNormMixin):
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.act == "leaky_relu" else ""
-        return f"{super().extra_repr()}, act={self.act}{slope}"
+        text = super().extra_repr()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        return f"{text}, act={self.act}{slope}"
 
 
 class BatchNormAct1d(_BatchNormActMixin, nn.BatchNorm1d):

@@ -8,7 +8,8 @@ treat it as their own.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -40,8 +41,7 @@ class _TimmMixin(_BatchNormActMixin):
         return self._normalise(input, None, name, slope)
 
 
-@functools.cache
-def ours(cls: type[nn.Module]) -> Any:
+def _ours(cls: type[nn.Module]) -> Any:
     """The subclass of timm's ``cls``."""
     body = {
         "__module__": __name__,
@@ -52,6 +52,10 @@ def ours(cls: type[nn.Module]) -> Any:
         "extra_repr": cls.extra_repr,
     }
     return type(cls.__name__, (_TimmMixin, cls), body)
+
+
+# The cast, because mypy does not take a class of modules for hashable.
+ours = cast(Callable[[type[nn.Module]], Any], functools.cache(_ours))
 
 
 def __getattr__(name: str) -> Any:
