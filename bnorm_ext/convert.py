@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from . import modules, modules_timm
 from ._compat import AnyBatchNorm, tell_compiler
+from .distributed.conversion import synchronise, unsynchronise
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
@@ -33,7 +34,9 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 _NATIVE = {ours: native for native, ours in _OURS.items()}
 
 
-def convert_batchnorm(module: ModuleT) -> ModuleT:
+def convert_batchnorm(
+    module: ModuleT, sync: bool = False, process_group: Any = None
+) -> ModuleT:
     """Replaces every native batch norm in ``module`` (and ``module`` itself) by this package's.
 
     Replaced is each module whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or their lazy
@@ -47,6 +50,10 @@ def convert_batchnorm(module: ModuleT) -> ModuleT:
     ``bnorm_ext.modules_timm``, with its children ``drop`` and ``act``. It is one call where
     ``drop`` is ``nn.Identity`` and ``act`` an activation of :class:`bnorm_ext.BatchNormAct2d`.
 
+    With ``sync=True`` every batch norm becomes a :class:`bnorm_ext.SyncBatchNorm`: torch's and this
+    package's, ``torch.nn.SyncBatchNorm``, and those with an activation, which they keep. What was a
+    ``SyncBatchNorm`` before keeps its process group where none is given.
+
     Already converted modules are left. Other subclasses of native batch norm
     (``nn.SyncBatchNorm``, parametrised ones) are left too, since their forward may do more, and are
     named in one ``UserWarning``.
@@ -57,19 +64,27 @@ def convert_batchnorm(module: ModuleT) -> ModuleT:
     Args:
         module: a model, or a single batch norm; changed in place. To keep the original, pass
             ``copy.deepcopy(model)``.
+        sync: whether the statistics of a training batch are shared between processes.
+        process_group: with ``sync``, the ranks that share them; None for all.
 
     Returns:
         ``module`` itself.
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
+        ValueError: a ``process_group`` without ``sync=True``.
 
     Example::
 
         >>> model = bnorm_ext.convert_batchnorm(torchvision.models.resnet50())
     """
     _check_module(module, "convert_batchnorm")
-    _warn_of(change_classes(module, to_ours=True), "convert_batchnorm")
+    if process_group is not None and not sync:
+        raise ValueError("process_group is of use with sync=True only")
+    left = change_classes(module, to_ours=True)
+    if sync:
+        left = synchronise(module, process_group)
+    _warn_of(left, "convert_batchnorm")
     return module
 
 
@@ -77,8 +92,9 @@ def revert_batchnorm(module: ModuleT) -> ModuleT:
     """Undoes :func:`convert_batchnorm`: gives plain ``torch.nn`` batch norms back.
 
     Replaced is each module whose type is exactly one of this package's ``BatchNorm1d/2d/3d`` or
-    their lazy forms, wherever it came from, and each ``BatchNormAct2d`` that was timm's;
-    everything that :func:`convert_batchnorm` keeps is kept here as well. A net made by
+    their lazy forms, wherever it came from, and each ``BatchNormAct2d`` that was timm's. A
+    ``SyncBatchNorm`` becomes what it was converted from, or else ``torch.nn.SyncBatchNorm``, where
+    it has no activation. Everything that :func:`convert_batchnorm` keeps is kept here as well. A net made by
     :func:`fuse_batchnorm_act` is unfused too. Use it before tools that look for native's exact
     types (quantisation in eager mode, conv-bn folding in FX graphs). Other subclasses of this
     package's modules are left and named in one ``UserWarning``.
@@ -96,6 +112,7 @@ def revert_batchnorm(module: ModuleT) -> ModuleT:
 
     _check_module(module, "revert_batchnorm")
     unfuse(module)
+    unsynchronise(module)
     _warn_of(change_classes(module, to_ours=False), "revert_batchnorm")
     return module
 
