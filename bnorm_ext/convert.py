@@ -34,9 +34,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 _NATIVE = {ours: native for native, ours in _OURS.items()}
 
 
-def convert_batchnorm(
-    module: ModuleT, sync: bool = False, process_group: Any = None
-) -> ModuleT:
+def convert_batchnorm(module: ModuleT, sync: bool = False, process_group: Any = None) -> ModuleT:
     """Replaces every native batch norm in ``module`` (and ``module`` itself) by this package's.
 
     Replaced is each module whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or their lazy

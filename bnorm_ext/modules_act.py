@@ -33,10 +33,12 @@ class _ActForward(_OneCallForward):
 
     _rebuilding = ("torch.", "torchvision.", "timm.", "torchao.")
 
+    _not_scripted = ("eps",)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # TorchScript is not to compile the property; it looks for this in each class itself.
-        cls.__jit_unused_properties__ = ["eps"]  # type: ignore[attr-defined]
+        # TorchScript is not to compile properties; it looks for this in each class itself.
+        cls.__jit_unused_properties__ = list(cls._not_scripted)  # type: ignore[attr-defined]
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class Ranks:
                 target=_serve, args=(rank, world, rendezvous, timeout_s, theirs), daemon=True
             )
             process.start()
+            theirs.close()  # so that the end of the process is seen
             self.pipes.append(ours)
             self.processes.append(process)
 
@@ -82,12 +83,15 @@ class Ranks:
     def answer(self, rank: int, within_s: float = 2 * TIMEOUT_S) -> Any:
         """What the function returned there; raises RankFailed where it raised."""
         deadline = time.monotonic() + within_s
-        while not self.pipes[rank].poll(0.1):
-            if not self.processes[rank].is_alive():
-                raise RankFailed(rank, "exit", f"code {self.processes[rank].exitcode}")
-            if time.monotonic() > deadline:
-                raise RankFailed(rank, "no answer", f"within {within_s} s")
-        kind, value = self.pipes[rank].recv()
+        try:
+            while not self.pipes[rank].poll(0.1):
+                if time.monotonic() > deadline:
+                    raise RankFailed(rank, "no answer", f"within {within_s} s")
+            kind, value = self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join(5)
+            code = self.processes[rank].exitcode
+            raise RankFailed(rank, "exit", f"code {code}") from None
         if kind == "raised":
             raise RankFailed(rank, *value)
         return torch.load(io.BytesIO(value), weights_only=False)

@@ -112,10 +112,18 @@ def expected(case: Case, world: int) -> dict[str, Any]:
     reference = Reference(case)
     parameters(reference.bn, torch.float64)
     steps = [tuple(t.double() for t in step) for step in whole(case, world)]
-    return {k.removeprefix("bn.").replace("dbn.", "d"): v for k, v in run(reference, case, steps).items()}
+    return {
+        k.removeprefix("bn.").replace("dbn.", "d"): v
+        for k, v in run(reference, case, steps).items()
+    }
 
 
-U = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+U = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
 
 
 def assert_equal(parts: list[dict[str, Any]], reference: dict[str, Any], case: Case) -> None:
@@ -138,7 +146,11 @@ def assert_equal(parts: list[dict[str, Any]], reference: dict[str, Any], case: C
         scale = value.double().abs().max().clamp(min=1e-30)
         # The input itself is the same for both: what its mean costs is the rounding of x - mean.
         # Sums over 60 to 180 values and three roundings: 16 units.
-        allowed = 16 * (unit + U[torch.float64] * case.mean * 8 + (wide * case.mean * 2 if wide != U[torch.float64] else 0))
+        allowed = 16 * (
+            unit
+            + U[torch.float64] * case.mean * 8
+            + (wide * case.mean * 2 if wide != U[torch.float64] else 0)
+        )
         error = (found.double() - value.double()).abs().max() / scale
         assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
 
@@ -166,9 +178,7 @@ CASES = {
     "mean 1e5, float32": Case(mean=1e5, dtype=torch.float32),
     "mean 1e5, summed": Case(mean=1e5, summed=True),
     "summed": Case(summed=True),
-    "summed, uneven, relu, residual": Case(
-        summed=True, sizes=(1, 4, 0), act="relu", residual=True
-    ),
+    "summed, uneven, relu, residual": Case(summed=True, sizes=(1, 4, 0), act="relu", residual=True),
     "not affine": Case(options={"affine": False}),
     "not tracked": Case(options={"track_running_stats": False}),
     "cumulative average": Case(options={"momentum": None}, steps=3),

@@ -186,9 +186,10 @@ def test_autocast(group: Ranks) -> None:
     for name, value in net.state_dict().items():
         torch.testing.assert_close(found[0][name], value, rtol=2e-2, atol=2e-2)
         assert torch.equal(found[0][name], found[1][name])
+    # One scale for all: the gradient of a bias before a batch norm is 0, and noise in bfloat16.
+    scale = max(p.grad.abs().max() for p in net.parameters())
     for name, p in net.named_parameters():
         mean = (found[0][f"d{name}"] + found[1][f"d{name}"]) / 2
-        scale = p.grad.abs().max()
         torch.testing.assert_close(mean / scale, p.grad / scale, rtol=0, atol=6e-2)
 
 

@@ -40,7 +40,7 @@ def synchronise(module: nn.Module, process_group: Any) -> dict[str, list[str]]:
             if not hasattr(cls, "timms"):
                 state.setdefault("act", "identity")
                 state.setdefault("negative_slope", 0.01)
-            own = state.get("process_group")
+            own = state.pop("process_group", None)
             child.__class__ = _with_timm(cls) if hasattr(cls, "timms") else SyncBatchNorm
             child.process_group = own if process_group is None else process_group
             tell_compiler(child)
@@ -61,8 +61,9 @@ def unsynchronise(module: nn.Module) -> None:
             before = nn.SyncBatchNorm
         if before is None:
             continue
-        group = state.pop("process_group", None)
-        state.pop("layer_name", None)
+        group = child.process_group
+        for name in ("_process_group", "layer_name"):
+            state.pop(name, None)
         child.__class__ = before
         if before is nn.SyncBatchNorm:
             child.process_group = group
@@ -76,3 +77,10 @@ def unsynchronise(module: nn.Module) -> None:
 def _with_timm(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of our version of timm's batch norm that shares statistics."""
     return type(f"Sync{cls.__name__}", (_SyncMixin, cls), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    # For unpickling.
+    if name == f"Sync{modules_timm.NAME[1]}":
+        return _with_timm(modules_timm.BatchNormAct2d)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

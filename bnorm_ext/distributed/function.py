@@ -85,8 +85,8 @@ def _gradients(ctx: Any, dy: Tensor, wanted: Sequence[bool]) -> Gradients:
             dbias = sums[0].to(bias.dtype).view_as(bias)
     if wanted[0] or (wanted[1] and act != "identity"):
         dx, dresidual = _ops.batch_norm_backward_apply(*given, *means, act, negative_slope)
-    if wanted[1] and act == "identity":
-        dresidual = dy
+    if wanted[1] and dresidual is None:
+        dresidual = dy  # that of a sum, or of an empty batch
     return dx, dresidual, dweight, dbias
 
 
@@ -101,7 +101,8 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, wanted: Sequence[bool]) -> G
         ones = torch.ones_like(dy)
         given = (ones, x, residual, weight, bias, mean, rstd, mask)
         zeros = torch.zeros_like(mean)
-        factor = _ops.batch_norm_backward_apply(*given, zeros, zeros, act, negative_slope)[1]
+        with torch.no_grad():
+            factor = _ops.batch_norm_backward_apply(*given, zeros, zeros, act, negative_slope)[1]
         act = "identity"
     with torch.enable_grad():
         y, *_ = composite.normalise(x, residual, weight, bias, eps, act, negative_slope, group)

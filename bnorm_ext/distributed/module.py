@@ -11,7 +11,7 @@ from torch import Tensor
 from .._compat import BatchNormBase
 from .._ops import KERNEL_DEVICES
 from ..activations import Activation, check_residual
-from ..functional import _as_floats, _counted, _counts_apart, batch_norm
+from ..functional import _as_floats, _counted, _counts_apart
 from ..modules_act import _ActForward
 from . import composite
 from .agreement import agree
@@ -21,12 +21,35 @@ from .statistics import Buffers, synchronised
 __all__ = ["SyncBatchNorm"]
 
 
+class _Shared:
+    """Keeps a process group, which cannot be copied: a copy of the module has the same one, a pickled
+    module none."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Shared, (None,)
+
+
 class _SyncMixin(_ActForward):
     """The forward pass of every batch norm that shares its statistics."""
 
-    process_group: Any
-    #: Where the module was in the model that was converted, for messages.
-    layer_name: str | None = None
+    _not_scripted = ("eps", "process_group")
+    layer_name = None  # where the module was in the model that was converted, for messages
+
+    @property
+    def process_group(self) -> Any:
+        """The ranks that share statistics; None for all."""
+        held = self.__dict__.get("_process_group")
+        return None if held is None else held.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self.__dict__["_process_group"] = None if group is None else _Shared(group)
 
     def _normalise(
         self, input: Tensor, residual: Tensor | None, act: str | None, negative_slope: float
