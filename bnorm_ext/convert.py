@@ -92,8 +92,8 @@ def revert_batchnorm(module: ModuleT) -> ModuleT:
     Replaced is each module whose type is exactly one of this package's ``BatchNorm1d/2d/3d`` or
     their lazy forms, wherever it came from, and each ``BatchNormAct2d`` that was timm's. A
     ``SyncBatchNorm`` becomes what it was converted from, or else ``torch.nn.SyncBatchNorm``, where
-    it has no activation. Everything that :func:`convert_batchnorm` keeps is kept here as well. A net made by
-    :func:`fuse_batchnorm_act` is unfused too. Use it before tools that look for native's exact
+    it has no activation. Everything that :func:`convert_batchnorm` keeps is kept here as well. A
+    net made by :func:`fuse_batchnorm_act` is unfused too. Use it before tools that look for native's exact
     types (quantisation in eager mode, conv-bn folding in FX graphs). Other subclasses of this
     package's modules are left and named in one ``UserWarning``.
 

@@ -22,8 +22,8 @@ __all__ = ["SyncBatchNorm"]
 
 
 class _Shared:
-    """Keeps a process group, which cannot be copied: a copy of the module has the same one, a pickled
-    module none."""
+    """Keeps a process group, which cannot be copied: a copy of the module has the same one, a
+    pickled module none."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
