@@ -16,6 +16,7 @@ kernels would run a shape.
 from ._load import build_info
 from ._version import __version__
 from .convert import convert_batchnorm, revert_batchnorm
+from .distributed import SyncBatchNorm
 from .explain import explain
 from .functional import batch_norm
 from .fuse import FusionReport, fuse_batchnorm_act
@@ -40,6 +41,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "__version__",
     "batch_norm",
     "build_info",

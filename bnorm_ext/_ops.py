@@ -277,7 +277,8 @@ def _backward_apply(
     negative_slope: float = 0.01,
 ) -> tuple[Tensor, Tensor | None]:
     _same_device(x, dy, residual, weight, bias, mean, rstd, mask, mean_dy, mean_dy_xhat)
-    return _gradient(x), None if residual is None else _gradient(x)
+    has_residual = residual is not None or (mask is not None and mask.numel() > 0)
+    return _gradient(x), _gradient(x) if has_residual else None
 
 
 if _compiled is not None:

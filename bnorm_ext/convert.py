@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from . import modules, modules_timm
 from ._compat import AnyBatchNorm
 from ._compat.modules import change_class
+from .distributed.conversion import synchronise, unsynchronise
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
@@ -33,7 +34,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
 _NATIVE = {ours: native for native, ours in _OURS.items()}
 
 
-def convert_batchnorm(module: ModuleT) -> ModuleT:
+def convert_batchnorm(module: ModuleT, sync: bool = False, process_group: Any = None) -> ModuleT:
     """Replaces every native batch norm in ``module`` (and ``module`` itself) by this package's.
 
     This replaces each module whose type is exactly ``torch.nn.BatchNorm1d/2d/3d`` or one of their
@@ -46,9 +47,13 @@ def convert_batchnorm(module: ModuleT) -> ModuleT:
     timm's class with the same children ``drop`` and ``act``. Its forward is one call if ``drop`` is
     ``nn.Identity`` and ``act`` is an activation that :class:`bnorm_ext.BatchNormAct2d` takes.
 
+    With ``sync=True`` every batch norm becomes a :class:`bnorm_ext.SyncBatchNorm`: torch's and this
+    package's, ``torch.nn.SyncBatchNorm``, and those with an activation, which they keep. One that
+    was a ``SyncBatchNorm`` before keeps its process group if none is given.
+
     Modules that are converted already stay as they are. Other subclasses of native batch norm
-    (``nn.SyncBatchNorm``, parametrised ones) stay as they are too, because their forward may do
-    more; one ``UserWarning`` names them.
+    (parametrised ones, ``nn.SyncBatchNorm`` without ``sync=True``) stay as they are too, because
+    their forward may do more; one ``UserWarning`` names them.
 
     The method is that of Ioffe & Szegedy 2015, arXiv:1502.03167; shapes and dtypes are those of
     :class:`bnorm_ext.BatchNorm1d`, ``2d`` and ``3d``.
@@ -56,19 +61,27 @@ def convert_batchnorm(module: ModuleT) -> ModuleT:
     Args:
         module: a model, or a single batch norm; changed in place. To keep the original, pass
             ``copy.deepcopy(model)``.
+        sync: whether the statistics of a training batch are shared between processes.
+        process_group: with ``sync``, the ranks that share them; None for all.
 
     Returns:
         ``module`` itself.
 
     Raises:
         TypeError: ``module`` is not a ``torch.nn.Module``.
+        ValueError: a ``process_group`` without ``sync=True``.
 
     Example::
 
         >>> model = bnorm_ext.convert_batchnorm(torchvision.models.resnet50())
     """
     check_module(module, "convert_batchnorm")
-    _warn_of(change_classes(module, to_ours=True), "convert_batchnorm")
+    if process_group is not None and not sync:
+        raise ValueError("process_group is of use with sync=True only")
+    left = change_classes(module, to_ours=True)
+    if sync:
+        left = synchronise(module, process_group)
+    _warn_of(left, "convert_batchnorm")
     return module
 
 
@@ -77,10 +90,12 @@ def revert_batchnorm(module: ModuleT) -> ModuleT:
 
     This replaces each module whose type is exactly one of this package's ``BatchNorm1d/2d/3d`` or
     one of their lazy forms, whether it was converted or built as such, and each ``BatchNormAct2d``
-    that was timm's. It keeps everything that :func:`convert_batchnorm` keeps. A net made by
-    :func:`bnorm_ext.fuse_batchnorm_act` is unfused too. Use it before tools that look for native's
-    exact types (quantisation in eager mode, folding of convolution and batch norm in FX graphs).
-    Other subclasses of this package's modules stay as they are; one ``UserWarning`` names them.
+    that was timm's. A ``SyncBatchNorm`` becomes what it was converted from; one that was built as
+    such, and has no activation, becomes ``torch.nn.SyncBatchNorm``. It keeps everything that
+    :func:`convert_batchnorm` keeps. A net made by :func:`bnorm_ext.fuse_batchnorm_act` is unfused
+    too. Use it before tools that look for native's exact types (quantisation in eager mode, folding
+    of convolution and batch norm in FX graphs). Other subclasses of this package's modules stay as
+    they are; one ``UserWarning`` names them.
 
     Args:
         module: a model, or a single batch norm; changed in place.
@@ -95,6 +110,7 @@ def revert_batchnorm(module: ModuleT) -> ModuleT:
 
     check_module(module, "revert_batchnorm")
     unfuse(module)
+    unsynchronise(module)
     _warn_of(change_classes(module, to_ours=False), "revert_batchnorm")
     return module
 

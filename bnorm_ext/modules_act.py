@@ -35,10 +35,12 @@ class _BatchNormActMixin(_BatchNormMixin):
 
     _rebuilding = _REBUILDING
 
+    _not_scripted: tuple[str, ...] = ("eps",)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Keeps TorchScript from compiling the property. TorchScript does not look at base classes.
-        cls.__jit_unused_properties__ = ["eps"]  # type: ignore[attr-defined]
+        # Keeps TorchScript, which does not look at base classes, from compiling the properties.
+        cls.__jit_unused_properties__ = list(cls._not_scripted)  # type: ignore[attr-defined]
 
     def __init__(
         self,

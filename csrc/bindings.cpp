@@ -70,7 +70,8 @@ TORCH_LIBRARY(bnorm_ext, m) {
       "Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, str act=\"identity\", "
       "float negative_slope=0.01) -> (Tensor sum_dy, Tensor sum_dy_xhat)",
       tags);
-  // mean_dy, mean_dy_xhat: the two sums over all processes, divided by the total count.
+  // mean_dy, mean_dy_xhat: the two sums over all processes, divided by the total count. dresidual
+  // is defined where there was a residual, or a mask in its place.
   m.def(
       "batch_norm_backward_apply(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, "
       "Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, Tensor mean_dy, Tensor mean_dy_xhat, "

@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x,
   check_statistic(op, "mean_dy_xhat", mean_dy_xhat, x);
   Backward b{op, dy, x, residual, weight, bias, mean, rstd, mask, act, negative_slope};
   b.wants_dx = true;
-  b.wants_dresidual = given(residual);
+  b.wants_dresidual = given(residual) || (given(mask) && mask->numel() > 0);
   b.mean_dy = &mean_dy;
   b.mean_dy_xhat = &mean_dy_xhat;
   return b.run([](int64_t, double, double) {});

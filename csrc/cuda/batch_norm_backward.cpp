@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& x,
   const c10::cuda::CUDAGuard guard(x.device());
   const Call c = call(arguments, residual, known(mean, rstd), mask, act, negative_slope);
   Tensor dx = gradient_like(x, c.in), dresidual;
-  if (given(residual)) dresidual = gradient_like(x, c.in);
+  if (given(residual) || c.epilogue.reads_mask()) dresidual = gradient_like(x, c.in);
   apply(c, dx, dresidual, mean_dy.const_data_ptr(), mean_dy_xhat.const_data_ptr());
   return {dx, dresidual};
 }

@@ -1,0 +1,177 @@
+"""``SyncBatchNorm``, the module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._compat import BatchNormBase
+from .._ops import KERNEL_DEVICES
+from .._scalars import as_floats, counted, counts_apart
+from ..activations import Activation, check_residual
+from ..modules_act import _BatchNormActMixin
+from . import composite
+from .agreement import agree
+from .function import Normalise
+from .statistics import Buffers, synchronised
+
+__all__ = ["SyncBatchNorm"]
+
+
+class _Shared:
+    """Keeps a process group, which cannot be copied: a copy of the module has the same one, a
+    pickled module none."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Shared, (None,)
+
+
+class _SyncMixin(_BatchNormActMixin):
+    """The forward pass of every batch norm that shares its statistics."""
+
+    _not_scripted: tuple[str, ...] = ("eps", "process_group")
+    layer_name = None  # where the module was in the model that was converted, for messages
+
+    @property
+    def process_group(self) -> Any:
+        """The ranks that share statistics; None for all."""
+        held = self.__dict__.get("_process_group")
+        return None if held is None else held.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self.__dict__["_process_group"] = None if group is None else _Shared(group)
+
+    def _normalise(
+        self, input: Tensor, residual: Tensor | None, act: str | None, negative_slope: float
+    ) -> Tensor:
+        group = self._group(input)
+        if group is None:
+            return super()._normalise(input, residual, act, negative_slope)
+        world = dist.get_world_size(group)
+        mean, var, weight, bias, _, momentum, counter = self._state(input)
+        if residual is not None:
+            check_residual(input, residual)
+        if not torch.compiler.is_compiling() and input.device.type != "meta":
+            agree(self, self._described(), input, world, group)
+        apart = counts_apart(counter, input)
+        if apart and momentum is None:
+            momentum = 1.0 / float(counted(counter))
+        momentum, eps = as_floats(True, momentum, self.__dict__["eps"], counter)
+        buffers = Buffers(mean, var, None if apart else counter, momentum)
+        named = act or "identity"
+        layer = (input, residual, weight, bias)
+        epilogue = (named, negative_slope)
+        if input.device.type not in KERNEL_DEVICES:
+            y = composite.training_step(*layer, buffers, eps, *epilogue, group)
+        else:
+            with torch.no_grad():
+                found = synchronised(input.detach(), buffers, eps, world, group)
+            y = None if found is None else Normalise.apply(*layer, *found, eps, *epilogue, group)
+        if y is None:
+            return super()._normalise(input, residual, act, negative_slope)
+        if apart:
+            counter.add_(1)
+        return y
+
+    def _group(self, input: Tensor) -> Any:
+        """Whom the statistics of this call are shared with; None where with nobody."""
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group if self.process_group is not None else dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    def _described(self) -> str:
+        own = f"{type(self).__name__}({self.extra_repr()})"
+        return own if self.layer_name is None else f"layer {self.layer_name}, {own}"
+
+
+class SyncBatchNorm(_SyncMixin, BatchNormBase):
+    """Batch normalisation with statistics over the batches of all processes of a group, then an
+    addition and an activation where they are given: ``act(batch_norm(input) + residual)``.
+
+    In training, each rank of the process group contributes its batch, and every rank normalises
+    with mean and variance over all of them (Ioffe & Szegedy 2015, arXiv:1502.03167; merged as by
+    Chan, Golub & LeVeque 1983), so that a batch that is split between ranks gives the results of
+    one process with the whole batch. A forward pass sends one message (two for wide layers on many
+    ranks), a backward pass one; the host does not wait for the device. Batches may differ in size
+    and may be empty. In evaluation, in a group of one rank, and where ``torch.distributed`` is not
+    initialised, it is :class:`bnorm_ext.BatchNormAct2d` without its check of the rank.
+
+    The gradients of ``weight`` and ``bias`` are those of this rank's batch, for
+    ``DistributedDataParallel`` or FSDP to average. CPU tensors need a group with a CPU backend
+    (Gloo), CUDA tensors one with a CUDA backend (NCCL).
+
+    ``isinstance(m, torch.nn.modules.batchnorm._BatchNorm)`` holds, ``isinstance(m,
+    torch.nn.SyncBatchNorm)`` does not: DistributedDataParallel refuses CPU modules of that class.
+
+    Args:
+        num_features: C of the input.
+        eps, momentum, affine, track_running_stats, device, dtype: as for
+            :class:`torch.nn.SyncBatchNorm`.
+        process_group: the ranks that share statistics; None for all.
+        act, negative_slope: as for :class:`bnorm_ext.BatchNormAct2d`, though None by default.
+
+    Shape:
+        - input: ``(N, C)`` or ``(N, C, ...)``, where N and what follows C may differ between
+          ranks; residual, where given, and output: the same.
+        - ``weight``, ``bias``, ``running_mean``, ``running_var``: ``(C,)``.
+
+    Dtypes: float64, float32, float16 and bfloat16, the same on all ranks; parameters as for
+    :class:`bnorm_ext.BatchNorm1d`. Sums over ranks are in float64.
+
+    Raises:
+        ValueError: one value per channel over all ranks in training (on every rank); the input has
+            fewer than two dimensions, or no channels.
+        RuntimeError: at the first call, on every rank, where the ranks' inputs differ in channels
+            or dtype; what the backend raises for a rank that died or came too late; otherwise as
+            :class:`bnorm_ext.BatchNormAct2d`.
+
+    Example::
+
+        >>> model = bnorm_ext.convert_batchnorm(model, sync=True)
+        >>> model = torch.nn.parallel.DistributedDataParallel(model)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        act: Activation = None,
+        negative_slope: float = 0.01,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            act,
+            negative_slope,
+            device,
+            dtype,
+            **kwargs,
+        )
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        if input.size(1) == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")

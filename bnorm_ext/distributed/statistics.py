@@ -1,0 +1,91 @@
+"""The statistics of a batch that is spread over the ranks of a process group."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .collectives import all_gather, all_reduce, gathers
+
+_ops = torch.ops.bnorm_ext
+
+
+class Buffers(NamedTuple):
+    """What a training step updates in place, and how."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+
+
+class Statistics(NamedTuple):
+    """Of all ranks' values."""
+
+    mean: Tensor  #: (C,), in the accumulation type
+    rstd: Tensor  #: (C,), in the accumulation type
+    total: Tensor  #: (), values per channel, double, on the device
+
+
+def local_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance (C,) and count (1,) of this rank's values, in double."""
+    mean, var = _ops.batch_norm_stats(x)
+    return mean, var, mean.new_full((1,), x.numel() // x.size(1))
+
+
+def over_all_ranks(
+    mean: Tensor, var: Tensor, count: Tensor, world: int, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments (W, C) and counts (W,) whose merger is that of all ranks.
+
+    Gathered, W is the number of ranks, in their order, so that merging them gives every rank the
+    same bits. Summed, W is 1: the collective gives every rank the same bits.
+    """
+    C = mean.numel()
+    if gathers(world, C):
+        gathered = all_gather(torch.cat([mean, var, count]), world, group)
+        return gathered[:, :C], gathered[:, C : 2 * C], gathered[:, 2 * C]
+    sums = all_reduce(torch.cat([mean * count, count]), group)
+    total = sums[C:]
+    common = sums[:C] / total
+    # About the common mean, so that nothing cancels however far the ranks' means lie apart.
+    m2 = all_reduce((var + (mean - common).square()) * count, group)
+    return common.unsqueeze(0), (m2 / total).unsqueeze(0), total
+
+
+def synchronised(
+    x: Tensor, buffers: Buffers, eps: float, world: int, group: Any
+) -> Statistics | None:
+    """Statistics over all ranks; ``buffers`` are updated. None where no rank has a value.
+
+    Raises:
+        ValueError: the ranks have one value per channel between them.
+    """
+    mean, var, count = local_moments(x)
+    means, vars, counts = over_all_ranks(mean, var, count, world, group)
+    total = counts.sum()
+    if not has_values(x, total):
+        return None
+    mean, rstd = _ops.batch_norm_merge_stats(means, vars, counts, *buffers, eps, x.dtype)
+    return Statistics(mean, rstd, total)
+
+
+def has_values(x: Tensor, total: Tensor) -> bool:
+    """Whether any rank has a value.
+
+    Raises:
+        ValueError: they have one per channel between them.
+    """
+    # A rank with several values knows. Only where one has one at most, the host waits for the
+    # device.
+    if x.numel() // x.size(1) > 1:
+        return True
+    values = int(total.item())
+    if values == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{x.size()}, and one value per channel over all ranks"
+        )
+    return values > 1
