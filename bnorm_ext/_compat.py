@@ -2,7 +2,7 @@
 
 torch may rename or remove any of these in any release; then what depends on it becomes slower or is
 refused with a reason, and nothing else breaks. No other module may use such a name, and
-``tests/packaging/test_compat.py`` takes each of ``NAMES`` away.
+``tests/test_compat.py`` takes each of ``NAMES`` away.
 """
 
 from __future__ import annotations

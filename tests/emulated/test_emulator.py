@@ -4,6 +4,7 @@ cuda_emulator/selftest/."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -72,6 +73,27 @@ def test_every_case_is_tested(program: Path):
     *cases, fibers = listed.splitlines()
     assert sorted(cases) == sorted([*CORRECT, *LIMITS, *BROKEN])
     assert fibers == f"fibers: {'boost' if building.has_boost_context() else 'ucontext'}"
+
+
+# Commands of README.md and the report that follows each there, shortened where it ends in "...".
+SHOWN = re.findall(r"^\$ (.+)\n(\w+: .+)$", (building.HERE / "README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("command", "report"), SHOWN, ids=[command for command, _ in SHOWN])
+def test_reports_of_the_readme(program: Path, command: str, report: str):
+    if command == "/tmp/example":
+        example = building.build("example", [building.HERE / "example.cu"])
+        output = subprocess.run([example], capture_output=True, text=True, check=True).stdout
+    else:
+        case, seed = command.removeprefix("python -m cuda_emulator.selftest ").split()
+        _, output = run(program, case, [seed])
+    whole = report.removesuffix(" ...")
+    assert any(line.startswith(whole) for line in output.splitlines())
+
+
+def test_the_readme_shows_each_kind_of_report():
+    kinds = {kind for kind, _ in BROKEN.values() if kind and "|" not in kind} | {"unwritten"}
+    assert {report.split(":")[0] for _, report in SHOWN} == kinds
 
 
 def test_the_same_seed_gives_the_same_order(program: Path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bnorm_ext
+from bnorm_ext import _compat, _load
 from tests.common.cases import BOTH, DTYPES, Case, case, normal, run
 
 
@@ -243,3 +244,22 @@ def test_autocast_leaves_dtypes_as_native():
                 for f in (bnorm_ext.batch_norm, F.batch_norm)
             )
             assert ours.dtype == native.dtype
+
+
+@pytest.mark.skipif(_load.DISABLED, reason="BNORM_EXT_DISABLE=1: there are no operators")
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_channels_last_is_told_as_the_kernels_tell_it(rank):
+    sizes, strides = (1, 2, 3), (0, 1, 2, 3, 6, 12)
+    buffer = torch.zeros(200)
+    formats = set()
+    for _ in range(1000):
+        shape = [sizes[int(i)] for i in torch.randint(len(sizes), (rank,))]
+        stride = [strides[int(i)] for i in torch.randint(len(strides), (rank,))]
+        x = buffer.as_strided(shape, stride)
+        if x.is_contiguous():  # the kernels do not ask then
+            continue
+        v = torch.ones(shape[1])
+        y, _ = torch.ops.bnorm_ext.batch_norm_inference(x, None, v, v, v, v, 1e-5)
+        formats.add(told := _compat.channels_last_or_contiguous(x))
+        assert y.stride() == torch.empty(shape, memory_format=told).stride(), (shape, stride)
+    assert len(formats) == (1 if rank < 4 else 2)
