@@ -4,6 +4,7 @@
 
 #include "backward_kernels.h"
 #include "forward_kernels.h"
+#include "kernels.h"
 
 namespace bnorm_ext {
 namespace cpu {

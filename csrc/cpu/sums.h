@@ -107,7 +107,7 @@ BNORM_INLINE void sum_columns(const Tile& tile, int64_t element_size,
   if (ab != nullptr) {
     for (int64_t j = 0; j < tile.width + V::W; ++j) ab[j] = 0;
   }
-  const auto add = [&](int64_t row, auto count) {
+  const auto add = [&](int64_t row, auto count) BNORM_INLINE_LAMBDA {
     add_rows<V, decltype(count)::value>(tile, row, tile.width, coefficients, a, ab, load_pair);
   };
   // Rows a multiple of 2 KB apart map to few sets of L1: fewer of them at a time, so that their
