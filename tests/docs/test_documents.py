@@ -132,6 +132,17 @@ def test_tests_that_are_named_exist(document):
         assert re.search(pattern, source, re.MULTILINE), f"{document}: {name}::{test}"
 
 
+def test_functions_are_in_the_file_that_is_named_before_them():
+    """Of the page that follows one call: `csrc/autograd.cpp`, `training` and the like."""
+    text = text_of("docs/reading.md")
+    pairs = re.findall(r"`([\w/.]+\.(?:py|h|cpp|cuh|cu))`, `([A-Za-z_:]+)`", text)
+    assert len(pairs) > 10
+    for path, name in pairs:
+        source = text_of(path)
+        for part in name.split("::"):
+            assert re.search(rf"\b{part}\b", source), f"reading.md: {name} is not in {path}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_make_targets_exist(document):
     targets = set(re.findall(r"^([a-z][a-z-]*):", text_of("Makefile"), re.MULTILINE))
