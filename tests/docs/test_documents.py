@@ -146,9 +146,8 @@ def test_functions_are_in_the_file_that_is_named_before_them():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_make_targets_exist(document):
     targets = set(re.findall(r"^([a-z][a-z-]*):", text_of("Makefile"), re.MULTILINE))
-    code = " ".join(FENCE.findall(text_of(document))) + " ".join(
-        re.findall(r"`([^`\n]+)`", FENCE.sub("", text_of(document)))
-    )
+    text = text_of(document)
+    code = "\n".join(FENCE.findall(text) + re.findall(r"`([^`\n]+)`", FENCE.sub("", text)))
     for target in re.findall(r"\bmake ([a-z][a-z-]*)", code):
         assert target in targets, f"{document}: make {target}"
 
