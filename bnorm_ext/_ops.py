@@ -50,13 +50,15 @@ def _format(t: Tensor) -> torch.memory_format:
     return torch.contiguous_format if t.is_contiguous() else suggest_memory_format(t)
 
 
-def _in_format_of(dy: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """As ``in_format_of`` in ``csrc/checks.cpp``."""
+def _channels_last_as(dy: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """As ``channels_last_as`` in ``csrc/checks.cpp``."""
     wanted = _format(dy)
     tied = mask is not None and mask.numel() > 0
-    if tied or dy.shape != x.shape or not dy.is_contiguous(memory_format=wanted):
+    if tied or dy.shape != x.shape or wanted in (torch.contiguous_format, _format(x)):
         return x
-    return x if wanted == _format(x) else torch.empty_like(x, memory_format=wanted)
+    if not dy.is_contiguous(memory_format=wanted):
+        return x
+    return torch.empty_like(x, memory_format=wanted)
 
 
 def _accumulation_type(dtype: torch.dtype) -> torch.dtype:
@@ -184,7 +186,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     _same_device(x, dy, residual, weight, bias, mean, rstd, mask)
     if any_layout:
-        x = _in_format_of(dy, x, mask)
+        x = _channels_last_as(dy, x, mask)
     return _gradients(x, weight, bias, output_mask)
 
 
@@ -205,7 +207,7 @@ def _inference_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     _same_device(x, dy, residual, weight, bias, running_mean, running_var, mask)
     if any_layout:
-        x = _in_format_of(dy, x, mask)
+        x = _channels_last_as(dy, x, mask)
     return _gradients(x, weight, bias, output_mask)
 
 

@@ -194,24 +194,20 @@ def _counted(counter: Tensor) -> Tensor:
 def _compiled(*arguments: Any) -> Tensor:
     """For a graph that is being compiled.
 
-    The compiler gives convolutions other strides in forward than in backward. Alone, a batch norm
-    is then faster in the compiler's own kernels; with an activation in the operator, which keeps
+    The compiler gives convolutions other strides in forward than in backward. Without an activation
+    a batch norm is then faster in the compiler's own kernels; with one in the operator, which keeps
     nothing but its input. An addition is left to the compiler: the operator would keep a mask,
-    whose bits lie by the strides of forward.
+    whose bit layout follows the strides of forward.
     """
     momentum, counter, residual, act, negative_slope = arguments[6], *arguments[8:]
     # Torch's operators need a number for momentum, and the counter is on the device.
     needs_op = momentum is None and counter is not None
-    if not needs_op and (_COMPILE == "aten" or (not _COMPILE and _is_alone(residual, act))):
+    if not needs_op and (_COMPILE == "aten" or (not _COMPILE and act == "identity")):
         return _native(*arguments)
     if residual is None:
         return _call_op(*arguments)
     check_residual(arguments[0], residual)
     return compose(_call_op(*arguments[:9], None, "identity", 0.01), residual, act, negative_slope)
-
-
-def _is_alone(residual: Tensor | None, act: str) -> bool:
-    return residual is None and act == "identity"
 
 
 def _call_op(

@@ -37,7 +37,7 @@ TORCH_LIBRARY(bnorm_ext, m) {
       "float negative_slope=0.01, bool save_mask=False) -> (Tensor y, Tensor mask)",
       tags);
   // output_mask: which of dx, dresidual, dweight, dbias are wanted. any_layout: dx and dresidual
-  // are in the format of dy; else in that of x, as native's. For compiled graphs, whose forward may
+  // are channels-last where x or dy is; else in the format of x, as native's. For compiled graphs, whose forward may
   // have other strides than their backward.
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "

@@ -141,14 +141,15 @@ at::Tensor in_layout_of(const at::Tensor& other, const Input& like) {
   return other.contiguous(like.format);
 }
 
-at::Tensor in_format_of(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& mask) {
+at::Tensor channels_last_as(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& mask) {
   const bool tied = given(mask) && mask->numel() > 0;
   if (tied || dy.layout() != at::kStrided || dy.sizes() != x.sizes()) return x;
   const auto format_of = [](const at::Tensor& t) {
     return t.is_contiguous() ? at::MemoryFormat::Contiguous : t.suggest_memory_format();
   };
   const at::MemoryFormat format = format_of(dy);
-  return dy.is_contiguous(format) && format != format_of(x) ? x.contiguous(format) : x;
+  if (format == at::MemoryFormat::Contiguous || !dy.is_contiguous(format)) return x;
+  return format == format_of(x) ? x : x.contiguous(format);
 }
 
 at::Tensor statistic_like(const at::Tensor& x) {

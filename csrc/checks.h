@@ -72,8 +72,9 @@ at::Tensor parameter_gradient_like(const OptionalTensor& parameter, const at::Te
 // `other` in the layout of `like`: itself where it is dense so, else a copy.
 at::Tensor in_layout_of(const at::Tensor& other, const Input& like);
 
-// x in the format of dy, where dy is dense in one and nothing ties x to its own (a mask does).
-at::Tensor in_format_of(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& mask);
+// x in channels-last where dy is, unless a mask ties x to its own format. A convolution whose output
+// was channels-last takes its gradient fastest so, hence x that is channels-last stays so as well.
+at::Tensor channels_last_as(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& mask);
 
 // Uninitialised: one value per channel of x, in the accumulation type.
 at::Tensor statistic_like(const at::Tensor& x);

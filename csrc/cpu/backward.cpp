@@ -141,7 +141,7 @@ Gradients backward(const Tensor& dy, const Tensor& given_x, const OptionalTensor
                    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                    const Tensor& rstd, const OptionalTensor& mask, std::string_view act,
                    double negative_slope, std::array<bool, 4> output_mask, bool any_layout) {
-  const Tensor x = any_layout ? in_format_of(dy, given_x, mask) : given_x;
+  const Tensor x = any_layout ? channels_last_as(dy, given_x, mask) : given_x;
   const char* op = "batch_norm_backward";
   check_backward({op, dy, x, weight, bias}, mean, rstd);
   Backward b{op, dy, x, residual, weight, bias, mean, rstd, mask, act, negative_slope};
@@ -154,7 +154,7 @@ Gradients inference_backward(const Tensor& dy, const Tensor& given_x,
                              const Tensor& running_var, double eps, const OptionalTensor& mask,
                              std::string_view act, double negative_slope,
                              std::array<bool, 4> output_mask, bool any_layout) {
-  const Tensor x = any_layout ? in_format_of(dy, given_x, mask) : given_x;
+  const Tensor x = any_layout ? channels_last_as(dy, given_x, mask) : given_x;
   const char* op = "batch_norm_inference_backward";
   check_input(op, "x", x);
   check_forward(
