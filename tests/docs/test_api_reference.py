@@ -47,12 +47,20 @@ def test_every_public_name_is_on_the_page(page):
 
 
 def test_signatures_are_those_of_the_code(page):
+    """Of constructors too, which pdoc leaves out if they are inherited."""
     text = words(page)
     for name in bnorm_ext.__all__:
         value = getattr(bnorm_ext, name)
         if inspect.isfunction(value):
             for parameter in inspect.signature(value).parameters.values():
                 assert f"{parameter.name}:" in text, f"{name}({parameter.name})"
+        elif inspect.isclass(value):
+            first, second, *_ = inspect.signature(value).parameters
+            assert re.search(rf"{name}\(\s*{first}: [^()]+, {second}: ", text), name
+
+
+def test_comments_of_fields_are_shown(page):
+    assert "Name of the batch norm" in words(page)
 
 
 def test_docstrings_are_rendered(page):
