@@ -56,7 +56,7 @@ def test_signatures_are_those_of_the_code(page):
                 assert f"{parameter.name}:" in text, f"{name}({parameter.name})"
         elif inspect.isclass(value):
             first, second, *_ = inspect.signature(value).parameters
-            assert re.search(rf"{name}\(\s*{first}: [^()]+, {second}: ", text), name
+            assert re.search(rf"{name}\(\s*{first}[:=][^()]+, {second}[:=]", text), name
 
 
 def test_comments_of_fields_are_shown(page):
