@@ -6,6 +6,7 @@
 #   make test TORCH=torch==2.11.0 VENV=.venv-2.11        with another torch
 #   make test-torches          build and test it with every torch that is promised (slow)
 #   make bench                 measure it beside torch
+#   make docs                  the API reference as HTML, in build/docs
 #   make mutants               whether the tests see CUDA kernels that were broken on purpose
 #   make gpu-check             what only a GPU can show
 #
@@ -43,7 +44,7 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: test test-all test-install test-torches demo build lint format cuda-build gpu-check mutants bench clean FORCE
+.PHONY: test test-all test-install test-torches demo build lint format cuda-build gpu-check mutants bench docs clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
@@ -99,6 +100,10 @@ cuda-build:
 # The microbenchmarks; `python -m bench --help` for all that they can do.
 bench: build $(STAMPS)/extra-bench
 	$(PY) -m bench
+
+# Generated from the docstrings; open build/docs/index.html.
+docs: build $(STAMPS)/extra-docs
+	$(PY) .ci/api_reference.py build/docs
 
 # On a machine with a GPU; VENV= for the current environment, which needs no network then.
 gpu-check: $(if $(strip $(VENV)),$(STAMPS)/extra-test)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every measurement that the README quotes, on a machine that does nothing else: about fifteen minutes.
+# Repeats every measurement that README.md and docs/performance.md quote. Takes about fifteen minutes
+# on a machine that does nothing else.
 #
 #   bench/record.sh [PYTHON [DEVICE]]      writes bench/results/DEVICE-*.json, .png and .txt
 set -euo pipefail
