@@ -19,130 +19,104 @@ import torch
 from torch import Tensor
 
 from . import _compat, _refusals
+from ._arguments import Arguments
 from ._plain import Normalised, accumulation_type, fold, fold_vector, per_channel, unfold
 from .activations import check_residual, compose
 
 
-def batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    negative_slope: float,
-) -> Tensor:
+def batch_norm(call: Arguments) -> Tensor:
     """As ``functional.batch_norm``."""
-    buffers = (running_mean, running_var, num_batches_tracked)
-    if residual is None and act == "identity":
-        return _normalise(input, weight, bias, *buffers, training, momentum, eps)
+    input, residual = call.input, call.residual
+    if residual is None and call.act == "identity":
+        return _normalise(call)
     # What follows the normalisation is torch's own: it has every derivative. In the accumulation
     # type, so that 16-bit results are rounded once here too; but for running statistics in 16 bit,
     # which the operator updates for 16-bit input only.
     type = accumulation_type(input.dtype)
-    if any(t is not None and t.dtype != type for t in buffers[:2]):
+    if any(t is not None and t.dtype != type for t in (call.running_mean, call.running_var)):
         type = input.dtype
-    wide = [t if t is None else t.to(type) for t in (input, weight, bias)]
-    z = _normalise(*wide, *buffers, training, momentum, eps)
+    weight, bias = (t if t is None else t.to(type) for t in (call.weight, call.bias))
+    z = _normalise(call._replace(input=input.to(type), weight=weight, bias=bias))
     if residual is not None:
         check_residual(input, residual)
         residual = residual.to(type)
-    return compose(z, residual, act, negative_slope).to(input.dtype)
+    return compose(z, residual, call.act, call.negative_slope).to(input.dtype)
 
 
-def _normalise(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
-    counter = num_batches_tracked if training else None
-    y, mean, rstd = _forward(
-        input, weight, bias, running_mean, running_var, counter, training, momentum, eps
-    )
+def _normalise(call: Arguments) -> Tensor:
+    """Without what follows the normalisation."""
+    input, weight, bias = call.input, call.weight, call.bias
+    if not call.training:
+        call = call._replace(num_batches_tracked=None)
+    y, mean, rstd = _forward(*call[:9])
     if not _compat.may_be_forward_over_forward():
         return y
     # Torch (2.11 to 2.13 at least) loses the outer tangent in the jvp of any Python Function: the
     # second forward derivative of x**3 written as one is 0. Plain operations have no such trouble.
-    n = Normalised(input, mean, rstd, training, eps)
+    n = Normalised(input, mean, rstd, call.training, call.eps)
     y = n.xhat * per_channel(weight, input)
     return (y if bias is None else y + per_channel(bias, input)).to(input.dtype)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`_Forward`, which itself would take buffers that require gradients for constants."""
-    _refusals.gradients(*args[3:5])
+    _refusals.gradients(*args[1:3])
     return _Forward.apply(*args)
 
 
 class _Forward(torch.autograd.Function):
-    """(x, weight, bias) -> y; also mean and rstd, not differentiable. Updates the buffers."""
+    """(x, weight, bias) -> y; also mean and rstd, not differentiable. Updates the buffers.
+
+    Its inputs are the first nine of `Arguments`, in their order: torch looks for tensors among a
+    Function's inputs themselves, not inside of a tuple.
+    """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ops = torch.ops.bnorm_ext
-        if training:
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        a = Arguments(*args)
+        ops, given = torch.ops.bnorm_ext, (a.input, None, a.weight, a.bias)
+        buffers = (a.running_mean, a.running_var)
+        if a.training:
             y, mean, rstd, _ = ops.batch_norm_training(
-                x, None, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+                *given, *buffers, a.num_batches_tracked, a.momentum, a.eps
             )
             return y, mean, rstd
-        y, _ = ops.batch_norm_inference(x, None, weight, bias, running_mean, running_var, eps)
-        assert running_mean is not None and running_var is not None  # or the operator has raised
+        y, _ = ops.batch_norm_inference(*given, *buffers, a.eps)
+        # Or the operator has raised.
+        assert a.running_mean is not None and a.running_var is not None
         # In double and rounded once, as the operator does it; a copy, since a Function must not
         # return its inputs.
-        mean = running_mean.to(accumulation_type(x.dtype), copy=True)
-        rstd = (1.0 / torch.sqrt(running_var.double() + eps)).to(accumulation_type(x.dtype))
-        return y, mean, rstd
+        mean = a.running_mean.to(accumulation_type(a.input.dtype), copy=True)
+        rstd = 1.0 / torch.sqrt(a.running_var.double() + a.eps)
+        return y, mean, rstd.to(accumulation_type(a.input.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, _, _, _, ctx.training, _, ctx.eps = inputs
+        a = Arguments(*inputs)
+        ctx.training, ctx.eps = a.training, a.eps
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.save_for_forward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(a.input, a.weight, a.bias, mean, rstd)
+        ctx.save_for_forward(a.input, a.weight, a.bias, mean, rstd)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        gradients: Any = (None, None, None)
+        dx, dweight, dbias = None, None, None
         if dy is not None:
-            wanted = ctx.needs_input_grad[:3]
-            gradients = _Backward.apply(dy, *ctx.saved_tensors, ctx.training, ctx.eps, wanted)
-        return (*gradients, *[None] * 6)
+            needed = Arguments(*ctx.needs_input_grad)
+            wanted = (needed.input, needed.weight, needed.bias)
+            dx, dweight, dbias = _Backward.apply(
+                dy, *ctx.saved_tensors, ctx.training, ctx.eps, wanted
+            )
+        return dx, None, None, dweight, dbias, None, None, None, None
 
     @staticmethod
-    def jvp(
-        ctx: Any,
-        dx: Tensor | None,
-        dweight: Tensor | None,
-        dbias: Tensor | None,
-        drunning_mean: Tensor | None,
-        drunning_var: Tensor | None,
-        *_: Any,
-    ) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        t = Arguments(*tangents)
+        dx, dweight, dbias = t.input, t.weight, t.bias
         if not ctx.training:
-            _refusals.tangents((dx, dweight, dbias), (drunning_mean, drunning_var))
+            _refusals.tangents((dx, dweight, dbias), (t.running_mean, t.running_var))
         x, weight, _, mean, rstd = ctx.saved_tensors
         n = Normalised(x, mean, rstd, ctx.training, ctx.eps)
         dy = torch.zeros_like(n.xhat)
@@ -156,24 +130,29 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        x, _, _, *buffers, training, momentum, eps = args
-        B = info.batch_size
-        counter = buffers[2]
+        a, dims, B = Arguments(*args), Arguments(*in_dims), info.batch_size
+        counter = a.num_batches_tracked
         # Where nothing that they are updated by is mapped, shared buffers are updated once.
-        if training and (in_dims[0] is not None or (momentum is None and in_dims[5] is not None)):
-            _refusals.shared_buffers(buffers, in_dims[3:6])
-        if momentum is None and counter is not None:
+        own_momentum = a.momentum is None and dims.num_batches_tracked is not None
+        if a.training and (dims.input is not None or own_momentum):
+            _refusals.shared_buffers(
+                (a.running_mean, a.running_var, counter),
+                (dims.running_mean, dims.running_var, dims.num_batches_tracked),
+            )
+        if a.momentum is None and counter is not None:
             # Each of the B batch norms has its own count, hence its own momentum.
             slices = [
-                [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+                [t if d is None else t.select(d, i) for t, d in zip(args, in_dims, strict=True)]
                 for i in range(B)
             ]
             outputs = [_forward(*one) for one in slices]
             return tuple(torch.stack(o) for o in zip(*outputs, strict=True)), (0, 0, 0)
         folded = [fold_vector(t, d, B) for t, d in zip(args[1:5], in_dims[1:5], strict=True)]
-        y, mean, rstd = _forward(fold(x, in_dims[0], B), *folded, None, training, momentum, eps)
-        if training:
-            for t, new, d in zip(buffers[:2], folded[2:], in_dims[3:5], strict=True):
+        y, mean, rstd = _forward(
+            fold(a.input, dims.input, B), *folded, a.training, a.momentum, a.eps, None
+        )
+        if a.training:
+            for t, new, d in zip(args[1:3], folded[:2], in_dims[1:3], strict=True):
                 if t is not None:
                     all_new = new.reshape(B, -1)
                     t.copy_(all_new[0]) if d is None else t.movedim(d, 0).copy_(all_new)
@@ -199,17 +178,19 @@ class _Backward(torch.autograd.Function):
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         ops = torch.ops.bnorm_ext
-        given = (dy, x, None, weight, bias, mean, rstd, None)
+        given = (dy, x, None, weight, bias)
         if training:
-            mask = (wanted[0], False, wanted[1], wanted[2])
-            dx, _, dweight, dbias = ops.batch_norm_backward(*given, "identity", 0.0, mask)
+            dx, _, dweight, dbias = ops.batch_norm_backward(
+                *(*given, None, None, mean, rstd, True, eps),
+                *(None, "identity", 0.0, (wanted[0], False, wanted[1], wanted[2])),
+            )
             return dx, dweight, dbias
-        # What batch_norm_inference_backward does, for statistics in this form.
+        # What batch_norm_backward does with train=False, for statistics in this form.
         scale = per_channel(weight, x) * per_channel(rstd, x)
         dx = (dy.to(mean.dtype) * scale).to(x.dtype) if wanted[0] else None
         if not (wanted[1] or wanted[2]):
             return dx, None, None
-        dbias, dweight = ops.batch_norm_backward_reduce(*given)
+        dbias, dweight = ops.batch_norm_backward_reduce(*given, mean, rstd, None)
         return (
             dx,
             (dweight if weight is None else dweight.to(weight.dtype)) if wanted[1] else None,

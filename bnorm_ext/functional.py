@@ -17,6 +17,7 @@ from torch.fx import Proxy
 from torch.nn import Parameter
 
 from . import _transforms
+from ._arguments import Arguments
 from ._compat import FORWARD_LEVEL, FORWARD_STATE, transforms_active
 from ._ops import KERNEL_DEVICES
 from .activations import Activation, check_residual, compose, resolve
@@ -106,6 +107,7 @@ def batch_norm(
         num_batches_tracked, residual, act, negative_slope,
     )  # fmt: skip
     if _is_dynamo_compiling():
+        call = Arguments(*arguments)
         # Compiled transforms take neither kind of autograd Function.
         native = (
             transforms_active()
@@ -114,11 +116,10 @@ def batch_norm(
             or torch.compiler.is_exporting()
             or (training and _counts_apart(num_batches_tracked, input))
         )
-        return _native(*arguments) if native else _compiled(*arguments)
+        return _native(call) if native else _compiled(call)
     try:
         if type(input) is not Tensor and isinstance(input, Proxy):
-            names = ("num_batches_tracked", "residual", "act", "negative_slope")
-            named = dict(zip(names, arguments[8:], strict=True))
+            named = dict(zip(Arguments._fields[8:], arguments[8:], strict=True))
             return input.tracer.create_proxy("call_function", batch_norm, arguments[:8], named)
         if type(eps) is not float or type(momentum) is not float:
             momentum, eps = _as_floats(training, momentum, eps, num_batches_tracked)
@@ -135,15 +136,24 @@ def batch_norm(
         ):
             # A tracer would warn of each question about sizes.
             if training is True and not tracing and _counts_apart(num_batches_tracked, input):
-                return _count_apart(*arguments)
-            return _native(*arguments)
+                return _count_apart(Arguments(*arguments))
+            return _native(Arguments(*arguments))
         if transforms_active() or FORWARD_STATE[FORWARD_LEVEL] >= 0:
-            return _transforms.batch_norm(*arguments)
-        return _call_op(*arguments)
+            return _transforms.batch_norm(Arguments(*arguments))
+        # As `_call_op`, without the cost of its call and of an `Arguments`.
+        if training:
+            return _training_op(
+                input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+                momentum, eps, act, negative_slope,
+            )[0]  # fmt: skip
+        return _inference_op(
+            input, residual, weight, bias, running_mean, running_var, eps, act, negative_slope
+        )[0]
     except Exception:
+        call = Arguments(*arguments)
         if training is True and _counts_apart(num_batches_tracked, input):
-            return _count_apart(*arguments)
-        _raise_as_native(*arguments)
+            return _count_apart(call)
+        _raise_as_native(call)
         raise
 
 
@@ -164,15 +174,13 @@ def _counts_apart(counter: Any, input: Any) -> bool:
     )
 
 
-def _count_apart(*arguments: Any) -> Tensor:
+def _count_apart(call: Arguments) -> Tensor:
     """Counts as ``nn.BatchNorm2d`` does, but last: what fails has not counted."""
-    *leading, momentum, eps, counter, residual, act, negative_slope = arguments
+    counter: Any = call.num_batches_tracked
     counted = _counted(counter)
-    if momentum is None:
-        momentum = 1.0 / float(counted)
-    output = batch_norm(
-        *leading, momentum, eps, residual=residual, act=act, negative_slope=negative_slope
-    )
+    momentum = 1.0 / float(counted) if call.momentum is None else call.momentum
+    rest: Any = {name: getattr(call, name) for name in ("residual", "act", "negative_slope")}
+    output = batch_norm(*call[:6], momentum, call.eps, **rest)
     counter.add_(1)
     return output
 
@@ -191,51 +199,36 @@ def _counted(counter: Tensor) -> Tensor:
     return alike.copy_(given).add_(1)
 
 
-def _compiled(*arguments: Any) -> Tensor:
+def _compiled(call: Arguments) -> Tensor:
     """For a graph that is being compiled.
 
     The compiler gives convolutions other strides in forward than in backward. Alone, a batch norm
     is then faster in the compiler's own kernels; with an activation in the operator, which keeps
     nothing but its input. An addition is left to the compiler: the operator would keep a mask,
-    whose bits lie by the strides of forward.
+    whose bit layout follows the strides of forward.
     """
-    momentum, counter, residual, act, negative_slope = arguments[6], *arguments[8:]
     # Torch's operators need a number for momentum, and the counter is on the device.
-    needs_op = momentum is None and counter is not None
-    if not needs_op and (_COMPILE == "aten" or (not _COMPILE and _is_alone(residual, act))):
-        return _native(*arguments)
-    if residual is None:
-        return _call_op(*arguments)
-    check_residual(arguments[0], residual)
-    return compose(_call_op(*arguments[:9], None, "identity", 0.01), residual, act, negative_slope)
+    needs_op = call.momentum is None and call.num_batches_tracked is not None
+    is_alone = call.residual is None and call.act == "identity"
+    if not needs_op and (_COMPILE == "aten" or (not _COMPILE and is_alone)):
+        return _native(call)
+    if call.residual is None:
+        return _call_op(call)
+    check_residual(call.input, call.residual)
+    normalised = _call_op(Arguments(*call[:9]))
+    return compose(normalised, call.residual, call.act, call.negative_slope)
 
 
-def _is_alone(residual: Tensor | None, act: str) -> bool:
-    return residual is None and act == "identity"
-
-
-def _call_op(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    negative_slope: float,
-) -> Tensor:
-    if training:
+def _call_op(a: Arguments) -> Tensor:
+    if a.training:
         return _training_op(
-            input, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
-            eps, act, negative_slope,
+            a.input, a.residual, a.weight, a.bias, a.running_mean, a.running_var,
+            a.num_batches_tracked, a.momentum, a.eps, a.act, a.negative_slope,
         )[0]  # fmt: skip
     return _inference_op(
-        input, residual, weight, bias, running_mean, running_var, eps, act, negative_slope
-    )[0]
+        a.input, a.residual, a.weight, a.bias, a.running_mean, a.running_var, a.eps, a.act,
+        a.negative_slope,
+    )[0]  # fmt: skip
 
 
 def _takes_native_path(input: Tensor) -> bool:
@@ -258,64 +251,41 @@ def _takes_native_path(input: Tensor) -> bool:
     return dtensor is not None and isinstance(input, dtensor.DTensor)
 
 
-def _native(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    act: str,
-    negative_slope: float,
-) -> Tensor:
+def _native(call: Arguments) -> Tensor:
     """Torch's own operations with this function's arguments; the counter moves last, so that a call
     that fails has not counted."""
+    residual, counter = call.residual, call.num_batches_tracked if call.training else None
     if residual is not None:
-        check_residual(input, residual)
-    if training and momentum is None and num_batches_tracked is not None:
-        momentum = 1.0 / float(num_batches_tracked.detach().clone().add_(1))
+        check_residual(call.input, residual)
+    momentum = call.momentum
+    if momentum is None and counter is not None:
+        momentum = 1.0 / float(counter.detach().clone().add_(1))
     # In a graph it moves first, as in native's: patterns of quantisers depend on the order.
     recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if recorded and training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    output = F.batch_norm(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,  # type: ignore[arg-type]  # None: native says what it thinks of it
-    )
-    if training and num_batches_tracked is not None and not recorded:
-        num_batches_tracked.add_(1)
-    return compose(output, residual, act, negative_slope)
+    if recorded and counter is not None:
+        counter.add_(1)
+    output = F.batch_norm(*call[:6], momentum, call.eps)
+    if counter is not None and not recorded:
+        counter.add_(1)
+    return compose(output, residual, call.act, call.negative_slope)
 
 
-def _raise_as_native(*arguments: Any) -> None:
+def _raise_as_native(call: Arguments) -> None:
     """Raises what native raises for a call that was refused here; returns where it takes it."""
-    input, running_mean, running_var, weight, bias, training, momentum, eps, counter = arguments[:9]
-    residual = arguments[9]
+    counter = call.num_batches_tracked
     if not (counter is None or isinstance(counter, Tensor)):
         raise TypeError(
             f"num_batches_tracked must be a Tensor or None, not {type(counter).__name__}"
         )
-    running_mean, running_var, counter = (
-        t.detach().clone() if isinstance(t, Tensor) else t
-        for t in (running_mean, running_var, counter)
-    )
+    copies = {
+        name: t.detach().clone()
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+        if isinstance(t := getattr(call, name), Tensor)
+    }
     with torch.no_grad():
         try:
-            _native(
-                input, running_mean, running_var, weight, bias, training, momentum, eps, counter,
-                None, "identity", 0.0,
-            )  # fmt: skip
-            if isinstance(residual, Tensor):
-                check_residual(input, residual)
+            _native(call._replace(**copies, residual=None, act="identity"))
+            if isinstance(call.residual, Tensor):
+                check_residual(call.input, call.residual)
         except Exception as error:
             raise error from None

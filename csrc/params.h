@@ -48,6 +48,14 @@ struct ChannelVector {
   DType dtype = DType::Float;
 };
 
+// Statistics that are known, in whichever dtype they are kept.
+struct Statistics {
+  ChannelVector mean;  // [C]
+  ChannelVector var;   // [C] the variance, or rstd where is_rstd
+  bool is_rstd = false;
+  double eps = 0;
+};
+
 // How a training step moves the running statistics.
 struct RunningUpdate {
   ChannelVector mean;                      // [C], updated in place

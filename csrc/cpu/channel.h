@@ -9,7 +9,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../checks.h"
+#include "../tensors.h"
 
 namespace bnorm_ext {
 namespace cpu {
@@ -75,16 +75,9 @@ class Coefficients {
 // Moves the running statistics towards this batch. In double, whatever the buffers are.
 class RunningStatistics {
  public:
-  RunningStatistics(const ForwardArguments& a, int64_t count)
-      : unbiased_(static_cast<double>(count) / static_cast<double>(count - 1)) {
-    update_.mean = channel_vector(a.running_mean);
-    update_.var = channel_vector(a.running_var);
-    if (given(a.num_batches_tracked)) {
-      update_.num_batches_tracked = a.num_batches_tracked->data_ptr<int64_t>();
-    }
-    if (a.momentum) {
-      update_.momentum = *a.momentum;
-    } else if (update_.num_batches_tracked != nullptr) {
+  RunningStatistics(const RunningUpdate& update, int64_t count)
+      : update_(update), unbiased_(static_cast<double>(count) / static_cast<double>(count - 1)) {
+    if (update_.cumulative) {
       update_.momentum = 1.0 / static_cast<double>(*update_.num_batches_tracked + 1);
     }
   }

@@ -24,14 +24,6 @@ struct Exchange {
   unsigned* generation = nullptr;  // Grid: [teams], changed by every barrier of the team
 };
 
-// Statistics that are known, in whichever dtype they are kept.
-struct Statistics {
-  ChannelVector mean;  // [C]
-  ChannelVector var;   // [C] the variance, or rstd where is_rstd
-  bool is_rstd = false;
-  double eps = 0;
-};
-
 // What follows the normalisation: y = act(z), z = fma(x - mean, weight * rstd, bias) + residual.
 struct EpilogueParams {
   Activation act = Activation::Identity;
