@@ -1,13 +1,15 @@
 """The operators ``torch.ops.bnorm_ext.*``: loading them, and their fake (meta) implementations.
 
-The schemas stand in ``csrc/bindings.cpp``. A fake implementation says shape, dtype, device and
+The schemas are in ``csrc/bindings.cpp``. A fake implementation says shape, dtype, device and
 strides of the outputs; whether the arguments fit is checked by the real ones, in ``csrc/checks.h``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +39,12 @@ def _dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def _output(x: Tensor) -> Tensor:
-    """As ``output_like`` in ``csrc/checks.cpp``."""
+    """As ``output_like`` in ``csrc/tensors.cpp``."""
     return _dense(x, torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x))
 
 
 def _gradient(x: Tensor) -> Tensor:
-    """As ``gradient_like`` in ``csrc/checks.cpp``."""
+    """As ``gradient_like`` in ``csrc/tensors.cpp``."""
     return _dense(x, suggest_memory_format(x))
 
 
@@ -51,7 +53,7 @@ def _format(t: Tensor) -> torch.memory_format:
 
 
 def _channels_last_as(dy: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """As ``channels_last_as`` in ``csrc/checks.cpp``."""
+    """As ``channels_last_as`` in ``csrc/tensors.cpp``."""
     wanted = _format(dy)
     tied = mask is not None and mask.numel() > 0
     if tied or dy.shape != x.shape or wanted in (torch.contiguous_format, _format(x)):
@@ -72,10 +74,10 @@ def _statistic(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 _PIECEWISE = ("relu", "relu6", "leaky_relu")
 
 
-def _mask(x: Tensor, residual: Tensor | None, act: str, save_mask: bool) -> Tensor:
-    if not save_mask or residual is None or act not in _PIECEWISE or x.numel() == 0:
-        return x.new_empty((0,), dtype=torch.uint8)
-    return x.new_empty((_mask_bytes(x),), dtype=torch.uint8)
+def _mask(a: SimpleNamespace) -> Tensor:
+    wanted = a.save_mask and a.residual is not None and a.act in _PIECEWISE and a.x.numel() != 0
+    mask: Tensor = a.x.new_empty((_mask_bytes(a.x) if wanted else 0,), dtype=torch.uint8)
+    return mask
 
 
 def _mask_bytes(x: Tensor) -> int:
@@ -108,189 +110,66 @@ def _takes_groups(C: int, S: int, itemsize: int) -> bool:
     return C % (width // math.gcd(width, S)) == 0
 
 
-def _same_device(x: Tensor, *others: Tensor | None) -> None:
-    # A tensor on the meta device brings the call here although x is real.
-    for other in others:
-        if other is not None and other.device != x.device:
-            raise RuntimeError(
-                f"Tensor on device {other.device} is not on the expected device {x.device}!"
-            )
+def _gradients(a: SimpleNamespace) -> tuple[Tensor | None, ...]:
+    x = _channels_last_as(a.dy, a.x, a.mask) if a.any_layout else a.x
 
-
-def _training(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    act: str = "identity",
-    negative_slope: float = 0.01,
-    save_mask: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _same_device(x, residual, weight, bias, running_mean, running_var, num_batches_tracked)
-    return _output(x), _statistic(x), _statistic(x), _mask(x, residual, act, save_mask)
-
-
-def _inference(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    act: str = "identity",
-    negative_slope: float = 0.01,
-    save_mask: bool = False,
-) -> tuple[Tensor, Tensor]:
-    _same_device(x, residual, weight, bias, running_mean, running_var)
-    return _output(x), _mask(x, residual, act, save_mask)
-
-
-def _gradients(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     def of(parameter: Tensor | None) -> Tensor:
         if parameter is None:
             return _statistic(x)
         return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
     return (
-        _gradient(x) if output_mask[0] else None,
-        _gradient(x) if output_mask[1] else None,
-        of(weight) if output_mask[2] else None,
-        of(bias) if output_mask[3] else None,
+        _gradient(x) if a.output_mask[0] else None,
+        _gradient(x) if a.output_mask[1] else None,
+        of(a.weight) if a.output_mask[2] else None,
+        of(a.bias) if a.output_mask[3] else None,
     )
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    mask: Tensor | None,
-    act: str,
-    negative_slope: float,
-    output_mask: Sequence[bool],
-    any_layout: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    _same_device(x, dy, residual, weight, bias, mean, rstd, mask)
-    if any_layout:
-        x = _channels_last_as(dy, x, mask)
-    return _gradients(x, weight, bias, output_mask)
+def _merged(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    acc = _accumulation_type(a.dtype)
+    return _statistic(a.mean, acc), _statistic(a.mean, acc)
 
 
-def _inference_backward(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    mask: Tensor | None,
-    act: str,
-    negative_slope: float,
-    output_mask: Sequence[bool],
-    any_layout: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    _same_device(x, dy, residual, weight, bias, running_mean, running_var, mask)
-    if any_layout:
-        x = _channels_last_as(dy, x, mask)
-    return _gradients(x, weight, bias, output_mask)
+#: The fakes, of the operator's arguments by the names that the schema gives them.
+_FAKES: dict[str, Callable[[SimpleNamespace], tuple[Tensor | None, ...]]] = {
+    "batch_norm_training": lambda a: (_output(a.x), _statistic(a.x), _statistic(a.x), _mask(a)),
+    "batch_norm_inference": lambda a: (_output(a.x), _mask(a)),
+    "batch_norm_backward": _gradients,
+    "batch_norm_stats": lambda a: (_statistic(a.x, torch.double), _statistic(a.x, torch.double)),
+    "batch_norm_merge_stats": _merged,
+    "batch_norm_apply": lambda a: (_output(a.x), _mask(a)),
+    "batch_norm_backward_reduce": lambda a: (_statistic(a.x), _statistic(a.x)),
+    "batch_norm_backward_apply": lambda a: (
+        _gradient(a.x),
+        None if a.residual is None else _gradient(a.x),
+    ),
+}
 
 
-def _stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _statistic(x, torch.float64), _statistic(x, torch.float64)
+def _same_device(x: Tensor, others: Iterable[Any]) -> None:
+    # A tensor on the meta device brings the call here although x is real.
+    for other in others:
+        if isinstance(other, Tensor) and other.device != x.device:
+            raise RuntimeError(
+                f"Tensor on device {other.device} is not on the expected device {x.device}!"
+            )
 
 
-def _merge_stats(
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    _same_device(mean, var, count, running_mean, running_var, num_batches_tracked)
-    acc = _accumulation_type(dtype)
-    return _statistic(mean, acc), _statistic(mean, acc)
+def _register(name: str, fake: Callable[[SimpleNamespace], tuple[Tensor | None, ...]]) -> None:
+    parameters = getattr(torch.ops.bnorm_ext, name).default._schema.arguments
+    names = [p.name for p in parameters]
+    defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
 
+    def by_name(*args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        # Torch leaves out arguments that have their default value.
+        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        _same_device(given["x"] if "x" in given else given["mean"], given.values())
+        return fake(SimpleNamespace(**given))
 
-def _apply(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    act: str = "identity",
-    negative_slope: float = 0.01,
-    save_mask: bool = False,
-) -> tuple[Tensor, Tensor]:
-    _same_device(x, residual, weight, bias, mean, rstd)
-    return _output(x), _mask(x, residual, act, save_mask)
-
-
-def _backward_reduce(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    mask: Tensor | None,
-    act: str = "identity",
-    negative_slope: float = 0.01,
-) -> tuple[Tensor, Tensor]:
-    _same_device(x, dy, residual, weight, bias, mean, rstd, mask)
-    return _statistic(x), _statistic(x)
-
-
-def _backward_apply(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    mask: Tensor | None,
-    mean_dy: Tensor,
-    mean_dy_xhat: Tensor,
-    act: str = "identity",
-    negative_slope: float = 0.01,
-) -> tuple[Tensor, Tensor | None]:
-    _same_device(x, dy, residual, weight, bias, mean, rstd, mask, mean_dy, mean_dy_xhat)
-    has_residual = residual is not None or (mask is not None and mask.numel() > 0)
-    return _gradient(x), _gradient(x) if has_residual else None
+    register_fake(f"bnorm_ext::{name}", by_name)
 
 
 if _compiled is not None:
-    for _name, _fake in {
-        "batch_norm_training": _training,
-        "batch_norm_inference": _inference,
-        "batch_norm_backward": _backward,
-        "batch_norm_inference_backward": _inference_backward,
-        "batch_norm_stats": _stats,
-        "batch_norm_merge_stats": _merge_stats,
-        "batch_norm_apply": _apply,
-        "batch_norm_backward_reduce": _backward_reduce,
-        "batch_norm_backward_apply": _backward_apply,
-    }.items():
-        register_fake(f"bnorm_ext::{_name}", _fake)
+    for _name, _fake in _FAKES.items():
+        _register(_name, _fake)

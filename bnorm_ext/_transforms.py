@@ -200,12 +200,12 @@ class _Backward(torch.autograd.Function):
         ops = torch.ops.bnorm_ext
         given = (dy, x, None, weight, bias)
         if training:
-            mask = (wanted[0], False, wanted[1], wanted[2])
             dx, _, dweight, dbias = ops.batch_norm_backward(
-                *given, mean, rstd, None, "identity", 0.0, mask
+                *(*given, None, None, mean, rstd, True, eps),
+                *(None, "identity", 0.0, (wanted[0], False, wanted[1], wanted[2])),
             )
             return dx, dweight, dbias
-        # What batch_norm_inference_backward does, for statistics in this form.
+        # What batch_norm_backward does with train=False, for statistics in this form.
         scale = per_channel(weight, x) * per_channel(rstd, x)
         dx = (dy.to(mean.dtype) * scale).to(x.dtype) if wanted[0] else None
         if not (wanted[1] or wanted[2]):

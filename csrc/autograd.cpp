@@ -1,12 +1,11 @@
 // Derivatives of the forward operators: C++ autograd Functions on their Autograd key. The backward
 // operators are differentiable themselves (autograd_backward.cpp).
 //
-// Saved is x, weight, and the statistics: in training those of the batch, so that nothing that a
-// later forward pass changes is needed and two forward passes before one backward are safe; in
-// inference the running ones, like native. An activation adds what z is known by: bias, from which
-// it is recomputed; after an addition also the mask, or residual where act is not piecewise linear
-// (it is the output of another layer, which mostly keeps it as its own or its successor's input,
-// while z would be a tensor of its own).
+// Saved are x, weight and the statistics. In training these are the batch's, which no later forward
+// pass changes, so that two forward passes before one backward are safe; in inference the running
+// ones, as in native. With an activation, z is recomputed in backward, from bias too; after an
+// addition from the mask, or from residual where act is not piecewise linear. Residual is the
+// output of another layer, which mostly is kept anyway, while z would take memory of its own.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -32,51 +31,60 @@ void refuse_gradient(const OptionalTensor& buffer, const char* name) {
               name, "'. This input cannot have requires_grad True.");
 }
 
-// What the Functions need beyond their differentiable inputs.
-struct TrainingCall {
+// What the Function needs beyond its differentiable inputs.
+struct Call {
   const OptionalTensor& running_mean;
   const OptionalTensor& running_var;
   const OptionalTensor& num_batches_tracked;
+  bool train;
   std::optional<double> momentum;
   double eps;
   std::string_view act;
   double negative_slope;
+  bool save_mask;
   // Outputs without a derivative go round the Function: compiled autograd takes no Function that
-  // marks some of its outputs.
-  Tensor mean, rstd, mask;
+  // marks some of its outputs. mean and rstd are those of training.
+  Tensor mean = {}, rstd = {}, mask = {};
+
+  // Returns y.
+  Tensor run(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+             const OptionalTensor& bias) {
+    Tensor y;
+    if (train) {
+      std::tie(y, mean, rstd, mask) =
+          training_op().call(x, residual, weight, bias, running_mean, running_var,
+                             num_batches_tracked, momentum, eps, act, negative_slope, save_mask);
+    } else {
+      std::tie(y, mask) = inference_op().call(x, residual, weight, bias, *running_mean,
+                                              *running_var, eps, act, negative_slope, save_mask);
+    }
+    return y;
+  }
 };
 
-struct InferenceCall {
-  const Tensor& running_mean;
-  const Tensor& running_var;
-  double eps;
-  std::string_view act;
-  double negative_slope;
-  Tensor mask;
-};
-
-// Keeps what both backward passes need.
+// Keeps what the backward pass needs.
 void save(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual,
-          const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-          const Tensor& rstd_or_var, const Tensor& mask, std::string_view act_name,
-          double negative_slope) {
-  ctx->saved_data["given"] = bits({true, given(residual), given(weight), given(bias)});
+          const OptionalTensor& weight, const OptionalTensor& bias, const Call& call) {
+  ctx->saved_data["given"] = bits({true, given(residual), given(weight), given(bias), call.train});
+  if (!call.train) ctx->saved_data["eps"] = call.eps;
   ctx->set_materialize_grads(false);
-  const Activation act = activation_named(act_name);
+  const Tensor& mean = call.train ? call.mean : *call.running_mean;
+  const Tensor& rstd_or_var = call.train ? call.rstd : *call.running_var;
+  const Activation act = activation_named(call.act);
   if (act == Activation::Identity) {
     ctx->save_for_backward({x, or_undefined(weight), mean, rstd_or_var});
     return;
   }
   ctx->saved_data["act"] = static_cast<int64_t>(act);
-  ctx->saved_data["slope"] = negative_slope;
+  ctx->saved_data["slope"] = call.negative_slope;
   const bool has_mask = given(residual) && is_piecewise(act);
   ctx->save_for_backward(
       {x, or_undefined(weight), mean, rstd_or_var, has_mask ? Tensor() : or_undefined(bias),
-       has_mask ? Tensor() : or_undefined(residual), has_mask ? mask : Tensor()});
+       has_mask ? Tensor() : or_undefined(residual), has_mask ? call.mask : Tensor()});
 }
 
-// In the place of an input that was not kept by the node at work: zeros of its shape without its
-// storage, that depend on what it depended on.
+// In the place of an input that the current node has not kept: zeros of its shape without storage
+// of that size, connected to the same edge of the graph.
 Tensor stand_in(size_t edge_number) {
   const auto node = torch::autograd::get_current_node();
   if (node == nullptr) return {};
@@ -94,11 +102,13 @@ struct Saved {
     const int64_t given = ctx->saved_data["given"].toInt();
     WantedGradients wanted(ctx, given);
     output_mask = {wanted.next(), wanted.next(), wanted.next(), wanted.next()};
+    train = (given >> 4) & 1;
+    if (!train) eps = ctx->saved_data["eps"].toDouble();
     if (t.size() > 4) {
       act = static_cast<Activation>(ctx->saved_data["act"].toInt());
       slope = ctx->saved_data["slope"].toDouble();
       if (t[6].defined() && at::GradMode::is_enabled()) {
-        // What the mask replaced takes part in the second derivative, with zeros.
+        // The second derivative with respect to what the mask replaced is 0, not absent.
         const bool has_weight = (given >> 2) & 1, has_bias = (given >> 3) & 1;
         t[5] = stand_in(1);
         if (has_bias) t[4] = stand_in(has_weight ? 3 : 2);
@@ -109,93 +119,66 @@ struct Saved {
       residual_takes_dy = true;
     }
   }
-  const Tensor& x() const { return t[0]; }
-  OptionalTensor weight() const { return optional(t[1]); }
-  const Tensor& mean() const { return t[2]; }
-  const Tensor& rstd_or_var() const { return t[3]; }
-  OptionalTensor bias() const { return extra(4); }
-  OptionalTensor residual() const { return extra(5); }
-  OptionalTensor mask() const { return extra(6); }
+
+  Gradients run_backward(const Tensor& dy) const {
+    const OptionalTensor mean = t[2], rstd_or_var = t[3], none;
+    const bool is_compiled = dy.key_set().has(c10::DispatchKey::Python);
+    return backward_op().call(dy, t[0], saved(5), saved(1), saved(4), train ? none : mean,
+                              train ? none : rstd_or_var, train ? mean : none,
+                              train ? rstd_or_var : none, train, eps, saved(6),
+                              activation_name(act), slope, output_mask,
+                              // The compiler of a recorded backward pass chooses strides.
+                              /*any_layout=*/is_compiled);
+  }
   // In the order of the Function's inputs, the call last.
-  variable_list gradients(const Tensor& dy, Gradients g) const {
-    auto& [dx, dresidual, dweight, dbias] = g;
+  variable_list gradients(const Tensor& dy) const {
+    auto [dx, dresidual, dweight, dbias] = run_backward(dy);
     return {dx, residual_takes_dy ? dy : dresidual, dweight, dbias, Tensor()};
   }
 
+ private:
+  OptionalTensor saved(size_t i) const { return t.size() > i ? optional(t[i]) : std::nullopt; }
+
+  // x, weight, mean, rstd or (inference) running_var; with an activation bias, residual, mask too.
   variable_list t;
   std::array<bool, 4> output_mask;
+  bool train;
+  double eps = 0;  // of inference
   Activation act = Activation::Identity;
   double slope = 0;
   bool residual_takes_dy = false;
-
- private:
-  OptionalTensor extra(size_t i) const { return t.size() > i ? optional(t[i]) : std::nullopt; }
 };
 
-// Whether the backward pass is recorded rather than run: the compiler of the graph chooses strides.
-bool is_compiled(const Tensor& dy) {
-  return dy.key_set().has(c10::DispatchKey::Python);
-}
-
-struct Training : torch::autograd::Function<Training> {
+struct BatchNorm : torch::autograd::Function<BatchNorm> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, const Tensor& x,
                                const OptionalTensor& residual, const OptionalTensor& weight,
-                               const OptionalTensor& bias, TrainingCall* call) {
+                               const OptionalTensor& bias, Call* call) {
     at::AutoDispatchBelowAutograd guard;
-    auto [y, mean, rstd, mask] = training_op().call(
-        x, residual, weight, bias, call->running_mean, call->running_var, call->num_batches_tracked,
-        call->momentum, call->eps, call->act, call->negative_slope, /*save_mask=*/true);
-    save(ctx, x, residual, weight, bias, mean, rstd, mask, call->act, call->negative_slope);
-    call->mean = mean;
-    call->rstd = rstd;
-    call->mask = mask;
+    call->save_mask = true;
+    const Tensor y = call->run(x, residual, weight, bias);
+    save(ctx, x, residual, weight, bias, *call);
     return {y};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(5);
-    const Saved s(ctx);
-    return s.gradients(
-        grads[0], backward_op().call(grads[0], s.x(), s.residual(), s.weight(), s.bias(), s.mean(),
-                                     s.rstd_or_var(), s.mask(), activation_name(s.act), s.slope,
-                                     s.output_mask, is_compiled(grads[0])));
+    return Saved(ctx).gradients(grads[0]);
   }
 };
 
-struct Inference : torch::autograd::Function<Inference> {
-  static constexpr bool is_traceable = true;
-
-  static variable_list forward(AutogradContext* ctx, const Tensor& x,
-                               const OptionalTensor& residual, const OptionalTensor& weight,
-                               const OptionalTensor& bias, InferenceCall* call) {
-    at::AutoDispatchBelowAutograd guard;
-    auto [y, mask] =
-        inference_op().call(x, residual, weight, bias, call->running_mean, call->running_var,
-                            call->eps, call->act, call->negative_slope, /*save_mask=*/true);
-    save(ctx, x, residual, weight, bias, call->running_mean, call->running_var, mask, call->act,
-         call->negative_slope);
-    ctx->saved_data["eps"] = call->eps;
-    call->mask = mask;
-    return {y};
+// Returns y.
+Tensor run(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+           const OptionalTensor& bias, Call* call) {
+  refuse_gradient(call->running_mean, "running_mean");
+  refuse_gradient(call->running_var, "running_var");
+  if (at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(residual) ||
+                                     requires_grad(weight) || requires_grad(bias))) {
+    return BatchNorm::apply(x, residual, flat(weight), flat(bias), call)[0];
   }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined()) return variable_list(5);
-    const Saved s(ctx);
-    return s.gradients(grads[0],
-                       inference_backward_op().call(
-                           grads[0], s.x(), s.residual(), s.weight(), s.bias(), s.mean(),
-                           s.rstd_or_var(), ctx->saved_data["eps"].toDouble(), s.mask(),
-                           activation_name(s.act), s.slope, s.output_mask, is_compiled(grads[0])));
-  }
-};
-
-bool is_differentiable(const Tensor& x, const OptionalTensor& residual,
-                       const OptionalTensor& weight, const OptionalTensor& bias) {
-  return at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(residual) ||
-                                        requires_grad(weight) || requires_grad(bias));
+  at::AutoDispatchBelowAutograd guard;
+  return call->run(x, residual, weight, bias);
 }
 
 ForwardOutputs training(const Tensor& x, const OptionalTensor& residual,
@@ -203,35 +186,20 @@ ForwardOutputs training(const Tensor& x, const OptionalTensor& residual,
                         const OptionalTensor& running_mean, const OptionalTensor& running_var,
                         const OptionalTensor& num_batches_tracked, std::optional<double> momentum,
                         double eps, std::string_view act, double negative_slope, bool save_mask) {
-  refuse_gradient(running_mean, "running_mean");
-  refuse_gradient(running_var, "running_var");
-  if (!is_differentiable(x, residual, weight, bias)) {
-    at::AutoDispatchBelowAutograd guard;
-    return training_op().call(x, residual, weight, bias, running_mean, running_var,
-                              num_batches_tracked, momentum, eps, act, negative_slope, save_mask);
-  }
-  TrainingCall call{running_mean, running_var, num_batches_tracked, momentum,
-                    eps,          act,         negative_slope,      {},
-                    {},           {}};
-  variable_list out = Training::apply(x, residual, flat(weight), flat(bias), &call);
-  return {std::move(out[0]), std::move(call.mean), std::move(call.rstd), std::move(call.mask)};
+  Call call{running_mean, running_var, num_batches_tracked, /*train=*/true, momentum,
+            eps,          act,         negative_slope,      save_mask};
+  Tensor y = run(x, residual, weight, bias, &call);
+  return {std::move(y), std::move(call.mean), std::move(call.rstd), std::move(call.mask)};
 }
 
-std::tuple<Tensor, Tensor> inference(const Tensor& x, const OptionalTensor& residual,
-                                     const OptionalTensor& weight, const OptionalTensor& bias,
-                                     const Tensor& running_mean, const Tensor& running_var,
-                                     double eps, std::string_view act, double negative_slope,
-                                     bool save_mask) {
-  refuse_gradient(running_mean, "running_mean");
-  refuse_gradient(running_var, "running_var");
-  if (!is_differentiable(x, residual, weight, bias)) {
-    at::AutoDispatchBelowAutograd guard;
-    return inference_op().call(x, residual, weight, bias, running_mean, running_var, eps, act,
-                               negative_slope, save_mask);
-  }
-  InferenceCall call{running_mean, running_var, eps, act, negative_slope, {}};
-  variable_list out = Inference::apply(x, residual, flat(weight), flat(bias), &call);
-  return {std::move(out[0]), std::move(call.mask)};
+TensorPair inference(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const Tensor& running_mean,
+                     const Tensor& running_var, double eps, std::string_view act,
+                     double negative_slope, bool save_mask) {
+  Call call{running_mean, running_var, std::nullopt,   /*train=*/false, std::nullopt,
+            eps,          act,         negative_slope, save_mask};
+  Tensor y = run(x, residual, weight, bias, &call);
+  return {std::move(y), std::move(call.mask)};
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 #include <initializer_list>
 
-#include "checks.h"
+#include "epilogue.h"
 
 namespace bnorm_ext {
 

@@ -1,5 +1,5 @@
-// The table of contents: the operators torch.ops.bnorm_ext.*, and the Python module _C with the
-// facts that are only known at run time.
+// The table of contents: the operators torch.ops.bnorm_ext.* with the kernels behind them, and the
+// Python module _C with the facts that are only known at run time.
 //
 // Shapes: x, y, dy, dx, residual (N, C, ...); weight, bias and running statistics (C,); mean and
 // rstd (C,) in the accumulation type (float for 16-bit x). A tensor that was not asked for is
@@ -7,15 +7,16 @@
 //
 // y = act(z), z = (x - mean) * rstd * weight + bias + residual; act is one of identity, relu,
 // relu6, leaky_relu, silu, hardswish (csrc/activation.h). Backward computes z once more from x,
-// residual, statistics and parameters; after an addition a piecewise linear act leaves a `mask` in
-// residual's place, one bit for each element, where save_mask asks for it (else it is empty;
-// autograd asks where it needs it). How its bits lie is the device's affair. dresidual is the
+// residual, statistics and parameters. After an addition, a piecewise linear act needs one bit of z
+// per element only: with save_mask, forward returns these bits as `mask`, which backward then takes
+// instead of residual. Without, mask is empty. Its bit layout is device-specific. dresidual is the
 // gradient of z.
 #include <torch/extension.h>
 #include <torch/library.h>
 
 #include <vector>
 
+#include "backend.h"
 #include "cpu/capability.h"
 #include "explain.h"
 
@@ -36,19 +37,16 @@ TORCH_LIBRARY(bnorm_ext, m) {
       "Tensor running_mean, Tensor running_var, float eps, str act=\"identity\", "
       "float negative_slope=0.01, bool save_mask=False) -> (Tensor y, Tensor mask)",
       tags);
+  // train, eps and the statistics are those of native_batch_norm_backward: with train, mean and
+  // rstd of the forward pass; without, running_mean, running_var and eps. The others are not read.
   // output_mask: which of dx, dresidual, dweight, dbias are wanted. any_layout: dx and dresidual
-  // are channels-last where x or dy is; else in the format of x, as native's. For compiled graphs, whose forward may
-  // have other strides than their backward.
+  // are channels-last where x or dy is; else in the format of x, as native's. For compiled graphs,
+  // whose forward may have other strides than their backward.
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
-      "Tensor mean, Tensor rstd, Tensor? mask, str act, float negative_slope, bool[4] output_mask, "
+      "Tensor? running_mean, Tensor? running_var, Tensor? mean, Tensor? rstd, bool train, "
+      "float eps, Tensor? mask, str act, float negative_slope, bool[4] output_mask, "
       "bool any_layout=False) "
-      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-      tags);
-  m.def(
-      "batch_norm_inference_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, "
-      "Tensor? bias, Tensor running_mean, Tensor running_var, float eps, Tensor? mask, str act, "
-      "float negative_slope, bool[4] output_mask, bool any_layout=False) "
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
       tags);
   // The halves of the above, for statistics that are shared between processes. mean and var
@@ -78,6 +76,16 @@ TORCH_LIBRARY(bnorm_ext, m) {
       "str act=\"identity\", float negative_slope=0.01) -> (Tensor dx, Tensor dresidual)",
       tags);
 }
+
+TORCH_LIBRARY_IMPL(bnorm_ext, CPU, m) {
+  bnorm_ext::register_operators(m, c10::DeviceType::CPU, bnorm_ext::cpu::backend());
+}
+
+#ifdef BNORM_EXT_CUDA
+TORCH_LIBRARY_IMPL(bnorm_ext, CUDA, m) {
+  bnorm_ext::register_operators(m, c10::DeviceType::CUDA, bnorm_ext::cuda::backend());
+}
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Run-time facts of the compiled part of bnorm_ext.";

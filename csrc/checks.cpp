@@ -1,16 +1,10 @@
 #include "checks.h"
 
-#include <limits>
-
 namespace bnorm_ext {
 namespace {
 
 bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
-}
-
-bool is_16_bit(at::ScalarType type) {
-  return type == at::kHalf || type == at::kBFloat16;
 }
 
 // C elements on the device of x, all such tensors of one call of the same dtype `type`, which is
@@ -19,8 +13,7 @@ bool fits(const OptionalTensor& t, const at::Tensor& x, std::optional<at::Scalar
   if (!given(t)) return true;
   const at::ScalarType own = t->scalar_type();
   if (!type) type = own;
-  return own == *type &&
-         (own == x.scalar_type() || (own == at::kFloat && is_16_bit(x.scalar_type()))) &&
+  return own == *type && (own == x.scalar_type() || own == accumulation_type(x.scalar_type())) &&
          t->device() == x.device() && t->layout() == at::kStrided && t->numel() == x.size(1);
 }
 
@@ -73,88 +66,6 @@ at::Tensor copy_of(const OptionalTensor& t) {
 }
 
 }  // namespace
-
-DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::Float;
-    case at::kDouble:
-      return DType::Double;
-    case at::kHalf:
-      return DType::Half;
-    case at::kBFloat16:
-      return DType::BFloat16;
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "bnorm_ext: no kernels for ", t.scalar_type());
-  }
-}
-
-at::ScalarType accumulation_type(at::ScalarType type) {
-  return is_16_bit(type) ? at::kFloat : type;
-}
-
-ChannelVector channel_vector(const OptionalTensor& t) {
-  if (!given(t)) return {};
-  // Weight and bias may have any rank; only a strided one cannot be walked with one stride.
-  TORCH_CHECK(t->dim() == 1 || t->is_contiguous(), "bnorm_ext: a per-channel tensor of shape ",
-              t->sizes(), " must be contiguous");
-  const int64_t stride = t->dim() == 1 ? t->stride(0) : 1;
-  return {t->data_ptr(), stride, dtype_of(*t)};
-}
-
-Input resolve(const at::Tensor& x) {
-  Input in;
-  // One channel or one position is dense in several formats; native calls that contiguous.
-  in.format = x.is_contiguous() ? at::MemoryFormat::Contiguous : x.suggest_memory_format();
-  in.tensor = x.contiguous(in.format);
-  in.dtype = dtype_of(x);
-  int64_t spatial = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) spatial *= x.size(d);
-  in.shape = {x.size(0), x.size(1), spatial, Layout::ChannelsFirst};
-  if (in.format != at::MemoryFormat::Contiguous || spatial == 1) {
-    in.shape.layout = Layout::ChannelsLast;
-  }
-  if (in.shape.C == 1) {
-    // One long row instead of N short ones; the two layouts coincide.
-    in.shape = {1, 1, x.size(0) * spatial, Layout::ChannelsFirst};
-  }
-  return in;
-}
-
-at::Tensor output_like(const at::Tensor& x, const Input& in) {
-  // An empty input has no format of its own, and native clones it.
-  return x.numel() == 0 ? at::empty_like(x) : at::empty_like(in.tensor, in.format);
-}
-
-at::Tensor gradient_like(const at::Tensor& x, const Input& in) {
-  // Other strides than the output's in the case above only, where both mean the same order.
-  return x.numel() == 0 ? at::empty_like(x) : at::empty_like(in.tensor, x.suggest_memory_format());
-}
-
-at::Tensor parameter_gradient_like(const OptionalTensor& parameter, const at::Tensor& x) {
-  const at::Tensor out = given(parameter) ? at::empty_like(*parameter, at::MemoryFormat::Contiguous)
-                                          : statistic_like(x);
-  return x.numel() == 0 ? out.zero_() : out;
-}
-
-at::Tensor in_layout_of(const at::Tensor& other, const Input& like) {
-  return other.contiguous(like.format);
-}
-
-at::Tensor channels_last_as(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& mask) {
-  const bool tied = given(mask) && mask->numel() > 0;
-  if (tied || dy.layout() != at::kStrided || dy.sizes() != x.sizes()) return x;
-  const auto format_of = [](const at::Tensor& t) {
-    return t.is_contiguous() ? at::MemoryFormat::Contiguous : t.suggest_memory_format();
-  };
-  const at::MemoryFormat format = format_of(dy);
-  if (format == at::MemoryFormat::Contiguous || !dy.is_contiguous(format)) return x;
-  return format == format_of(x) ? x : x.contiguous(format);
-}
-
-at::Tensor statistic_like(const at::Tensor& x) {
-  return at::empty({x.size(1)}, x.options().dtype(accumulation_type(x.scalar_type())));
-}
 
 void check_forward(const ForwardArguments& a) {
   if (!is_acceptable(a)) refuse_as_native(a);
@@ -217,69 +128,6 @@ void check_backward(const GradientArguments& a, const at::Tensor& mean, const at
   check_gradient(a);
   check_statistic(a.op, "mean", mean, a.x);
   check_statistic(a.op, "rstd", rstd, a.x);
-}
-
-Activation activation_named(std::string_view act) {
-  for (const Activation known : {Activation::Identity, Activation::Relu, Activation::Relu6,
-                                 Activation::LeakyRelu, Activation::Silu, Activation::Hardswish}) {
-    if (act == activation_name(known)) return known;
-  }
-  TORCH_CHECK_VALUE(false, "unknown activation '", act,
-                    "': expected identity, relu, relu6, leaky_relu, silu or hardswish");
-}
-
-const char* activation_name(Activation act) {
-  switch (act) {
-    case Activation::Identity:
-      return "identity";
-    case Activation::Relu:
-      return "relu";
-    case Activation::Relu6:
-      return "relu6";
-    case Activation::LeakyRelu:
-      return "leaky_relu";
-    case Activation::Silu:
-      return "silu";
-    default:
-      return "hardswish";
-  }
-}
-
-Epilogue forward_epilogue(const char* op, const Input& in, const at::Tensor& x,
-                          std::string_view act, double negative_slope,
-                          const OptionalTensor& residual) {
-  Epilogue e;
-  e.act = activation_named(act);
-  e.slope = negative_slope;
-  if (!given(residual)) return e;
-  const at::Tensor& r = *residual;
-  TORCH_CHECK(r.sizes() == x.sizes() && r.scalar_type() == x.scalar_type() &&
-                  r.device() == x.device() && r.layout() == at::kStrided,
-              op, ": residual must be like the input (shape ", x.sizes(), ", dtype ",
-              x.scalar_type(), " on ", x.device(), "), but got shape ", r.sizes(), ", dtype ",
-              r.scalar_type(), " on ", r.device());
-  e.residual = in_layout_of(r, in);
-  return e;
-}
-
-Epilogue backward_epilogue(const char* op, const Input& in, const at::Tensor& x,
-                           std::string_view act, double negative_slope,
-                           const OptionalTensor& residual, const OptionalTensor& mask,
-                           int64_t mask_bytes) {
-  Epilogue e = forward_epilogue(op, in, x, act, negative_slope, residual);
-  if (!given(mask) || mask->numel() == 0 || x.numel() == 0) return e;
-  TORCH_CHECK(is_piecewise(e.act), op, ": a mask is of no use to act='", act, "'");
-  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->dim() == 1 && mask->is_contiguous() &&
-                  mask->numel() == mask_bytes && mask->device() == x.device(),
-              op, ": mask must be the ", mask_bytes, " bytes on ", x.device(),
-              " that the forward pass returned, but got shape ", mask->sizes(), ", dtype ",
-              mask->scalar_type(), " on ", mask->device());
-  e.mask = *mask;
-  return e;
-}
-
-at::Tensor new_mask(const at::Tensor& x, int64_t bytes) {
-  return at::empty({bytes}, x.options().dtype(at::kByte));
 }
 
 }  // namespace bnorm_ext

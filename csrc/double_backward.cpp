@@ -17,13 +17,13 @@ void add(Tensor& sum, const Tensor& term) {
 // with the values they have, so that derivatives of any order are right.
 struct Normalised {
   Normalised(const BackwardInputs& in, at::ScalarType type)
-      : type(type), rank(in.x.dim()), C(in.x.sym_size(1)), training(in.training) {
+      : type(type), rank(in.x.dim()), C(in.x.sym_size(1)), train(in.train) {
     dims.push_back(0);
     for (int64_t d = 2; d < rank; ++d) dims.push_back(d);
     const Tensor x = in.x.to(type);
     Tensor mean = broadcast(in.mean);
     rstd = broadcast(in.rstd);
-    if (training) {
+    if (train) {
       const Tensor mean_of_x = average(x);
       mean = mean.detach() + (mean_of_x - mean_of_x.detach());
       const Tensor var_of_x = average((x - mean).square());
@@ -43,13 +43,13 @@ struct Normalised {
   // P(v) = v - mean(v) - xhat * mean(v * xhat), means over all but the channels; P(v) = v where the
   // statistics are constants. It is symmetric, and d xhat = rstd * P(d x).
   Tensor project(const Tensor& v) const {
-    return training ? v - average(v) - xhat * average(v * xhat) : v;
+    return train ? v - average(v) - xhat * average(v * xhat) : v;
   }
 
   at::ScalarType type;
   int64_t rank;
   c10::SymInt C;
-  bool training;
+  bool train;
   std::vector<int64_t> dims;
   Tensor xhat, rstd, scale;
 };
@@ -63,7 +63,7 @@ std::array<Tensor, 3> through_batch_norm(const BackwardCotangents& dd, const Ten
   if (given(dd.dx)) {
     const Tensor a = dd.dx->to(n.type);
     add(g_g, n.scale * n.project(a));
-    if (n.training) {
+    if (n.train) {
       const Tensor terms = n.xhat * n.average(a * p_g) + n.project(a) * n.average(g * n.xhat) +
                            p_g * n.average(a * n.xhat);
       add(g_x, -(n.scale * n.rstd) * terms);
@@ -86,18 +86,19 @@ Tensor piecewise_slope(const BackwardInputs& in, at::ScalarType type) {
   const auto detached = [](const OptionalTensor& t) {
     return given(t) ? OptionalTensor(t->detach()) : std::nullopt;
   };
-  // 1 on the open side and 0 beyond, which any dtype holds exactly.
+  // 1 where the gradient passes and 0 elsewhere, which any dtype holds exactly.
   const char* act = in.act == Activation::Relu6 ? "relu6" : "relu";
-  const Tensor open = std::get<1>(
-      backward_op().call(at::ones_like(in.x), in.x.detach(), detached(in.residual_to_read()),
-                         detached(in.weight), detached(in.bias), in.mean, in.rstd, in.mask, act,
-                         0.0, {false, true, false, false}, /*any_layout=*/false));
-  if (in.act != Activation::LeakyRelu) return open.to(type);
+  const Tensor passes = std::get<1>(backward_op().call(
+      at::ones_like(in.x), in.x.detach(), detached(residual_to_read(in.residual, in.mask)),
+      detached(in.weight), detached(in.bias), std::nullopt, std::nullopt, in.mean, in.rstd,
+      /*train=*/true, /*eps=*/0.0, in.mask, act, 0.0, {false, true, false, false},
+      /*any_layout=*/false));
+  if (in.act != Activation::LeakyRelu) return passes.to(type);
   // In double: two numbers would make a float tensor.
   const auto number = [&](double value) {
-    return at::full({}, value, open.options().dtype(at::kDouble));
+    return at::full({}, value, passes.options().dtype(at::kDouble));
   };
-  return at::where(open > 0, number(1), number(in.slope)).to(type);
+  return at::where(passes > 0, number(1), number(in.slope)).to(type);
 }
 
 // act'(z) and act''(z).

@@ -7,7 +7,7 @@
 #include <array>
 #include <tuple>
 
-#include "checks.h"
+#include "epilogue.h"
 
 namespace bnorm_ext {
 
@@ -15,17 +15,18 @@ namespace bnorm_ext {
 struct BackwardInputs {
   at::Tensor dy, x;
   OptionalTensor residual, weight, bias;
-  at::Tensor mean, rstd;  // of the batch in training, else the running ones
+  // Of the batch with `train`, else the running ones in the same form: [C], acc.
+  at::Tensor mean, rstd;
+  bool train;
   OptionalTensor mask;
   Activation act;
   double slope;
-  bool training;
-
-  // Beside a mask the residual may be a stand-in without content, which kernels would copy.
-  OptionalTensor residual_to_read() const {
-    return given(mask) && mask->sym_numel() != 0 ? std::nullopt : residual;
-  }
 };
+
+// Beside a mask the residual may be a stand-in without storage, which kernels would copy.
+inline OptionalTensor residual_to_read(const OptionalTensor& residual, const OptionalTensor& mask) {
+  return given(mask) && mask->sym_numel() != 0 ? std::nullopt : residual;
+}
 
 // Gradients of what the backward pass returned; absent where nothing flows.
 struct BackwardCotangents {

@@ -48,6 +48,14 @@ struct ChannelVector {
   DType dtype = DType::Float;
 };
 
+// Known statistics, in the dtype that they are stored in.
+struct Statistics {
+  ChannelVector mean;  // [C]
+  ChannelVector var;   // [C] the variance, or rstd where is_rstd
+  bool is_rstd = false;
+  double eps = 0;
+};
+
 // The running statistics, and how a training step updates them.
 struct RunningUpdate {
   ChannelVector mean;                      // [C], updated in place

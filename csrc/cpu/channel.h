@@ -9,7 +9,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../checks.h"
+#include "../tensors.h"
 #include "../variance.h"
 #include "params.h"
 
@@ -111,16 +111,9 @@ class Coefficients {
 // Updates the running statistics with this batch: computed in double, whatever their dtype.
 class RunningStatistics {
  public:
-  RunningStatistics(const ForwardArguments& a, int64_t count)
-      : unbiased_(static_cast<double>(count) / static_cast<double>(count - 1)) {
-    update_.mean = channel_vector(a.running_mean);
-    update_.var = channel_vector(a.running_var);
-    if (given(a.num_batches_tracked)) {
-      update_.num_batches_tracked = a.num_batches_tracked->data_ptr<int64_t>();
-    }
-    if (a.momentum) {
-      update_.momentum = *a.momentum;
-    } else if (update_.num_batches_tracked != nullptr) {
+  RunningStatistics(const RunningUpdate& update, int64_t count)
+      : update_(update), unbiased_(static_cast<double>(count) / static_cast<double>(count - 1)) {
+    if (update_.cumulative) {
       update_.momentum = 1.0 / static_cast<double>(*update_.num_batches_tracked + 1);
     }
   }

@@ -19,8 +19,8 @@
 namespace bnorm_ext {
 namespace cpu {
 
-// Returns `out`, whose memory nobody has written yet.
-inline at::Tensor in_huge_pages(at::Tensor out) {
+// Nobody has written the memory of `out` yet.
+inline void advise_huge_pages([[maybe_unused]] const at::Tensor& out) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
   const auto begin = reinterpret_cast<uintptr_t>(out.const_data_ptr());
@@ -29,7 +29,6 @@ inline at::Tensor in_huge_pages(at::Tensor out) {
     madvise(reinterpret_cast<void*>(first * kHuge), (last - first) * kHuge, MADV_HUGEPAGE);
   }
 #endif
-  return out;
 }
 
 }  // namespace cpu

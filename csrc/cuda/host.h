@@ -5,17 +5,11 @@
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "../checks.h"
+#include "../epilogue.h"
 #include "kernels.h"
 #include "semaphores.h"
-
-// The emulator registers the same operators beside the real ones.
-#ifndef BNORM_EXT_CUDA_KEY
-#define BNORM_EXT_CUDA_KEY CUDA
-#endif
 
 namespace bnorm_ext {
 namespace cuda {
@@ -66,17 +60,6 @@ class StagingMemory {
   Staging staging_;
 };
 
-// What the reducing and the writing kernel of a direction take alike.
-template <typename Params>
-Params params_for(const Input& in, const TilePlan& plan) {
-  Params p;
-  p.shape = in.shape;
-  p.plan = plan;
-  p.dtype = in.dtype;
-  p.x = in.tensor.const_data_ptr();
-  return p;
-}
-
 inline int element_bytes(const Input& in) {
   return static_cast<int>(in.tensor.element_size());
 }
@@ -85,8 +68,8 @@ inline bool is_grouped(const Input& in) {
   return channels_of_group(in.shape, element_bytes(in)) != 0;
 }
 
-// Kernels that take groups of channels have no other way to access their tensors than by vectors:
-// where t does not start at one, a copy of it.
+// Kernels that take groups of channels access their tensors by whole vectors only: a copy of t
+// where it is not aligned for that.
 inline Tensor aligned_if_grouped(const Tensor& t, const Input& like) {
   return t.defined() && is_grouped(like) && !aligned(t.const_data_ptr()) ? t.clone() : t;
 }
@@ -103,10 +86,6 @@ inline EpilogueParams epilogue_params(const Epilogue& e) {
 
 inline TilePlan plan_for(const Input& in, bool is_aligned) {
   return plan_two_pass(in.shape, element_bytes(in), is_aligned, limits());
-}
-
-inline Statistics known(const Tensor& mean, const Tensor& rstd) {
-  return {channel_vector(mean), channel_vector(rstd), /*is_rstd=*/true, 0};
 }
 
 }  // namespace cuda

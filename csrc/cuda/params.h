@@ -25,14 +25,6 @@ struct Staging {
   unsigned* phases = nullptr;      // Grid: [teams]; every barrier of the team adds 1
 };
 
-// Known statistics, in the dtype that they are stored in.
-struct Statistics {
-  ChannelVector mean;  // [C]
-  ChannelVector var;   // [C] the variance, or rstd where is_rstd
-  bool is_rstd = false;
-  double eps = 0;
-};
-
 // What follows the normalisation: y = act(z), z = fma(x - mean, weight * rstd, bias) + residual.
 struct EpilogueParams {
   Activation act = Activation::Identity;

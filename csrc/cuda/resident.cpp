@@ -37,7 +37,7 @@ ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks cou
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = kept.find(key);
   if (found != kept.end()) return found->second;
-  // Shapes without end (varying batches) must not fill the memory.
+  // Bounded, because a program with varying batches makes new shapes all the time.
   constexpr size_t kMost = 4096;
   if (kept.size() >= kMost) kept.clear();
   return kept[key] = plan_resident(

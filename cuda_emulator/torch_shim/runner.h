@@ -1,4 +1,4 @@
-// The real operators of csrc/cuda/batch_norm.cpp on CPU tensors, their kernels in the emulator.
+// The operators with csrc/cuda/backend.cpp behind them on CPU tensors, the kernels in the emulator.
 //
 // A session is one case: device, seed, then torch calls whose tensors all live in the emulator's
 // guarded memory, then the reports. tests/common/emulated.py drives it; the host files reach it

@@ -27,9 +27,13 @@ from tests.common.cases import Case, Results, accumulation_type
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 TORCH_SHIM = building.HERE / "torch_shim"
-FLAGS = ["-ffp-contract=off", "-Werror", "-DBNORM_EXT_CUDA_KEY=PrivateUse1"]
+FLAGS = ["-ffp-contract=off", "-Werror"]
 SHIM = TORCH_SHIM / "include"  # in place of headers of CUDA and of torch's CUDA part
-# What the operators are registered under, beside the real CUDA ones.
+# The operators' bodies, which know nothing of CUDA.
+BODIES = [
+    f"{name}.cpp" for name in ("forward", "backward", "backend", "checks", "epilogue", "tensors")
+]
+# What torch_shim/runner_operators.cpp registers the operators under.
 KEY = torch._C.DispatchKey.PrivateUse1
 
 
@@ -39,6 +43,13 @@ class Reported(AssertionError):
 
 def _torch_wants_cpp20(torch_root: Path) -> bool:
     return "C++20" in (torch_root / "include" / "ATen" / "ATen.h").read_text()
+
+
+def _same_top_level(one: Path, other: Path) -> bool:
+    """Whether all that BODIES are compiled from is equal, so that they need not be compiled again
+    for mutants of csrc/cuda/."""
+    files = [p for p in one.iterdir() if p.suffix in (".cpp", ".h")]
+    return all((other / p.name).read_bytes() == p.read_bytes() for p in files)
 
 
 def build(
@@ -57,18 +68,13 @@ def build(
     for path in ("include", "include/torch/csrc/api/include"):
         flags += ["-isystem", str(torch_root / path)]
     hosts = hosts or csrc
-    # The longest first.
-    files = [
-        "cuda/batch_norm.cpp",
-        "cuda/batch_norm_backward.cpp",
-        "checks.cpp",
-        "cuda/resident.cpp",
-        "cuda/semaphores.cpp",
-    ]
+    bodies = CSRC if _same_top_level(hosts, CSRC) else hosts
     return building.build(
         "libbnorm_ext_emulated.so",
         [
-            *((hosts / file, [SHIM, hosts]) for file in files),
+            *((bodies / file, [SHIM, bodies]) for file in BODIES),
+            *((file, [SHIM, hosts]) for file in sorted(hosts.glob("cuda/*.cpp"))),
+            (TORCH_SHIM / "runner_operators.cpp", [SHIM, bodies]),
             (TORCH_SHIM / "runner.cpp", [SHIM]),
             *((kernel, [SHIM, csrc]) for kernel in sorted(csrc.glob("cuda/*.cu"))),
         ],
@@ -274,18 +280,18 @@ def run(
                 *(c.eps, *act, e.masked),
                 outputs=sizes,
             )
-            backward, statistics = "batch_norm_backward", (mean, rstd)
+            statistics = (None, None, mean, rstd)
         else:
             y, mask = s.call(
                 *("batch_norm_inference", x, residual, weight, bias, *running, c.eps, *act),
                 e.masked,
                 outputs=sizes,
             )
-            backward, statistics = "batch_norm_inference_backward", (*running, c.eps)
+            statistics = (*running, None, None)
         assert (mask.numel() > 0) == save_mask
         dx, dresidual, dweight, dbias = s.call(
-            *(backward, dy, x, None if save_mask else residual, weight, bias, *statistics),
-            *(mask if save_mask else None, *act, output_mask),
+            *("batch_norm_backward", dy, x, None if save_mask else residual, weight, bias),
+            *(*statistics, c.training, c.eps, mask if save_mask else None, *act, output_mask),
             outputs=sizes,
         )
         found = {"y": y, "dx": dx, "dresidual": dresidual, "dweight": dweight, "dbias": dbias}

@@ -30,16 +30,16 @@ def arguments(x_format, dy_format, training):
     x, dy = (torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(2))
     weight, bias = torch.randn(2, 3, generator=generator, dtype=torch.float64)
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-    given = [FORMATS[dy_format](dy), FORMATS[x_format](x), None, weight, bias, mean]
-    given += [(var + 1e-5).rsqrt()] if training else [var, 1e-5]
-    op = OPS.batch_norm_backward if training else OPS.batch_norm_inference_backward
-    return op, [*given, None, "relu6", 0.01, [True, True, True, True]]
+    given = [FORMATS[dy_format](dy), FORMATS[x_format](x), None, weight, bias]
+    statistics = [None, None, mean, (var + 1e-5).rsqrt()] if training else [mean, var, None, None]
+    given += [*statistics, training, 1e-5]
+    return [*given, None, "relu6", 0.01, [True, True, True, True]]
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("x_format", "dy_format"), itertools.product(FORMATS, FORMATS))
 def test_gradients_are_channels_last_where_x_or_dy_is(x_format, dy_format, training):
-    op, given = arguments(x_format, dy_format, training)
+    op, given = OPS.batch_norm_backward, arguments(x_format, dy_format, training)
     native_like = op(*given)
     any_layout = op(*given, any_layout=True)
     with FakeTensorMode() as mode:
@@ -61,7 +61,8 @@ def test_a_mask_ties_x_to_its_own_format():
         x, residual, None, None, None, None, None, 0.1, 1e-5, "relu", 0.01, True
     )
     assert mask.numel() > 0
-    given = (dy, x, None, None, None, mean, rstd, mask, "relu", 0.01, [True, True, False, False])
+    given = (dy, x, *[None] * 5, mean, rstd, True, 1e-5, mask, "relu", 0.01)
+    given = (*given, [True, True, False, False])
     ours, native = OPS.batch_norm_backward(*given, any_layout=True), OPS.batch_norm_backward(*given)
     for a, b in zip(ours[:2], native[:2], strict=True):
         assert torch.equal(a, b)

@@ -165,15 +165,15 @@ def test_gradients_that_are_asked_for(act: str, add: bool, training: bool, layou
         with emulated.session() as s:
             x, dy, residual = s.copy(c.x), s.copy(c.dy), s.copy(e.residual)
             parameters = (s.copy(c.weight), s.copy(c.bias))
-            call = "batch_norm_inference_backward"
-            known = (s.copy(c.running_mean), s.copy(c.running_var), c.eps)
+            known = (s.copy(c.running_mean), s.copy(c.running_var), None, None)
             if training:
-                call = "batch_norm_backward"
-                known = s.call(
+                _, *batch, _ = s.call(
                     *("batch_norm_training", x, None, None, None, None, None, None, 0.1, c.eps)
-                )[1:3]
+                )
+                known = (None, None, *batch)
             gradients = s.call(
-                *(call, dy, x, residual, *parameters, *known, None, e.act, e.slope, wanted)
+                *("batch_norm_backward", dy, x, residual, *parameters, *known, training, c.eps),
+                *(None, e.act, e.slope, wanted),
             )
             found = [t if t is None else t.clone() for t in gradients]
         for name, was_wanted, t in zip(names, wanted, found, strict=True):
@@ -223,8 +223,8 @@ def test_empty_input() -> None:
         assert y.shape == x.shape
         assert mask.numel() == 0
         gradients = s.call(
-            *("batch_norm_backward", x, x, None, ones, ones, mean, rstd, mask, "relu", 0.01),
-            [True] * 4,
+            *("batch_norm_backward", x, x, None, ones, ones, None, None, mean, rstd, True, 1e-5),
+            *(mask, "relu", 0.01, [True] * 4),
         )
         assert [t.shape for t in gradients] == [x.shape, x.shape, ones.shape, ones.shape]
         assert not any(t.any() for t in gradients)
@@ -247,7 +247,7 @@ def test_residual_in_another_layout() -> None:
         rest = [s.copy(t) for t in (c.weight, c.bias, c.running_mean, c.running_var)]
         y, _ = s.call("batch_norm_inference", x, residual, *rest, c.eps, e.act, e.slope)
         gradients = s.call(
-            *("batch_norm_inference_backward", dy, x, residual, *rest, c.eps, None),
+            *("batch_norm_backward", dy, x, residual, *rest, None, None, False, c.eps, None),
             *(e.act, e.slope, [True] * 4),
         )
         for name, t in zip(

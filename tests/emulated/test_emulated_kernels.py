@@ -175,8 +175,8 @@ def test_gradients_that_are_asked_for(layout: str) -> None:
                 *("identity", 0.01),
             )
             dx, _, dweight, dbias = s.call(
-                *("batch_norm_backward", dy, x, None, weight, bias, mean, rstd, None),
-                *("identity", 0.01, [mask[0], False, mask[1], mask[2]]),
+                *("batch_norm_backward", dy, x, None, weight, bias, None, None, mean, rstd, True),
+                *(c.eps, None, "identity", 0.01, [mask[0], False, mask[1], mask[2]]),
             )
             found = [t if t is None else t.clone() for t in (dx, dweight, dbias)]
         for name, wanted, t in zip(("dx", "dweight", "dbias"), mask, found, strict=True):

@@ -95,8 +95,8 @@ def test_mask_for_another_alignment(
                 *(c.eps, e.act, e.slope, True),
             )
             gradients = s.call(
-                *("batch_norm_inference_backward", s.copy(moves[1](c.dy)), s.copy(c.x), None),
-                *(*rest, c.eps, mask, e.act, e.slope, [True, True, False, False]),
+                *("batch_norm_backward", s.copy(moves[1](c.dy)), s.copy(c.x), None, *rest),
+                *(None, None, False, c.eps, mask, e.act, e.slope, [True, True, False, False]),
             )
             found.append([t.clone() for t in (y, mask, *gradients[:2])])
     for other in found[1:]:

@@ -229,8 +229,8 @@ def test_refused_launch_takes_two_passes(path: str, shape: tuple[int, ...]) -> N
         y, m, rstd, _ = s.call("batch_norm_training", x, None, weight, bias, mean, var, counter,
                                None, c.eps, "identity", 0.0, False)  # fmt: skip
         s.refuse()
-        dx = s.call("batch_norm_backward", s.copy(c.dy), x, None, weight, bias, m, rstd, None,
-                    "identity", 0.0, [True, False, True, True])[0]  # fmt: skip
+        dx = s.call("batch_norm_backward", s.copy(c.dy), x, None, weight, bias, None, None, m, rstd,
+                    True, c.eps, None, "identity", 0.0, [True, False, True, True])[0]  # fmt: skip
         found = {"y": y.clone(), "dx": dx.clone()}
         assert counter.item() == 4
     expected = emulated.run(c)

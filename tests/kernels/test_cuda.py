@@ -156,7 +156,8 @@ def test_mask(shape: tuple[int, ...], layout: str, act: str, dtype: torch.dtype)
     )
     through_mask, through_residual = (
         torch.ops.bnorm_ext.batch_norm_backward(
-            *(c.dy, c.x, given, c.weight, c.bias, mean, rstd, bits, *how, [True] * 4)
+            *(c.dy, c.x, given, c.weight, c.bias, None, None, mean, rstd, True, c.eps),
+            *(bits, *how, [True] * 4),
         )
         for given, bits in ((None, mask), (residual, None))
     )

@@ -149,7 +149,7 @@ def test_mask_is_what_recomputing_gives(shape, layout, dtype):
     for act in ("relu", "relu6", "leaky_relu"):
         f, mean, rstd, mask = split_dy(shape, dtype, layout, act)
         c = f.c
-        rest = (c.weight, c.bias, mean, rstd)
+        rest = (c.weight, c.bias, None, None, mean, rstd, True, c.eps)
         want = [True, True, True, True]
         assert mask.numel() <= c.x.numel() / 8 + c.x.numel() / min(c.x[0, 0].numel() + 1, 16) + 9
         with_mask = ops.batch_norm_backward(c.dy, c.x, None, *rest, mask, act, SLOPE, want)

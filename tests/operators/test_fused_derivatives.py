@@ -196,13 +196,14 @@ def test_opcheck(shape, act, grad, device):
     check(ops.batch_norm_training, x, r, weight, bias, mean, var, counter, 0.1, 1e-5, *tail)
     check(ops.batch_norm_inference, x, r, weight, bias, mean, var, 1e-5, *tail)
     want = (act, SLOPE, [True, True, True, True])
-    check(ops.batch_norm_backward, dy, x, r, weight, bias, mean, var, None, *want)
-    check(ops.batch_norm_inference_backward, dy, x, r, weight, bias, mean, var, 1e-5, None, *want)
+    train, inference = (None, None, mean, var, True, 1e-5), (mean, var, None, None, False, 1e-5)
+    check(ops.batch_norm_backward, dy, x, r, weight, bias, *train, None, *want)
+    check(ops.batch_norm_backward, dy, x, r, weight, bias, *inference, None, *want)
     if act == "relu":
         with torch.no_grad():
             mask = ops.batch_norm_apply(x, r, weight, bias, mean, var, *tail)[1]
         assert mask.numel() > 0
-        check(ops.batch_norm_backward, dy, x, None, weight, bias, mean, var, mask, *want)
+        check(ops.batch_norm_backward, dy, x, None, weight, bias, *train, mask, *want)
     if not grad:
         check(ops.batch_norm_apply, x, r, weight, bias, mean, var, *tail)
         check(ops.batch_norm_backward_reduce, dy, x, r, weight, bias, mean, var, None, act, SLOPE)

@@ -50,8 +50,8 @@ def test_opcheck_forward_and_backward(shape, grad, device):
     check(ops.batch_norm_inference, a.x, None, a.weight, a.bias, *buffers, 1e-5)
     given = (a.dy, a.x, None, a.weight, a.bias)
     rest = (None, "identity", 0.0, [True, False, True, True])
-    check(ops.batch_norm_backward, *given, a.mean, a.rstd, *rest)
-    check(ops.batch_norm_inference_backward, *given, *buffers, 1e-5, *rest)
+    check(ops.batch_norm_backward, *given, None, None, a.mean, a.rstd, True, 1e-5, *rest)
+    check(ops.batch_norm_backward, *given, *buffers, None, None, False, 1e-5, *rest)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -63,7 +63,8 @@ def test_opcheck_with_options(grad, device):
         *(a.x, None, a.weight, None, a.running_mean, a.running_var, a.counter, None, 1e-5),
     )
     only_dx = (None, "identity", 0.0, [True, False, False, False])
-    check(ops.batch_norm_backward, a.dy, a.x, None, None, None, a.mean, a.rstd, *only_dx)
+    train = (None, None, a.mean, a.rstd, True, 1e-5)
+    check(ops.batch_norm_backward, a.dy, a.x, None, None, None, *train, *only_dx)
 
 
 def test_opcheck_pieces_of_synchronised_training(device):
@@ -114,7 +115,8 @@ def test_pieces_make_the_whole(device):
         assert (pieces - right).abs().max() <= lost
 
     dx, _, dweight, dbias = ops.batch_norm_backward(
-        *(dy, x, None, weight, bias, mean, rstd, None, "identity", 0.0, [True, False, True, True])
+        *(dy, x, None, weight, bias, None, None, mean, rstd, True, 1e-5),
+        *(None, "identity", 0.0, [True, False, True, True]),
     )
     sums = [
         ops.batch_norm_backward_reduce(g.contiguous(), h, None, weight, bias, mean, rstd, None)
@@ -136,9 +138,12 @@ def test_gradients_that_are_not_asked_for_are_not_made(device):
         mask = [bool(wanted & 1), False, bool(wanted & 2), bool(wanted & 4)]
         given = (a.dy, a.x, None, a.weight, a.bias)
         for out in (
-            ops.batch_norm_backward(*given, a.mean, a.rstd, None, "identity", 0.0, mask),
-            ops.batch_norm_inference_backward(
-                *given, a.running_mean, a.running_var, 1e-5, None, "identity", 0.0, mask
+            ops.batch_norm_backward(
+                *(*given, None, None, a.mean, a.rstd, True, 1e-5, None, "identity", 0.0, mask)
+            ),
+            ops.batch_norm_backward(
+                *(*given, a.running_mean, a.running_var, None, None, False, 1e-5),
+                *(None, "identity", 0.0, mask),
             ),
         ):
             assert [t is not None for t in out] == mask
