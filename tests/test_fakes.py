@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import emulated
+from tests.common import emulated
 import torch
-from helpers import DTYPES
+from tests.common.cases import DTYPES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
