@@ -29,13 +29,7 @@ struct Call {
   std::string_view act;
   double negative_slope;
   std::array<bool, 4> output_mask;
-
-  // The statistics as BackwardInputs has them.
-  std::array<Tensor, 2> mean_and_rstd(at::ScalarType acc) const {
-    if (train) return {*mean, *rstd};
-    return {running_mean->detach().to(acc).contiguous(),
-            (running_var->detach().to(at::kDouble) + eps).rsqrt().to(acc)};
-  }
+  std::array<Tensor, 2> statistics;  // mean and rstd as BackwardInputs has them
 };
 
 // Outputs only the gradients that are wanted, in the operator's order.
@@ -50,9 +44,8 @@ struct Backward : torch::autograd::Function<Backward> {
         dy, x, residual_to_read(residual, call.mask), weight, bias, call.running_mean,
         call.running_var, call.mean, call.rstd, call.train, call.eps, call.mask, call.act,
         call.negative_slope, call.output_mask, /*any_layout=*/false);
-    const auto [mean, rstd] = call.mean_and_rstd(accumulation_type(x.scalar_type()));
     ctx->save_for_backward({dy, x, or_undefined(residual), or_undefined(weight), or_undefined(bias),
-                            mean, rstd, or_undefined(call.mask)});
+                            call.statistics[0], call.statistics[1], or_undefined(call.mask)});
     ctx->saved_data["train"] = call.train;
     ctx->saved_data["act"] = static_cast<int64_t>(activation_named(call.act));
     ctx->saved_data["slope"] = call.negative_slope;
@@ -99,21 +92,43 @@ struct Backward : torch::autograd::Function<Backward> {
   }
 };
 
+std::array<Tensor, 2> mean_and_rstd(const OptionalTensor& running_mean,
+                                    const OptionalTensor& running_var, const OptionalTensor& mean,
+                                    const OptionalTensor& rstd, bool train, double eps,
+                                    at::ScalarType acc) {
+  if (train) return {*mean, *rstd};
+  return {running_mean->detach().to(acc).contiguous(),
+          (running_var->detach().to(at::kDouble) + eps).rsqrt().to(acc)};
+}
+
 Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
                    const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
                    const OptionalTensor& mean, const OptionalTensor& rstd, bool train, double eps,
                    const OptionalTensor& mask, std::string_view act, double negative_slope,
                    std::array<bool, 4> output_mask, bool any_layout) {
-  if (!at::GradMode::is_enabled() ||
+  const bool complete =
+      train ? given(mean) && given(rstd) : given(running_mean) && given(running_var);
+  // The operator refuses a call whose statistics are missing.
+  if (!complete || !at::GradMode::is_enabled() ||
       !(dy.requires_grad() || x.requires_grad() || requires_grad(residual) ||
         requires_grad(weight) || requires_grad(bias))) {
     at::AutoDispatchBelowAutograd guard;
     return backward_op().call(dy, x, residual, weight, bias, running_mean, running_var, mean, rstd,
                               train, eps, mask, act, negative_slope, output_mask, any_layout);
   }
-  const Call call{running_mean, running_var, mean, rstd,           train,
-                  eps,          mask,        act,  negative_slope, output_mask};
+  const Call call{running_mean,
+                  running_var,
+                  mean,
+                  rstd,
+                  train,
+                  eps,
+                  mask,
+                  act,
+                  negative_slope,
+                  output_mask,
+                  mean_and_rstd(running_mean, running_var, mean, rstd, train, eps,
+                                accumulation_type(x.scalar_type()))};
   const variable_list out = Backward::apply(dy, x, residual, flat(weight), flat(bias), call);
   size_t next = 0;
   const auto take = [&](int i) { return output_mask[i] ? out[next++] : Tensor(); };
