@@ -126,6 +126,11 @@ def _gradients(a: SimpleNamespace) -> tuple[Tensor | None, ...]:
     )
 
 
+def _gradient_of_residual(a: SimpleNamespace) -> Tensor | None:
+    masked = a.mask is not None and a.mask.numel() > 0
+    return None if a.residual is None and not masked else _gradient(a.x)
+
+
 def _merged(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
     acc = _accumulation_type(a.dtype)
     return _statistic(a.mean, acc), _statistic(a.mean, acc)
@@ -140,10 +145,7 @@ _FAKES: dict[str, Callable[[SimpleNamespace], tuple[Tensor | None, ...]]] = {
     "batch_norm_merge_stats": _merged,
     "batch_norm_apply": lambda a: (_output(a.x), _mask(a)),
     "batch_norm_backward_reduce": lambda a: (_statistic(a.x), _statistic(a.x)),
-    "batch_norm_backward_apply": lambda a: (
-        _gradient(a.x),
-        None if a.residual is None else _gradient(a.x),
-    ),
+    "batch_norm_backward_apply": lambda a: (_gradient(a.x), _gradient_of_residual(a)),
 }
 
 

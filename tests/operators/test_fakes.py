@@ -75,10 +75,15 @@ def outputs(run: Run, x: Tensor, dy: Tensor, act: str, add: bool) -> Iterator[Te
         yield from run("batch_norm_backward", *known, *buffers, None, None, False, *tail)
     yield from run("batch_norm_backward_reduce", *known, mean, rstd, None, *how)
     yield from run("batch_norm_backward_apply", *known, mean, rstd, None, mean, rstd, *how)
+    known = (dy, x, None, weight, None, mean, rstd, mask)
+    yield from run("batch_norm_backward_apply", *known, mean, rstd, *how)
 
 
 def described(t: Tensor | None) -> Any:
-    return None if t is None else (tuple(t.shape), t.stride(), t.dtype)
+    if t is None:
+        return None
+    # Strides of an empty tensor mean nothing: at::empty_like itself differs between the two.
+    return tuple(t.shape), t.stride() if t.numel() else (), t.dtype
 
 
 def installed(name: str, *arguments: Any) -> Any:
@@ -105,13 +110,13 @@ CALLS = (
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(*CALLS)
 def test_on_the_cpu(layout, dtype, act, add):
     check(installed, "cpu", layout, dtype, act, add)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(*CALLS)
 def test_on_cuda(layout, dtype, act, add):
     """In the emulator; the fakes need no GPU."""
