@@ -17,6 +17,7 @@ from torch.library import register_fake
 
 from ._compat import suggest_memory_format
 from ._load import load
+from .activations import PIECEWISE
 
 _compiled = load()
 
@@ -71,11 +72,8 @@ def _statistic(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty((x.shape[1],), dtype=dtype or _accumulation_type(x.dtype))
 
 
-_PIECEWISE = ("relu", "relu6", "leaky_relu")
-
-
 def _mask(a: SimpleNamespace) -> Tensor:
-    wanted = a.save_mask and a.residual is not None and a.act in _PIECEWISE and a.x.numel() != 0
+    wanted = a.save_mask and a.residual is not None and a.act in PIECEWISE and a.x.numel() != 0
     mask: Tensor = a.x.new_empty((_mask_bytes(a.x) if wanted else 0,), dtype=torch.uint8)
     return mask
 

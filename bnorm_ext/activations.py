@@ -15,6 +15,8 @@ Activation = str | nn.Module | type[nn.Module] | None
 
 NAMES = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
 _KNOWN = frozenset(NAMES)
+#: Piecewise linear: one bit of an element tells backward the derivative.
+PIECEWISE = ("relu", "relu6", "leaky_relu")
 
 # For exact types only: a subclass may do something else.
 MODULE_NAMES: dict[type[nn.Module], str] = {

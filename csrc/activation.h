@@ -156,13 +156,13 @@ BNORM_HOST_DEVICE V piecewise_backward(Activation act, V dy, V z, V slope) {
   return masked_backward(act, dy, passes_gradient(act, z), slope);
 }
 
-// The same for the other activations.
+// The gradient of z for Identity and the smooth activations.
 template <typename V>
 BNORM_HOST_DEVICE V smooth_backward(Activation act, V dy, V z) {
   return act == Activation::Identity ? dy : smooth_gradient(act, dy, z);
 }
 
-// The same for any activation.
+// The gradient of z for any activation.
 template <typename V>
 BNORM_HOST_DEVICE V activation_backward(Activation act, V dy, V z, V slope) {
   return is_piecewise(act) ? piecewise_backward(act, dy, z, slope) : smooth_backward(act, dy, z);

@@ -42,8 +42,8 @@ struct Call {
   std::string_view act;
   double negative_slope;
   bool save_mask;
-  // Outputs without a derivative go round the Function: compiled autograd takes no Function that
-  // marks some of its outputs. mean and rstd are those of training.
+  // Outputs without a derivative bypass the Function: compiled autograd takes no Function that
+  // marks some of its outputs as not differentiable. mean and rstd are those of training.
   Tensor mean = {}, rstd = {}, mask = {};
 
   // Returns y.
@@ -96,7 +96,7 @@ Tensor stand_in(size_t edge_number) {
   return t;
 }
 
-// And gives it back, with which gradients are wanted.
+// What `save` kept, and which gradients are wanted.
 struct Saved {
   explicit Saved(AutogradContext* ctx) : t(ctx->get_saved_variables()) {
     const int64_t given = ctx->saved_data["given"].toInt();
@@ -207,7 +207,7 @@ TensorPair inference(const Tensor& x, const OptionalTensor& residual, const Opti
 TORCH_LIBRARY_IMPL(bnorm_ext, Autograd, m) {
   m.impl("batch_norm_training", training);
   m.impl("batch_norm_inference", inference);
-  // Whoever shares statistics between processes writes the Function around these.
+  // The autograd Function around these is in bnorm_ext/distributed/function.py.
   m.impl("batch_norm_stats", torch::autograd::autogradNotImplementedFallback());
   m.impl("batch_norm_merge_stats", torch::autograd::autogradNotImplementedFallback());
   m.impl("batch_norm_apply", torch::autograd::autogradNotImplementedFallback());

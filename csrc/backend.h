@@ -56,8 +56,8 @@ struct Backend {
                 const at::Tensor& merged_rstd);
 
   // With xhat = (x - mean) * rstd and g the gradient of z: the sums of g and g * xhat, and
-  // dx = (g - mean(g) - xhat * mean(g * xhat)) * weight * rstd, where x takes part in the
-  // statistics, else dx = g * weight * rstd; dresidual = g.
+  // dx = (g - mean(g) - xhat * mean(g * xhat)) * weight * rstd or, with constant_statistics,
+  // dx = g * weight * rstd; dresidual = g.
   void (*backward)(BackwardCall& call, bool constant_statistics, const BackwardOutputs& out);
   // dx and dresidual alone, from means over more than this tensor, [C] acc.
   void (*backward_apply)(BackwardCall& call, const at::Tensor& mean_g,

@@ -21,8 +21,8 @@
 #include "explain.h"
 
 TORCH_LIBRARY(bnorm_ext, m) {
-  // flexible_layout: a compiler may choose the strides of the arguments. Whatever comes, the
-  // outputs have the format of x.
+  // flexible_layout: a compiler may choose the strides of the arguments. The outputs have the format
+  // of x, but for batch_norm_backward with any_layout.
   const std::vector<at::Tag> tags = {at::Tag::flexible_layout, at::Tag::pt2_compliant_tag};
   // Training forward: statistics of the batch, running statistics and counter updated in place.
   // momentum=None: the cumulative average, from num_batches_tracked.

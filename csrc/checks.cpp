@@ -7,8 +7,8 @@ bool is_supported(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
 
-// C elements on the device of x, all such tensors of one call of the same dtype `type`, which is
-// that of x or, for 16-bit x, float: what native takes.
+// Whether t has C elements on the device of x and the dtype `type`, which all such tensors of a call
+// share. It is that of x or, for 16-bit x, float: what native takes.
 bool fits(const OptionalTensor& t, const at::Tensor& x, std::optional<at::ScalarType>& type) {
   if (!given(t)) return true;
   const at::ScalarType own = t->scalar_type();
@@ -45,7 +45,7 @@ at::Tensor copy_of(const OptionalTensor& t) {
   return given(t) ? t->detach().clone() : at::Tensor();
 }
 
-// Native's Python layer checks what is in the first lines here, its C++ layer the rest.
+// The texts before at::batch_norm are those of native's Python layer; its C++ layer raises the rest.
 [[noreturn]] void refuse_as_native(const ForwardArguments& a) {
   if (a.training && a.x.dim() >= 2 && has_one_value_per_channel(a.x)) {
     TORCH_CHECK_VALUE(false,

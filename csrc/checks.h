@@ -36,7 +36,7 @@ struct GradientArguments {
 
 void check_forward(const ForwardArguments& a);
 void check_gradient(const GradientArguments& a);
-// And the statistics that a training forward pass returned.
+// check_gradient, and the checks of the statistics that a training forward pass returned.
 void check_backward(const GradientArguments& a, const at::Tensor& mean, const at::Tensor& rstd);
 
 // `t` is [C], of the accumulation type of x and on its device.

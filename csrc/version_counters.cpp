@@ -1,5 +1,5 @@
 // Version counters of the buffers that are changed in place, on the ADInplaceOrView key: an
-// operator written in C++ does not move them by itself, and autograd would miss the change.
+// operator written in C++ does not increment them by itself, and autograd would miss the change.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>

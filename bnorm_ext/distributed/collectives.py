@@ -15,12 +15,12 @@ from torch import Tensor
 #: Up to this many bytes received by each rank, statistics are gathered from all ranks in one
 #: message; above, they are summed in two.
 #:
-#: Gathering moves W * m bytes to each rank (W ranks, m bytes of statistics each) in one collective,
-#: summing about 2 * m bytes, whatever W is, in each of two; a collective takes log2(W) times the
-#: latency of a message at least. With a latency of 10 us and 12.5 GB/s (100 Gb/s), a message costs
-#: what 125 kB cost, and gathering wins while W * m < 125 kB * 3 * log2(W): 0.4 MB for 2 ranks,
-#: 1.1 MB for 8, 2 MB for 32, 3.8 MB for 1,024. One constant in between, so that all ranks decide
-#: alike and the decision is easy to foresee.
+#: An all-gather moves W * m bytes to each rank (W ranks, m bytes of statistics each) in log2(W)
+#: messages after one another. An all-reduce takes 2 * log2(W), and moves about 2 * m bytes whatever
+#: W is, which is neglected here. One gathering against two sums saves 3 * log2(W) latencies. With a
+#: latency of 10 us and 12.5 GB/s (100 Gb/s), a latency costs what 125 kB cost, and gathering wins
+#: while W * m < 125 kB * 3 * log2(W): 0.4 MB for 2 ranks, 1.1 MB for 8, 1.9 MB for 32, 3.8 MB for
+#: 1,024. The constant lies in between, so that the decision is easy to foresee.
 GATHER_BYTES = 1 << 20
 
 WORD = 8  #: bytes of a number that is sent: a double

@@ -1,6 +1,6 @@
 """Synchronised batch norm in torch's own operations, differentiable to any order.
 
-Taken for derivatives of the gradient, and where there are no kernels.
+For second and higher derivatives, and for devices without kernels.
 """
 
 from __future__ import annotations

@@ -73,13 +73,13 @@ def unsynchronise(module: nn.Module) -> None:
             state.pop("negative_slope", None)
 
 
-def _shared(cls: type[nn.Module]) -> Any:
+def _sync_subclass(cls: type[nn.Module]) -> Any:
     """The subclass of our version of timm's batch norm that shares statistics."""
     return type(f"Sync{cls.__name__}", (_SyncMixin, cls), {"__module__": __name__})
 
 
 # The cast, because mypy does not take a class of modules for hashable.
-_with_timm = cast(Callable[[type[nn.Module]], Any], functools.cache(_shared))
+_with_timm = cast(Callable[[type[nn.Module]], Any], functools.cache(_sync_subclass))
 
 
 def __getattr__(name: str) -> Any:

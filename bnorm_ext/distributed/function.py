@@ -18,11 +18,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..activations import PIECEWISE
 from . import composite
 from .collectives import all_reduce
 
 _ops = torch.ops.bnorm_ext
-PIECEWISE = ("relu", "relu6", "leaky_relu")
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -91,7 +91,7 @@ def _gradients(ctx: Any, dy: Tensor, wanted: Sequence[bool]) -> Gradients:
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor, wanted: Sequence[bool]) -> Gradients:
-    """The same, where a derivative of them may be asked for."""
+    """As ``_gradients``, but differentiable."""
     x, residual, weight, bias, mean, rstd, _, mask = ctx.saved_tensors
     eps, act, negative_slope, group = ctx.arguments
     factor: Any = 1

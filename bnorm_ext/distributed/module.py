@@ -21,18 +21,18 @@ from .statistics import Buffers, synchronised
 __all__ = ["SyncBatchNorm"]
 
 
-class _Shared:
+class _HeldGroup:
     """Keeps a process group, which cannot be copied: a copy of the module has the same one, a
     pickled module none."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
 
-    def __deepcopy__(self, memo: Any) -> _Shared:
+    def __deepcopy__(self, memo: Any) -> _HeldGroup:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Shared, (None,)
+        return _HeldGroup, (None,)
 
 
 class _SyncMixin(_BatchNormActMixin):
@@ -49,7 +49,7 @@ class _SyncMixin(_BatchNormActMixin):
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        self.__dict__["_process_group"] = None if group is None else _Shared(group)
+        self.__dict__["_process_group"] = None if group is None else _HeldGroup(group)
 
     def _normalise(
         self, input: Tensor, residual: Tensor | None, act: str | None, negative_slope: float
@@ -84,7 +84,7 @@ class _SyncMixin(_BatchNormActMixin):
         return y
 
     def _group(self, input: Tensor) -> Any:
-        """Whom the statistics of this call are shared with; None where with nobody."""
+        """The process group of this call; None where nothing is shared."""
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return None
         group = self.process_group if self.process_group is not None else dist.group.WORLD

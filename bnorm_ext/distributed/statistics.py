@@ -38,7 +38,7 @@ def local_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def over_all_ranks(
     mean: Tensor, var: Tensor, count: Tensor, world: int, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments (W, C) and counts (W,) whose merger is that of all ranks.
+    """Moments (W, C) and counts (W,) that merge to those of all ranks.
 
     Gathered, W is the number of ranks, in their order, so that merging them gives every rank the
     same bits. Summed, W is 1: the collective gives every rank the same bits.

@@ -145,7 +145,7 @@ void merge(const Tensor& mean, const Tensor& var, const Tensor& count, double ep
   running_statistics.count_batch();
 }
 
-// Mean and rstd as the kernels read them: what a training forward pass returned is so already.
+// Mean and rstd in the accumulation type. Those of a training forward pass are used as they are.
 template <typename A>
 struct KnownStatistics {
   KnownStatistics(const Statistics& s, int64_t C)

@@ -2,7 +2,8 @@
 //
 // Formula   moments: mean and m2 = sum((x - mean)^2) of a chunk;
 //           apply: y = act(z), z = fma(x - mean, scale, shift) + residual, scale = weight * rstd,
-//           shift = bias (Ioffe and Szegedy 2015, arXiv:1502.03167)
+//           shift = bias, corrected for the rounding of the mean (shift_of in params.h; Ioffe and
+//           Szegedy 2015, arXiv:1502.03167)
 // Bytes     moments: reads x; apply: reads x and, if given, residual; writes y and, if wanted, a
 //           mask of one bit per element
 // Numerics  Shifted sums in one pass: of d = x - anchor and of d * d, where the anchor is the mean

@@ -15,7 +15,8 @@ struct ForwardParams {
   void* y = nullptr;            // [N, C, S]
   const void* mean = nullptr;   // [C] acc
   const void* scale = nullptr;  // [C] acc, weight * rstd
-  const void* shift = nullptr;  // [C] acc, bias
+  // [C] acc, shift_of(bias, ...): in training without act, corrected for the rounded mean.
+  const void* shift = nullptr;
   // y = act(fma(x - mean, scale, shift) + residual)
   const void* residual = nullptr;  // [N, C, S] or null
   Activation act = Activation::Identity;

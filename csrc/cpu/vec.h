@@ -213,7 +213,7 @@ BNORM_INLINE bool is_aligned(const T* out) {
   return reinterpret_cast<uintptr_t>(out) % (V::W * sizeof(T)) == 0;
 }
 
-// The same for writing to `out`: f(i, part, hint), where hint is Nontemporal for whole aligned
+// for_each_vector for writing to `out`: f(i, part, hint), where hint is Nontemporal for whole aligned
 // vectors if `nontemporal`. The ends of the row are Cached.
 template <typename V, typename T, typename F>
 BNORM_INLINE void for_each_stored_vector(T* out, int64_t length, bool nontemporal, F f) {

@@ -38,7 +38,7 @@ bool is_aligned(const ForwardCall& c) {
   return aligned(c.in.tensor.const_data_ptr(), c.y.const_data_ptr(), data_of(c.epilogue.residual));
 }
 
-// The counter, where one is given, has been read by whoever needed it.
+// num_batches_tracked is incremented here, after the statistics kernel has read it.
 void run_normalise(const ForwardCall& c, const Statistics& statistics,
                    int64_t* num_batches_tracked = nullptr) {
   auto p = params<NormaliseParams>(c);
@@ -72,7 +72,8 @@ void statistics(Input& in, const Tensor& mean, const Tensor& var) {
   C10_CUDA_CHECK(launch_statistics(p, stream()));
 }
 
-// Everything in one launch. False where it takes two.
+// Everything in one launch. False: use two passes (the plan says so, or the device refused the
+// launch).
 bool train_resident(const ForwardCall& c, const RunningUpdate& running, double eps,
                     const Tensor& mean, const Tensor& rstd) {
   auto p = params<ResidentForwardParams>(c);
@@ -99,7 +100,7 @@ void train(ForwardCall& c, double eps, const RunningUpdate& running, const Tenso
   p.mean = mean.data_ptr();
   p.rstd = rstd.data_ptr();
   p.running = running;
-  // What rounding the mean leaves out goes into y too, where backward does not make z again.
+  // Without an activation backward does not recompute z, so y may use the mean in double.
   Tensor wide_mean;
   if (c.epilogue.act == Activation::Identity && c.in.dtype != DType::Double) {
     wide_mean = at::empty_like(mean, mean.options().dtype(at::kDouble));
@@ -184,7 +185,7 @@ void run_apply(const BackwardCall& c, const BackwardOutputs& out, const void* me
   C10_CUDA_CHECK(launch_backward_apply(p, stream()));
 }
 
-// Everything in one launch. False where it takes two.
+// Everything in one launch. False: use two passes, as for train_resident.
 bool backward_resident(const BackwardCall& c, bool constant_statistics,
                        const BackwardOutputs& out) {
   auto p = params<ResidentBackwardParams>(c);
@@ -204,7 +205,7 @@ void backward(BackwardCall& c, bool constant_statistics, const BackwardOutputs& 
   align_if_grouped(c);
   const bool needs_means = !constant_statistics && out.dx.defined();
   const bool needs_sums = needs_means || out.sum_g.defined() || out.sum_g_xhat.defined();
-  // The path on chip is for what else reads its input twice.
+  // One launch saves a second read of x and dy. Without sums or without dx there is only one.
   if (out.dx.defined() && needs_sums && backward_resident(c, constant_statistics, out)) return;
   Tensor means;
   void *mean_g = nullptr, *mean_g_xhat = nullptr;

@@ -17,6 +17,7 @@ namespace cuda {
 // ChannelsLast   the same for adjacent columns, or for fewer where the block has fewer columns: a
 //                tile is all channels, or a multiple of 8
 // ChannelGroups  each vector has a byte
+//
 // From one vector of a thread to its next one the byte advances by a constant, and the position in
 // the byte stays the same.
 template <typename Byte, int kWidth, Mapping kMapping>

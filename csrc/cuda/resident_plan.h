@@ -140,7 +140,7 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     }
   }
   if (!device.cooperative || !wanted.may_be(Path::Grid)) {
-    return refuse("the tensor is larger than blocks that share their memory hold");
+    return refuse("a tile does not fit into the shared memory of a block or a cluster");
   }
   for (const int64_t share : shares) {
     const int64_t vectors =
