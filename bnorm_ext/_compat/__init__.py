@@ -2,10 +2,8 @@
 
 torch may rename or remove a private name in any release. Each use here has a fallback, so that a
 missing name costs speed or turns a feature off with a reason, and breaks nothing else. No module
-outside of this package may use a private name of torch. ``tests/packaging/test_compat.py`` removes each entry
-of ``NAMES`` in turn and checks the fallback.
-
-Names of ``torch.nn.Module`` are in ``modules.py``, all others in this file.
+outside of this package may use a private name of torch. ``tests/packaging/test_compat.py`` removes
+each entry of ``NAMES`` in turn and checks the fallback.
 """
 
 from __future__ import annotations

@@ -240,8 +240,8 @@ void run_backward(const BackwardCall& c, bool constant_statistics, const Backwar
       if (writes) one_pass(p.shape, second);
       return;
     }
-    const int64_t block_channels = cache_block_channels(
-        p.shape, 2 * c.in.tensor.element_size(), p.nontemporal, at::get_num_threads());
+    const int64_t block_channels = cache_block_channels(p.shape, 2 * c.in.tensor.element_size(),
+                                                        p.nontemporal, at::get_num_threads());
     p.prefetch_distance = prefetch_distance(p.shape, block_channels);
     two_passes<Sums, ChannelSums>(
         p.shape, block_channels,

@@ -7,15 +7,15 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.common import emulated
 import torch
-from tests.common.cases import DTYPES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnorm_ext  # noqa: F401  (registers the operators)
+from tests.common import emulated
+from tests.common.cases import DTYPES
 
 Run = Callable[..., tuple[Tensor | None, ...]]
 #: Positions of a channel: around the lengths at which the CPU's mask has rows of its own, and where
