@@ -116,11 +116,13 @@ def steps(plan: Plan, device: torch.device) -> list[Contestant]:
     labels = torch.randint(1000, (plan.batch,), device=device)
     channels = [m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     synchronised = bnorm_ext.convert_batchnorm(copy.deepcopy(net), sync=True)
+    # A fused net shares the parameters of what it was made from.
+    fused, _ = bnorm_ext.fuse_batchnorm_act(copy.deepcopy(synchronised))
     variants: list[tuple[Any, ...]] = [
         (NATIVE, net),
         ("converted", bnorm_ext.convert_batchnorm(copy.deepcopy(net))),
         (SYNC, synchronised, channels),
-        (f"{SYNC}, fused", bnorm_ext.fuse_batchnorm_act(synchronised)[0], channels),
+        (f"{SYNC}, fused", fused, channels),
     ]
     if device.type == "cuda":
         torchs = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
