@@ -164,7 +164,6 @@ def initialise(rank: int, local_rank: int, device: str, **where: object) -> None
 def work(rank: int, options: argparse.Namespace, folder: str) -> None:
     """The whole life of a process that this program has started."""
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name of this host is looked up
     where = {"init_method": f"file://{folder}/rendezvous", "rank": rank}
     initialise(rank, rank, options.device, **where, world_size=options.processes)
     train(rank, options)
@@ -205,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         p.error(str(error))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if here == world:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name of this host is looked up
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= here
     options.device = "cuda" if enough else "cpu"
     if by_torchrun:
