@@ -153,7 +153,7 @@ def train(rank: int, options: argparse.Namespace) -> None:
     dist.barrier()
 
 
-def initialise(rank: int, local_rank: int, device: str, **where: object) -> None:
+def initialise(local_rank: int, device: str, **where: object) -> None:
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     backend = "nccl" if device == "cuda" else "gloo"
@@ -165,7 +165,7 @@ def work(rank: int, options: argparse.Namespace, folder: str) -> None:
     """The whole life of a process that this program has started."""
     torch.set_num_threads(1)
     where = {"init_method": f"file://{folder}/rendezvous", "rank": rank}
-    initialise(rank, rank, options.device, **where, world_size=options.processes)
+    initialise(rank, options.device, **where, world_size=options.processes)
     train(rank, options)
     dist.destroy_process_group()
 
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.device = "cuda" if enough else "cpu"
     if by_torchrun:
         rank = int(os.environ["RANK"])
-        initialise(rank, int(os.environ["LOCAL_RANK"]), options.device)
+        initialise(int(os.environ["LOCAL_RANK"]), options.device)
         train(rank, options)
         dist.destroy_process_group()
         return

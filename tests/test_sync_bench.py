@@ -68,7 +68,7 @@ def test_a_run(tmp_path: Path) -> None:
         (["--shape", "2,0,3,3"], "--shape 2,0,3,3: must be four positive numbers"),
         (["--shape", "1,4,1,1"], "one value per channel"),
         (["--shape", "x"], "--shape 'x': must be numbers"),
-        (["--shape", "1000000,1000000,100,100"], "memory"),
+        (["--shape", "1000000,1000000,100,100"], "GB are free"),
         (["--size", "8"], "--size: at least 32"),
         (["--time-budget", "0"], "--time-budget: must be positive"),
         (["--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: there is no folder"),
