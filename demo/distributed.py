@@ -179,7 +179,7 @@ def parser() -> Parser:
     add("--processes", type=whole(2, 16), default=2, metavar="N",
         help="default: 2; with torchrun, what that says")  # fmt: skip
     add("--batch", type=whole(4, 512), default=16, help="images of all processes; default: 16")
-    add("--epochs", type=whole(1, 1000), default=3, help="default: 3")
+    add("--epochs", type=whole(1, 1000), default=2, help="default: 2")
     add("--seed", type=whole(0, 1 << 32), default=0, help="default: 0")
     add("--dtype", choices=tuple(DTYPES), default="float64", help="default: float64")
     add("--output", type=Path, default=Path("build/demo/distributed.png"), help="the plot")
