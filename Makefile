@@ -2,6 +2,7 @@
 #
 #   make test                  compile, and run the tests but the slow ones
 #   make demo                  compile, and train on real data with torch's batch norm and this one
+#   make demo-distributed      compile, and train on two processes with synchronised batch norm
 #   make test VENV=            the same in the current environment: python3 and the torch it has
 #   make test TORCH=torch==2.11.0 VENV=.venv-2.11        with another torch
 #   make test-torches          build and test it with every torch that is promised (slow)
@@ -44,7 +45,7 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: test test-all test-install test-torches demo build lint format cuda-build gpu-check mutants bench docs clean FORCE
+.PHONY: test test-all test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants bench docs clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
@@ -67,6 +68,9 @@ test-torches:
 
 demo: build
 	$(PY) demo/digits.py
+
+demo-distributed: build
+	$(PY) demo/distributed.py
 
 # Compiles what has changed, so that tests never see an old binary; seconds when nothing has. The
 # extra `test` contains `demo`, whose program is tested too.

@@ -6,7 +6,7 @@ import math
 import platform
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -203,3 +203,44 @@ def _losses(axes: Axes, found: Found) -> None:
     axes.set_xlabel("optimisation step")
     axes.set_ylabel("cross entropy (log scale)")
     axes.legend(loc="upper right", frameon=False, fontsize=9)
+
+
+def plot_distributed(
+    losses: Mapping[str, Sequence[float]],
+    world: int,
+    each: int,
+    device: torch.device,
+    output: Path,
+) -> None:
+    """The curves of the trainings, and how far each is from the first. `each`: images of one
+    process in a step."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    title = f"Handwritten digits on {world} processes, {counted(each, 'image')} each a step"
+    figure.suptitle(title, fontsize=15)
+    alone = np.array(next(iter(losses.values())))
+    steps = np.arange(1, len(alone) + 1)
+    window = max(1, len(alone) // 30)
+    # One on the other: all can be seen.
+    styles = zip(losses.items(), STYLES, (5, 2.2, 1.6), (0.6, 1, 1), strict=True)
+    for (name, values), (color, _, line), width, alpha in styles:
+        smooth = np.convolve(values, np.ones(window) / window, "valid")
+        left.plot(steps[window - 1 :], smooth, line, color=color, linewidth=width, label=name,
+                  alpha=alpha)  # fmt: skip
+        if values is not losses[next(iter(losses))]:
+            # A difference of 0 has no place on a log scale.
+            apart = np.maximum(np.abs(np.array(values) - alone), 1e-18)
+            right.plot(steps, apart, line, color=color, linewidth=1.4, label=name)
+    left.set_title(f"Training loss (mean of {counted(window, 'step')})", fontsize=11)
+    left.set_ylabel("cross entropy (log scale)")
+    right.set_title("Distance of the loss from that of one process", fontsize=11)
+    right.set_ylabel("absolute difference (log scale)")
+    for axes in (left, right):
+        axes.set_yscale("log")
+        axes.set_xlabel("optimisation step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    versions = f"torch {torch.__version__}, bnorm_ext {bnorm_ext.__version__}"
+    figure.supxlabel(f"{device_name(device)}, {versions}", fontsize=9, color=GREY)
+    figure.savefig(output, dpi=130)
+    plt.close(figure)

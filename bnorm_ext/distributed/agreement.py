@@ -11,8 +11,9 @@ import weakref
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from .collectives import all_gather
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DIMS = 14
@@ -35,9 +36,7 @@ def agree(layer: nn.Module, name: str, x: Tensor, world: int, group: Any) -> Non
     header = torch.tensor(
         [_DTYPES.index(x.dtype), x.dim(), *sizes], dtype=torch.int64, device=x.device
     )
-    headers = header.new_empty(world * _WORDS)
-    dist.all_gather_into_tensor(headers, header, group=group)
-    inputs = [_described(words) for words in headers.view(world, _WORDS).tolist()]
+    inputs = [_described(words) for words in all_gather(header, world, group).tolist()]
     for rank, (shape, dtype) in enumerate(inputs):
         if (shape[1], dtype) != (inputs[0][0][1], inputs[0][1]):
             raise RuntimeError(

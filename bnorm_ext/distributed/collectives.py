@@ -47,7 +47,11 @@ def backward_bytes(channels: int) -> tuple[int, int]:
 def all_gather(t: Tensor, world: int, group: Any) -> Tensor:
     """(M,) of each rank -> (world, M), in the order of ranks."""
     gathered = t.new_empty(world * t.numel())
-    dist.all_gather_into_tensor(gathered, t, group=group)
+    # torch 2.14 has deprecated the old name; torch.compile replaces the old name's calls.
+    if hasattr(dist, "all_gather_single") and not torch.compiler.is_compiling():
+        dist.all_gather_single(gathered, t, group=group)
+    else:
+        dist.all_gather_into_tensor(gathered, t, group=group)
     return gathered.view(world, t.numel())
 
 

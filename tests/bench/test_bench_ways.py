@@ -74,6 +74,7 @@ def run(
         ("bench", ["train", "--help"], "usage: python -m bench train "),
         ("bench.train", ["--help"], "usage: python -m bench.train "),
         ("bench.profile", ["--shape", "2,3,4,4", "--device", "cpu"], "bnorm_ext::batch_norm_train"),
+        ("bench.sync", ["--traffic"], "53 batch norms"),
         ("bench.cost_model", ["--bandwidth", "4e12", "--net", "resnet18", "--sums"], "resnet18"),
         ("bench.compare", ["--help"], "usage: python -m bench.compare "),
         ("bench.plots", ["--help"], "usage: python -m bench.plots "),

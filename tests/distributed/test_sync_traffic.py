@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,33 +9,13 @@ import torch
 import torch.distributed as dist
 
 import bnorm_ext
+from bnorm_ext.bench.traffic import counted
 from bnorm_ext.distributed import collectives
 from tests.common.ranks import ranks
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[list[int]]:
-    """Bytes that each collective leaves on this rank."""
-    found: list[int] = []
-    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
-
-    def counted_gather(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(output.nbytes)
-        return gather(output, *args, **kwargs)
-
-    def counted_reduce(t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(t.nbytes)
-        return reduce(t, *args, **kwargs)
-
-    dist.all_gather_into_tensor, dist.all_reduce = counted_gather, counted_reduce
-    try:
-        yield found
-    finally:
-        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
 
 
 def sends(rank: int, channels: int) -> list[list[int]]:
