@@ -10,11 +10,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import bnorm_ext
 from tests.common.ranks import Ranks, ranks
+from tests.common.sync_nets import images, loss_of, make, share, train
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
@@ -22,7 +26,6 @@ pytestmark = pytest.mark.skipif(
 
 WORLD = 2
 TIGHT = {"rtol": 1e-9, "atol": 1e-9}
-STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -31,49 +34,7 @@ def group(tmp_path_factory):
         yield started
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + x)
-
-
-def make() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Block(), nn.Flatten(), nn.Linear(144, 2)
-    ).double()
-
-
-def images(step: int, samples: slice = slice(None)) -> torch.Tensor:
-    rng = torch.Generator().manual_seed(step)
-    return torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=rng)[samples]
-
-
-def share(rank: int) -> slice:
-    return slice(3 * rank, 3 * rank + 3)
-
-
-def loss_of(y: torch.Tensor) -> torch.Tensor:
-    return F.softplus(y).square().mean()
-
-
-def train(net: nn.Module, samples: slice = slice(None), steps: int = STEPS) -> dict[str, Any]:
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(net(images(step, samples))).backward()
-        optimizer.step()
-    inner = getattr(net, "module", net)
-    return {n: t.clone() for n, t in inner.state_dict().items()}
-
-
-def alone(wrapped: bool = False) -> dict[str, Any]:
+def alone() -> dict[str, Any]:
     return train(make())
 
 
@@ -102,6 +63,24 @@ def ddp(rank: int, fused: bool, options: dict[str, Any]) -> dict[str, Any]:
 )
 def test_ddp_equals_one_process(group: Ranks, fused: bool, options: dict[str, Any]) -> None:
     assert_as_alone(group(ddp, fused, options))
+
+
+def fully_sharded(rank: int, fused: bool, per_block: bool) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    net = synchronised(fused)
+    if per_block:
+        fully_shard(net[3], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return {
+        name: t.full_tensor() if isinstance(t, DTensor) else t
+        for name, t in train(net, share(rank)).items()
+    }
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_fully_shard_equals_one_process(group: Ranks, fused: bool, per_block: bool) -> None:
+    assert_as_alone(group(fully_sharded, fused, per_block))
 
 
 def accumulated(rank: int) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bnorm_ext
+from tests.common.ranks import ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +28,7 @@ pytestmark = [
     ),
 ]
 
-FOLDER = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 WORLD = 8
 
 
@@ -97,13 +97,13 @@ def two_hosts() -> Iterator[list[tuple[str, str]]]:
 
 
 def torchrun(host: tuple[str, str], node: int, master: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(FOLDER.parent), *(p for p in sys.path if p)])
+    path = os.pathsep.join([str(ROOT), *(p for p in sys.path if p)])
     name, address = host
     command = [
         *("ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{master}:29513", "--rdzv-id", "hosts"),
-        *("--local-addr", address, str(FOLDER / "hosts.py")),
+        *("--local-addr", address, "-m", "tests.common.hosts"),
     ]
     return subprocess.Popen(
         command,

@@ -1,15 +1,15 @@
 """Run by torchrun on each host: trains with synchronised statistics, and compares with one process
-that has the whole batch. ``python hosts.py``, within torchrun alone."""
+that has the whole batch. ``python -m tests.common.hosts``, within torchrun alone."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from test_sync_training import images, loss_of, make
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bnorm_ext
+from tests.common.sync_nets import images, loss_of, make
 
 
 def train(net: nn.Module, samples: slice) -> dict[str, torch.Tensor]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulated
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import ranks
-from test_sync_numbers import C, Case, assert_equal, expected, parameters, whole
 from torch import nn
 
 import bnorm_ext
 from bnorm_ext.distributed import collectives, function, statistics
+from tests.common import emulated
+from tests.common.ranks import ranks
+from tests.common.sync_cases import C, Case, assert_equal, expected, parameters, whole
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_sync_numbers import CASES, C, Case, assert_equal, expected, parameters, whole
 
 import bnorm_ext
 from bnorm_ext.distributed import collectives
+from tests.common.sync_cases import CASES, C, Case, assert_equal, expected, parameters, whole
 
 WORLD = 2
 

@@ -13,9 +13,7 @@ import bnorm_ext
 from bnorm_ext.bench import sync, traffic
 from bnorm_ext.distributed import agreement, collectives, statistics
 
-ROOT = Path(__file__).resolve().parent
-while not (ROOT / "docs").is_dir() and ROOT.parent != ROOT:
-    ROOT = ROOT.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "distributed.md"
 
 pytestmark = [

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import ranks
 from torch import nn
 
 import bnorm_ext
 from bnorm_ext.bench import __main__ as cli
 from bnorm_ext.bench import nets, sync, traffic
+from tests.common.ranks import ranks
 
 ROOT = Path(bnorm_ext.__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(

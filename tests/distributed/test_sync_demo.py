@@ -21,9 +21,7 @@ for _package, _why in (
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )
-ROOT = Path(__file__).resolve().parents[1]
-while not (ROOT / "demo").is_dir():
-    ROOT = ROOT.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo" / "distributed.py"
 
 
