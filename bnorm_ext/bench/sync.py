@@ -91,7 +91,8 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
     """Rows of calls and steps. Raises what a process has raised."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (plan, folder), plan.world, daemon=True)
-        return json.loads(Path(folder, "rows.json").read_text())
+        rows: list[dict[str, Any]] = json.loads(Path(folder, "rows.json").read_text())
+    return rows
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -72,7 +72,7 @@ def work(rank: int, plan: Plan, folder: str) -> None:
         rows = []
         share = plan.seconds / (len(plan.shapes) + 2)  # steps are longer: two shares
         for shape in plan.shapes:
-            fields = {"what": "call", "shape": list(shape)}
+            fields: dict[str, Any] = {"what": "call", "shape": list(shape)}
             rows += _rows(fields, LOCAL, compete(calls(shape, device), share, device), plan.world)
         fields = {"what": "step", "model": plan.model, "batch": plan.batch, "size": plan.size}
         rows += _rows(fields, NATIVE, compete(steps(plan, device), 2 * share, device), plan.world)
@@ -177,7 +177,7 @@ def compete(
 
 
 def _together(device: torch.device) -> None:
-    dist.barrier(**({"device_ids": [device.index]} if device.type == "cuda" else {}))
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""Cases of a batch that is split between processes, and what one process with the whole batch gives."""
+"""Cases of a batch that is split between processes, and what one process with all of it gives."""
 
 from __future__ import annotations
 

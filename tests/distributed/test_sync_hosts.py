@@ -103,6 +103,8 @@ def torchrun(host: tuple[str, str], node: int, master: str) -> subprocess.Popen[
         *("ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"),
         *("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{master}:29513", "--rdzv-id", "hosts"),
+        # torchrun tells the rendezvous' host by the host's name, which both share here.
+        *("--rdzv-conf", f"is_host={int(node == 0)},timeout=60"),
         *("--local-addr", address, "-m", "tests.common.hosts"),
     ]
     return subprocess.Popen(
