@@ -35,6 +35,7 @@ CUDA_TESTS = (
     "tests/kernels/test_cuda.py",
     "tests/operators/test_operators.py",
     "tests/operators/test_derivatives.py",
+    "tests/operators/test_fused_derivatives.py",
 )
 # Small shapes, since the sanitizer slows kernels down by a factor of 10 to 100.
 SANITIZED = "test_results and (odd or blocks) or test_paths and 16x8x16x16"

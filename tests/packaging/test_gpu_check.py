@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bnorm_ext.bench import cases, micro
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,3 +135,25 @@ def test_make_compiles_once() -> None:
     )  # fmt: skip
     assert " -e " not in done.stdout
     assert done.stdout.rstrip().endswith("python .ci/gpu_check.py --install")
+
+
+def test_the_timings_have_options_that_the_benchmark_knows() -> None:
+    (step,) = (s for s in gpu_check.later_steps() if s.name == "timings")
+    assert step.command[:2] == ("-m", "bench")
+    options = micro.parser("bench").parse_args(step.command[2:])
+    assert options.device == "cuda"
+    assert options.suite in cases.SUITES
+
+
+def test_all_files_with_cuda_tests_are_run() -> None:
+    """Those that mark tests, and those of the operators that take the fixture `device`."""
+    marked = [p for p in ROOT.glob("tests/*/*.py") if "pytest.mark." + "cuda" in p.read_text()]
+    taking = [
+        p
+        for p in ROOT.glob("tests/operators/*.py")
+        if re.search(r"^def test_\w+\([^)]*\bdevice\)", p.read_text(), re.MULTILINE)
+        or re.search(r"^def test_\w+\([^)]*\bdevice: str\b", p.read_text(), re.MULTILINE)
+    ]
+    given = [p for p in taking if 'parametrize("device"' not in p.read_text()]
+    found = {p.relative_to(ROOT).as_posix() for p in marked + given}
+    assert found == set(gpu_check.CUDA_TESTS)
