@@ -109,9 +109,10 @@ bench: build $(STAMPS)/extra-bench
 docs: build $(STAMPS)/extra-docs
 	$(PY) .ci/api_reference.py build/docs
 
-# On a machine with a GPU; VENV= for the current environment, which needs no network then.
-gpu-check: $(if $(strip $(VENV)),$(STAMPS)/extra-test)
-	.ci/gpu_check $(PY)
+# On a machine with a GPU; VENV= for the current environment, which needs no network then. The script
+# installs the package, so that it is compiled once, for the GPU that is there.
+gpu-check: $(if $(strip $(VENV)),$(STAMPS)/torch)
+	$(PY) .ci/gpu_check.py $(if $(strip $(VENV)),--install)
 
 clean:
 	rm -rf build dist *.egg-info bnorm_ext/_build.py bnorm_ext/_C.*

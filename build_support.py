@@ -33,6 +33,9 @@ TORCH_COMMANDS = frozenset(
 # The GPUs that the default covers, as far as the toolkit knows them.
 DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
+# Where NVIDIA's installers link the toolkit; they do not put it on PATH.
+USUAL_TOOLKIT = "/usr/local/cuda"
+
 GIB = 1 << 30
 
 
@@ -97,12 +100,16 @@ def find_toolkit(
     environ: Mapping[str, str],
     which: Callable[[str], str | None] = shutil.which,
     run: Callable[..., str] = _run,
+    usual: str = USUAL_TOOLKIT,
 ) -> Toolkit | str:
-    """The toolkit of CUDA_HOME, CUDA_PATH or else of the nvcc on PATH; or why there is none."""
+    """The toolkit of CUDA_HOME, CUDA_PATH, else of the nvcc on PATH, else in the usual folder; or
+    why there is none. These are torch's own guesses, in its order."""
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     nvcc = os.path.join(home, "bin", "nvcc") if home else which("nvcc")
+    if nvcc is None and os.path.exists(os.path.join(usual, "bin", "nvcc")):
+        home, nvcc = usual, os.path.join(usual, "bin", "nvcc")
     if nvcc is None:
-        return "no nvcc was found through CUDA_HOME, CUDA_PATH or PATH"
+        return f"no nvcc was found through CUDA_HOME, CUDA_PATH, PATH or in {usual}"
     release = re.search(r"release (\d+\.\d+)", run(nvcc, "--version")) if which(nvcc) else None
     if release is None:
         return f"{nvcc} is not a working nvcc"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import TypedDict
@@ -107,4 +108,27 @@ def build_info() -> BuildInfo:
         compiler=getattr(build, "COMPILER", None),
         cpu_isas=list(getattr(build, "CPU_ISAS", ())),
         cpu_capability=None if compiled is None else compiled.cpu_capability(),
+    )
+
+
+_warned = os.environ.get("BNORM_EXT_WARN", "1").strip() == "0"
+
+
+def warn_without_cuda_kernels() -> None:
+    """Says once that this build leaves CUDA tensors to torch, and how to change it.
+
+    Called where such a tensor takes native's path. Silent under BNORM_EXT_WARN=0 and where it is
+    meant: under BNORM_EXT_DISABLE=1, and with a torch for GPUs that have no kernels here (ROCm).
+    """
+    global _warned
+    if _warned or DISABLED or torch.version.cuda is None:
+        return
+    _warned = True
+    reason = getattr(_submodule("_build"), "CUDA_LEFT_OUT", None) or "left out"
+    warnings.warn(
+        f"bnorm_ext was compiled without CUDA kernels, {reason}: torch's own batch norm runs on "
+        f"the GPU. To compile them, with a CUDA {torch.version.cuda.split('.')[0]} toolkit, in the "
+        f"folder of its setup.py:\n\n    BNORM_EXT_CUDA=1 {REBUILD}\n\n"
+        "(BNORM_EXT_WARN=0 silences this.)",
+        stacklevel=4,  # past this function, its caller and batch_norm
     )

@@ -35,6 +35,7 @@ _SHARED = {
     (8, 9): (100, 99),
     (9, 0): (228, 227),
     (10, 0): (228, 227),
+    (10, 3): (228, 227),
     (12, 0): (100, 99),
 }
 # Multiprocessors and compute capability, from the vendor's data sheets.
@@ -51,14 +52,16 @@ _GPUS = {
     "H100": (132, (9, 0)),
     "H100 PCIe": (114, (9, 0)),
     "H200": (132, (9, 0)),
+    "GH200": (132, (9, 0)),
     "B200": (148, (10, 0)),
+    "B300": (148, (10, 3)),
     "RTX 5090": (170, (12, 0)),
 }
 
-# Words in the names that CUDA reports which do not tell GPUs apart: vendor and memory size, and how
-# the board is connected.
-_VENDOR = re.compile(r"nvidia|tesla|geforce|graphics|\d+gb|hbm3e?")
-_BOARD = re.compile(r"pcie|sxm\d*|nvl")
+# Words in the names that CUDA reports which do not tell GPUs apart: vendor and memory size, and what
+# board the GPU is on.
+_VENDOR = re.compile(r"nvidia|tesla|geforce|graphics|\d+gb?|hbm3e?")
+_BOARD = re.compile(r"pcie|sxm\d*|nvl|ac")
 
 
 def explain(

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from . import _transforms
 from ._arguments import Arguments
 from ._compat import FORWARD_LEVEL, FORWARD_STATE, transforms_active
+from ._load import warn_without_cuda_kernels
 from ._ops import KERNEL_DEVICES
 from ._scalars import as_floats, counted, counts_apart
 from .activations import Activation, check_residual, compose, resolve
@@ -225,12 +226,11 @@ def _call_op(a: Arguments) -> Tensor:
 
 def _takes_native_path(input: Tensor) -> bool:
     """Whether there are no kernels for this kind of tensor, or it has no elements."""
-    if (
-        input.device.type not in KERNEL_DEVICES
-        or input.layout is not torch.strided
-        or input.dim() < 2
-        or input.numel() == 0
-    ):
+    if input.device.type not in KERNEL_DEVICES:
+        if input.device.type == "cuda":
+            warn_without_cuda_kernels()
+        return True
+    if input.layout is not torch.strided or input.dim() < 2 or input.numel() == 0:
         return True
     if type(input) is Tensor:
         return input.is_nested

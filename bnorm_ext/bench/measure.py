@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 from . import machine
+from .clocks import clocks_of
 
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 3, 10, 101
 HURRIED_ROUNDS = 5  # if the time budget is used up
@@ -39,8 +40,9 @@ the call pays the page faults: a training step whose activations stay alive. war
 of the same kind comes right before, and freed memory is used again.
 CUDA. Events around one call, on the stream, queued behind a sleeping kernel that ends only after
 the whole batch is queued, so that gaps between launches are not timed; where that failed, the row
-says so. cold: a buffer of twice the L2 is written before each call. warm: an untimed call comes
-right before.
+says so. cold: before each call a buffer of twice the L2 is written, then another one read, so that
+the L2 holds no lines that the call would have to write back. warm: an untimed call comes right
+before. SM and memory clocks are sampled while the device works, with the reasons that lowered them.
 Copy. The ceiling is x.clone() for one tensor read and one written, x + dy for two and one, two
 clones for two and two, in the same rounds with the same allocation: on the CPU, huge pages are
 asked for, as bnorm_ext does for large outputs. bytes_floor: what must be read or written once,
@@ -166,6 +168,23 @@ class CpuTimer:
         return found
 
 
+class L2Flush:
+    """Replaces what the L2 holds by lines that are clean.
+
+    Written lines alone would be dirty: their write-back, up to the size of the L2, would fall into
+    the call that follows.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        floats = 2 * torch.cuda.get_device_properties(device).L2_cache_size // 4
+        self._written, self._read = (torch.zeros(floats, device=device) for _ in range(2))
+        self._sum = torch.zeros((), device=device)
+
+    def __call__(self) -> None:
+        self._written.zero_()
+        torch.sum(self._read, dim=0, out=self._sum)
+
+
 class CudaTimer:
     """Times by CUDA events, which are read at the end of a batch of rounds: no synchronisation is
     needed inside."""
@@ -178,10 +197,10 @@ class CudaTimer:
         self.gaps, self.step = False, 5
         self.faults: dict[str, list[int]] = {}
         self._round = 0
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size
-        self._buffer = torch.empty(2 * l2, dtype=torch.int8, device=device) if self.cold else None
+        self._flush = L2Flush(device) if self.cold else None
         self._rate = self._cycles_per_second()
         self._sleep = 0.005  # seconds; grows until it is longer than queueing takes
+        self._clocks = clocks_of(device)
 
     def ready(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -199,6 +218,8 @@ class CudaTimer:
     def rounds(self, works: Sequence[Work], count: int) -> list[list[float]]:
         for _ in range(self.ATTEMPTS):
             events, late, host = self._queue(works, count)
+            if self._clocks is not None:
+                self._clocks.sample()
             torch.cuda.synchronize(self.device)
             self.gaps = late
             if not late:
@@ -232,8 +253,8 @@ class CudaTimer:
             for index in _order(len(works), self._round + i):
                 work, (start, end) = works[index], events[i][index]
                 work.prepare()
-                if self._buffer is not None:
-                    self._buffer.zero_()
+                if self._flush is not None:
+                    self._flush()
                 else:
                     work.call()
                     work.prepare()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import cases, compare, machine, measure, packages, providers, report, run
+from .clocks import clocks_of
 from .options import (
     DAY,
     Parser,
@@ -194,6 +195,9 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     rows: list[run.Row] = []
     problem = _measure(planned, chosen, device, caches, seconds, rows)
     header["interrupted"] = problem is not None
+    clocks = clocks_of(device)
+    if clocks is not None:
+        header["machine"]["gpu"]["clocks"] = clocks.summary()
     print(report.title(header), report.table(rows), sep="\n\n")
     for name, version in header["providers"].items():
         if version.startswith("unavailable") and options.provider is None:

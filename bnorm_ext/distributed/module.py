@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._compat import BatchNormBase
+from .._load import warn_without_cuda_kernels
 from .._ops import KERNEL_DEVICES
 from .._scalars import as_floats, counted, counts_apart
 from ..activations import Activation, check_residual
@@ -72,6 +73,8 @@ class _SyncMixin(_BatchNormActMixin):
         layer = (input, residual, weight, bias)
         epilogue = (named, negative_slope)
         if input.device.type not in KERNEL_DEVICES:
+            if input.device.type == "cuda" and not torch.compiler.is_compiling():
+                warn_without_cuda_kernels()
             y = composite.training_step(*layer, buffers, eps, *epilogue, group)
         else:
             with torch.no_grad():

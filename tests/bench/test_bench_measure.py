@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnorm_ext.bench import machine, measure
+from bnorm_ext.bench import clocks, machine, measure
 from bnorm_ext.bench.measure import Work, describe, percentile, sample, within_noise
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
@@ -179,3 +180,87 @@ def test_cuda_says_where_the_host_is_too_slow(monkeypatch):
     timer.rounds([Work("a", fake.run(30))], 5)
     assert timer.gaps
     assert max(fake.slept) <= timer.LONGEST
+
+
+def test_nothing_dirty_is_left_in_the_l2_before_a_cold_call(monkeypatch):
+    """What is written is driven out by reads of other memory, at least an L2 of it."""
+    FakeCuda(monkeypatch, 1e-6)
+    seen = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append((op.overloadpacket.__name__, args[0].data_ptr(), args[0].nbytes))
+            return op(*args, **(kwargs or {}))
+
+    timer = measure.CudaTimer("cold", torch.device("cpu"))
+    seen.clear()
+    x = torch.zeros(8)
+    with Recorded():
+        timer.rounds([Work("a", x.abs, prepare=x.neg)], 1)
+    assert [name for name, *_ in seen] == ["neg", "zero_", "sum", "abs"]
+    (_, written, size), (_, read, read_size) = seen[1:3]
+    assert size == read_size == 2 << 20
+    assert abs(read - written) >= size
+
+
+class FakeNvml:
+    """An NVML that knows one GPU."""
+
+    def __init__(self, reasons, init=0):
+        self.reasons, self.init, self.known = list(reasons), init, b"GPU-1234"
+
+    def nvmlInit_v2(self):
+        return self.init
+
+    def nvmlDeviceGetHandleByUUID(self, name, handle):
+        return 0 if name == self.known else 6
+
+    def nvmlDeviceGetClockInfo(self, gpu, kind, value):
+        value._obj.value = {1: 1980 - 5 * len(self.reasons), 2: 2619}[kind]
+        return 0
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu, bits):
+        bits._obj.value = self.reasons.pop(0)
+        return 0
+
+
+def test_clocks_and_what_lowers_them(monkeypatch):
+    monkeypatch.setattr(clocks, "_library", lambda: FakeNvml([0, 0x4, 0x44, 0]))
+    found = clocks.Clocks("1234")
+    for _ in range(4):
+        found.sample()
+    assert found.summary() == {
+        "samples": 4,
+        "sm_mhz": [1960, 1967.5, 1975],
+        "memory_mhz": [2619, 2619, 2619],
+        "throttled": {"power cap": 0.5, "thermal, hardware": 0.25},
+    }
+
+
+def test_clocks_are_sampled_while_the_device_works(monkeypatch):
+    fake, times = FakeCuda(monkeypatch, 1e-6), []
+
+    class Sampled:
+        def sample(self):
+            times.append((fake.host, fake.now))
+
+    monkeypatch.setattr(measure, "clocks_of", lambda device: Sampled())
+    measure.CudaTimer("warm", torch.device("cuda")).rounds([Work("a", fake.run(30))], 5)
+    assert times
+    assert all(host < now for host, now in times)
+
+
+def test_a_machine_without_nvml_measures_without_clocks(monkeypatch):
+    def missing():
+        raise OSError("libnvidia-ml.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234")
+    )
+    look_up = clocks.clocks_of.__wrapped__
+    assert look_up(torch.device("cpu")) is None
+    for library in (missing, lambda: FakeNvml([], init=9), object):
+        monkeypatch.setattr(clocks, "_library", library)
+        assert look_up(torch.device("cuda", 0)) is None
+    monkeypatch.setattr(clocks, "_library", lambda: FakeNvml([]))
+    assert look_up(torch.device("cuda", 0)) is not None

@@ -113,7 +113,7 @@ def run_fused(c: Case, e: Epilogue) -> dict[str, torch.Tensor]:
         (9, 8, 35, 35),
         (5, 7, 9, 9),
     ],
-    ids=str,
+    ids=lambda shape: "x".join(map(str, shape)),
 )
 def test_paths(path: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     c = made(shape, dtype, layout)

@@ -9,7 +9,7 @@ import torch
 
 from bnorm_ext import explain
 from bnorm_ext.bench import cost_model
-from bnorm_ext.explain import _GPUS
+from bnorm_ext.explain import _GPUS, resolve_device
 
 
 def test_one_launch_each() -> None:
@@ -64,8 +64,15 @@ def test_every_known_gpu(device: str) -> None:
         ("A100-PCIE-40GB", "A100"),
         ("Tesla T4", "T4"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+        ("NVIDIA A10", "A10"),
         ("NVIDIA L4", "L4"),
         ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA GH200 144G HBM3e", "GH200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA B300 SXM6 AC", "B300"),
     ],
 )
 def test_names_as_cuda_reports_them(reported: str, name: str) -> None:
@@ -75,8 +82,34 @@ def test_names_as_cuda_reports_them(reported: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "figures"),
+    {
+        "T4": (40, (7, 5), 64, 64),
+        "RTX 3090": (82, (8, 6), 100, 99),
+        "A10": (72, (8, 6), 100, 99),
+        "RTX 4090": (128, (8, 9), 100, 99),
+        "L4": (58, (8, 9), 100, 99),
+        "L40S": (142, (8, 9), 100, 99),
+        "GH200": (132, (9, 0), 228, 227),
+        "B200": (148, (10, 0), 228, 227),
+        "B300": (148, (10, 3), 228, 227),
+        "RTX 5090": (170, (12, 0), 100, 99),
+    }.items(),
+)
+def test_figures_of_gpus(name: str, figures: tuple[int, tuple[int, int], int, int]) -> None:
+    """Multiprocessors, compute capability, KB of shared memory of a multiprocessor and a block."""
+    multiprocessors, capability, of_multiprocessor, of_block = figures
+    assert tuple(resolve_device(name)) == (
+        *(name, multiprocessors, capability),
+        *(of_multiprocessor << 10, of_block << 10),
+    )
+
+
+@pytest.mark.parametrize(
     "reported",
     [
+        "NVIDIA A10G",
+        "NVIDIA GB200",
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 3090 Ti",

@@ -148,8 +148,21 @@ def test_toolkit_of_a_wrapper_script_on_path(tmp_path):
     assert found.home == str(tmp_path / "real")
 
 
+def test_toolkit_in_the_usual_folder_that_is_not_on_path(tmp_path):
+    usual = tmp_path / "cuda"
+    fake_nvcc(usual / "bin")
+    found = support.find_toolkit({}, lambda name: name if "/" in name else None, usual=str(usual))
+    assert found == support.Toolkit(str(usual), "12.8", ("7.5", "8.0", "12.0"))
+    # The nvcc on PATH goes before it.
+    other = fake_nvcc(tmp_path / "other" / "bin")
+    found = support.find_toolkit({}, which=lambda name: str(other), usual=str(usual))
+    assert found.home == str(tmp_path / "other")
+
+
 def test_no_toolkit_and_a_wrong_cuda_home(tmp_path):
-    assert "no nvcc was found" in support.find_toolkit({}, which=lambda name: None)
+    nowhere = str(tmp_path / "cuda")
+    found = support.find_toolkit({}, which=lambda name: None, usual=nowhere)
+    assert found == f"no nvcc was found through CUDA_HOME, CUDA_PATH, PATH or in {nowhere}"
     wrong = support.find_toolkit({"CUDA_HOME": str(tmp_path)})
     assert str(tmp_path) in wrong
     assert "not a working nvcc" in wrong
