@@ -58,8 +58,7 @@ _GPUS = {
     "RTX 5090": (170, (12, 0)),
 }
 
-# Words in the names that CUDA reports which do not tell GPUs apart: vendor and memory size, and what
-# board the GPU is on.
+# Words in the names that CUDA reports which do not tell GPUs apart: vendor, memory size, and board.
 _VENDOR = re.compile(r"nvidia|tesla|geforce|graphics|\d+gb?|hbm3e?")
 _BOARD = re.compile(r"pcie|sxm\d*|nvl|ac")
 

@@ -165,7 +165,7 @@ def batch_norm(
         call = Arguments(*arguments)
         if training is True and counts_apart(num_batches_tracked, input):
             return _count_apart(call)
-        _raise_as_native(call)
+        raise_as_native(call)
         if _has_no_memory(running_mean) or _has_no_memory(running_var):
             return _native(call)
         raise
@@ -263,7 +263,7 @@ def _native(call: Arguments) -> Tensor:
     return compose(output, residual, call.act, call.negative_slope)
 
 
-def _raise_as_native(call: Arguments) -> None:
+def raise_as_native(call: Arguments) -> None:
     """Makes the call with native on copies of the buffers, to raise the error that native raises.
     Returns if native accepts the call."""
     counter = call.num_batches_tracked

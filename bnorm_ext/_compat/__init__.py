@@ -41,7 +41,21 @@ NAMES: dict[str, str] = {
     "torch.nn.Module._modules": "slower: children are found by named_modules",
     "torch.nn.Module._call_impl": "fusing is refused; a graph calls the function, not the module",
     "torch.nn.Module._compiled_call_impl": "fusing is refused",
+    "torch.distributed.distributed_c10d._resolve_process_group": (
+        "SyncBatchNorm does not check that all ranks run the same layer"
+    ),
 }
+
+
+# --- process groups -------------------------------------------------------------------------------
+
+
+def process_group_named(name: str) -> Any:
+    """The process group with this ``group_name``; None where it cannot be told."""
+    if not torch.distributed.is_available():
+        return None
+    resolve = getattr(torch.distributed.distributed_c10d, "_resolve_process_group", None)
+    return None if resolve is None else resolve(name)
 
 
 # --- transforms -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations import compose
+from .agreement import agreed_count
 from .collectives import AllReduce, all_reduce
 from .statistics import Buffers, has_values
 
@@ -57,9 +58,11 @@ def training_step(
     eps: float,
     act: str,
     negative_slope: float,
+    layer: str,
     group: Any,
 ) -> Tensor | None:
     """The output, with ``buffers`` updated; None where no rank has a value."""
+    agreed_count(x.detach(), layer, group.group_name)
     y, mean, var, total = normalise(x, residual, weight, bias, eps, act, negative_slope, group)
     if not has_values(x, total):
         return None

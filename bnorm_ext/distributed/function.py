@@ -52,7 +52,6 @@ class Normalise(torch.autograd.Function):
             x, residual, weight, bias, mean, rstd, act, negative_slope, masked
         )
         ctx.arguments = (eps, act, negative_slope, group)
-        ctx.has_residual = residual is not None
         kept = residual if act != "identity" and not masked else None
         ctx.save_for_backward(x, kept, weight, bias, mean, rstd, count, mask if masked else None)
         return cast(Tensor, y)
@@ -102,11 +101,19 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, wanted: Sequence[bool]) -> G
         given = (ones, x, residual, weight, bias, mean, rstd, mask)
         zeros = torch.zeros_like(mean)
         with torch.no_grad():
-            factor = _ops.batch_norm_backward_apply(*given, zeros, zeros, act, negative_slope)[1]
+            slopes = _ops.batch_norm_backward_apply(*given, zeros, zeros, act, negative_slope)[1]
+        factor = 1 if slopes is None else slopes  # None: an empty batch
         act = "identity"
     with torch.enable_grad():
-        y, *_ = composite.normalise(x, residual, weight, bias, eps, act, negative_slope, group)
-        inputs = [x, residual if act != "identity" else None, weight, bias]
+        # Aliases, so that a tensor that is input and residual gets the gradient of each.
+        inputs: list[Any] = [
+            None if t is None else t.view_as(t) for t in (x, residual, weight, bias)
+        ]
+        y, *_ = composite.normalise(
+            inputs[0], inputs[1], inputs[2], inputs[3], eps, act, negative_slope, group
+        )
+        if act == "identity":
+            inputs[1] = None
         asked = [t for t, wants in zip(inputs, wanted, strict=True) if wants and t is not None]
         g = dy * factor
         found = iter(torch.autograd.grad(y, asked, g, create_graph=True) if asked else ())

@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _refusals
+from .._arguments import Arguments
 from .._compat import BatchNormBase
 from .._load import warn_without_cuda_kernels
 from .._ops import KERNEL_DEVICES
 from .._scalars import as_floats, counted, counts_apart
-from ..activations import Activation, check_residual
+from ..activations import Activation, check_residual, resolve
+from ..functional import raise_as_native
 from ..modules_act import _BatchNormActMixin
 from . import composite
-from .agreement import agree
+from .agreement import DTYPES
 from .function import Normalise
 from .statistics import Buffers, synchronised
 
@@ -24,7 +28,7 @@ __all__ = ["SyncBatchNorm"]
 
 class _HeldGroup:
     """Keeps a process group, which cannot be copied: a copy of the module has the same one, a
-    pickled module none."""
+    pickled module asks for another."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -33,7 +37,15 @@ class _HeldGroup:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _HeldGroup, (None,)
+        return _lost_group, ()
+
+
+_LOST: Any = object()
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _lost_group() -> _HeldGroup:
+    return _HeldGroup(_LOST)
 
 
 class _SyncMixin(_BatchNormActMixin):
@@ -60,26 +72,24 @@ class _SyncMixin(_BatchNormActMixin):
             return super()._normalise(input, residual, act, negative_slope)
         world = dist.get_world_size(group)
         mean, var, weight, bias, _, momentum, counter = self._state(input)
-        if residual is not None:
-            check_residual(input, residual)
-        if not torch.compiler.is_compiling() and input.device.type != "meta":
-            agree(self, self._described(), input, world, group)
+        _check(input, residual, mean, var, weight, bias, act)
         apart = counts_apart(counter, input)
         if apart and momentum is None:
             momentum = 1.0 / float(counted(counter))
         momentum, eps = as_floats(True, momentum, self.__dict__["eps"], counter)
         buffers = Buffers(mean, var, None if apart else counter, momentum)
         named = act or "identity"
-        layer = (input, residual, weight, bias)
+        layer = self.layer_name or type(self).__name__
+        tensors = (input, residual, weight, bias)
         epilogue = (named, negative_slope)
         if input.device.type not in KERNEL_DEVICES:
             if input.device.type == "cuda" and not torch.compiler.is_compiling():
                 warn_without_cuda_kernels()
-            y = composite.training_step(*layer, buffers, eps, *epilogue, group)
+            y = composite.training_step(*tensors, buffers, eps, *epilogue, layer, group)
         else:
             with torch.no_grad():
-                found = synchronised(input.detach(), buffers, eps, world, group)
-            y = None if found is None else Normalise.apply(*layer, *found, eps, *epilogue, group)
+                found = synchronised(input.detach(), layer, buffers, eps, world, group)
+            y = None if found is None else Normalise.apply(*tensors, *found, eps, *epilogue, group)
         if y is None:
             return super()._normalise(input, residual, act, negative_slope)
         if apart:
@@ -88,14 +98,61 @@ class _SyncMixin(_BatchNormActMixin):
 
     def _group(self, input: Tensor) -> Any:
         """The process group of this call; None where nothing is shared."""
-        if not (self.training and dist.is_available() and dist.is_initialized()):
+        # The group is read first: a compiled graph is guarded by it, and compiled again when
+        # torch.distributed is initialised after the first call.
+        everyone = dist.group.WORLD if dist.is_available() else None
+        if everyone is None or not self.training or input.dtype not in DTYPES:
             return None
-        group = self.process_group if self.process_group is not None else dist.group.WORLD
-        return group if dist.get_world_size(group) > 1 else None
+        group = self.process_group
+        if group is _LOST:
+            raise RuntimeError(
+                "SyncBatchNorm: the process group was not pickled with the module. Set "
+                "process_group, to None for all ranks."
+            )
+        if group is None:
+            group = everyone
+        if input.device.type == "meta" or dist.get_world_size(group) == 1:
+            return None
+        return group
 
-    def _described(self) -> str:
-        own = f"{type(self).__name__}({self.extra_repr()})"
-        return own if self.layer_name is None else f"layer {self.layer_name}, {own}"
+    def _scripted_forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        if self.training:
+            raise RuntimeError("SyncBatchNorm is scripted for evaluation only")
+        return F.batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.running_mean is None,
+            0.0,
+            self.eps,
+        )
+
+
+def _check(
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: str | None,
+) -> None:
+    """Raises what is wrong on this rank, before anything is sent or changed."""
+    resolve(act, 0.01)
+    if residual is not None:
+        check_residual(input, residual)
+    _refusals.gradients(running_mean, running_var)
+    known = (input.dtype, torch.float32 if input.dtype in _HALVES else input.dtype)
+    of_channels = (running_mean, running_var, weight, bias)
+    if any(
+        t is not None
+        and (t.dtype not in known or t.numel() != input.size(1) or t.device != input.device)
+        for t in of_channels
+    ):
+        raise_as_native(Arguments(input, running_mean, running_var, weight, bias, True, 0.1, 1e-5))
 
 
 class SyncBatchNorm(_SyncMixin, BatchNormBase):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .agreement import agreed_count
 from .collectives import all_gather, all_reduce, gathers
 
 _ops = torch.ops.bnorm_ext
@@ -27,12 +28,6 @@ class Statistics(NamedTuple):
     mean: Tensor  #: (C,), in the accumulation type
     rstd: Tensor  #: (C,), in the accumulation type
     total: Tensor  #: (), values per channel, double, on the device
-
-
-def local_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance (C,) and count (1,) of this rank's values, in double."""
-    mean, var = _ops.batch_norm_stats(x)
-    return mean, var, mean.new_full((1,), x.numel() // x.size(1))
 
 
 def over_all_ranks(
@@ -56,14 +51,16 @@ def over_all_ranks(
 
 
 def synchronised(
-    x: Tensor, buffers: Buffers, eps: float, world: int, group: Any
+    x: Tensor, layer: str, buffers: Buffers, eps: float, world: int, group: Any
 ) -> Statistics | None:
     """Statistics over all ranks; ``buffers`` are updated. None where no rank has a value.
 
     Raises:
         ValueError: the ranks have one value per channel between them.
+        RuntimeError: the ranks do not run the same ``layer``.
     """
-    mean, var, count = local_moments(x)
+    mean, var = _ops.batch_norm_stats(x)
+    count = agreed_count(x, layer, group.group_name)
     means, vars, counts = over_all_ranks(mean, var, count, world, group)
     total = counts.sum()
     if not has_values(x, total):
@@ -78,9 +75,11 @@ def has_values(x: Tensor, total: Tensor) -> bool:
     Raises:
         ValueError: they have one per channel between them.
     """
-    # A rank with several values knows. Only where one has one at most, the host waits for the
-    # device.
-    if x.numel() // x.size(1) > 1:
+    # A rank with several values knows. Where it has one at most, the host waits for the device.
+    # Where it cannot, in a compiled graph or while a CUDA graph is captured, merging decides.
+    if x.numel() // x.size(1) > 1 or torch.compiler.is_compiling():
+        return True
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
     values = int(total.item())
     if values == 1:

@@ -147,6 +147,17 @@ def test_timm() -> None:
     assert [type(m) for m in net2] == [norm_act.BatchNormAct2d] * 2
 
 
+def test_a_group_does_not_survive_pickling() -> None:
+    bn = bnorm_ext.SyncBatchNorm(3, process_group=object())
+    assert copy.deepcopy(bn).process_group is bn.process_group
+    assert pickle.loads(pickle.dumps(bn)).process_group is not None  # not silently all ranks
+
+
+def test_scripted_for_evaluation_only() -> None:
+    with pytest.raises(torch.jit.Error, match="SyncBatchNorm is scripted for evaluation only"):
+        torch.jit.script(bnorm_ext.SyncBatchNorm(3))(images())
+
+
 def test_exported_for_evaluation() -> None:
     net = bnorm_ext.convert_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), sync=True).eval()
     program = torch.export.export(net, (images(),))

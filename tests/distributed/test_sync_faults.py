@@ -38,7 +38,7 @@ def test_other_channels(group: Ranks) -> None:
         assert failure.name == "RuntimeError"
         assert "layer stem" in failure.text
         assert "rank 0 has an input of shape (2, 64, 3, 3) and torch.float32" in failure.text
-        assert "rank 1 of shape (4, 32, 3, 3) and torch.float32" in failure.text
+        assert "rank 1 has an input of shape (4, 32, 3, 3) and torch.float32" in failure.text
 
 
 def test_other_dtype(group: Ranks) -> None:
@@ -47,6 +47,68 @@ def test_other_dtype(group: Ranks) -> None:
         assert failure.name == "RuntimeError"
         assert "torch.bfloat16" in failure.text
         assert "torch.float32" in failure.text
+
+
+def other_order(rank: int) -> None:
+    """Both have as many channels; one rank's forward takes them the other way round."""
+    net = nn.ModuleDict({name: bnorm_ext.BatchNorm2d(4) for name in ("a", "b")})
+    bnorm_ext.convert_batchnorm(net, sync=True)
+    for name in ("ab", "ba")[rank]:
+        net[name](torch.randn(2, 4, 3, 3))
+
+
+def test_other_layer(group: Ranks) -> None:
+    for failure in group.failures(other_order):
+        assert failure.name == "RuntimeError"
+        assert "do not normalise the same layer" in failure.text
+
+
+def other_channels_compiled(rank: int) -> None:
+    net = bnorm_ext.convert_batchnorm(nn.Sequential(nn.BatchNorm2d(4 + rank)), sync=True)
+    torch.compile(net, backend="aot_eager", fullgraph=True)(torch.randn(2, 4 + rank, 3, 3))
+
+
+def test_other_channels_compiled(group: Ranks) -> None:
+    for failure in group.failures(other_channels_compiled):
+        assert "layer 0, rank 0 has an input of shape (2, 4, 3, 3)" in failure.text
+
+
+def one_rank_leaves_compiled_code(rank: int) -> torch.Tensor:
+    """Eager and compiled calls of one layer meet."""
+    torch._dynamo.reset()
+    bn = bnorm_ext.SyncBatchNorm(4)
+    call = torch.compile(bn, backend="aot_eager", fullgraph=True) if rank else bn
+    for _ in range(2):
+        call(torch.full((2, 4, 3, 3), float(rank)))
+    return bn.running_mean
+
+
+def test_eager_and_compiled_calls_meet(group: Ranks) -> None:
+    first, second = group(one_rank_leaves_compiled_code)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, torch.full((4,), 0.095))  # 0.5 with momentum 0.1, twice
+
+
+def wrong_call(rank: int, what: str) -> None:
+    bn = bnorm_ext.SyncBatchNorm(4, act="relu")
+    x = torch.randn(2, 4, 3, 3)
+    if what == "weight":
+        bn.weight = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    elif what == "act":
+        bn.act = "gelu"
+    elif what == "running_var":
+        bn.running_var = torch.ones(3)
+    try:
+        bn(x, torch.randn(1)) if what == "residual" else bn(x)
+    finally:
+        assert bn.num_batches_tracked == 0
+        assert not bn.running_mean.any()
+
+
+@pytest.mark.parametrize("what", ["weight", "act", "running_var", "residual"])
+def test_a_call_that_raises_has_changed_nothing(group: Ranks, what: str) -> None:
+    for failure in group.failures(wrong_call, what):
+        assert failure.name in ("RuntimeError", "ValueError")
 
 
 def test_other_sizes_are_none(group: Ranks) -> None:

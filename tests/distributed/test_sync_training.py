@@ -230,6 +230,53 @@ def test_second_derivatives(group: Ranks, act: str, residual: bool) -> None:
             torch.testing.assert_close(parts, t.grad, **TIGHT)
 
 
+def input_is_residual(rank: int, act: str) -> Any:
+    bn = bnorm_ext.SyncBatchNorm(3, act=act).double()
+    x = tensors()[0][share(rank)].requires_grad_()
+    (dx,) = torch.autograd.grad(bn(x, x).square().sum(), x, create_graph=True)
+    return dx.detach()
+
+
+@pytest.mark.parametrize("act", ["relu", "silu", "hardswish"])
+def test_input_that_is_the_residual_too(group: Ranks, act: str) -> None:
+    x = tensors()[0].requires_grad_()
+    y = getattr(F, act)(nn.BatchNorm2d(3).double()(x) + x)
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(torch.cat(group(input_is_residual, act)), dx, **TIGHT)
+
+
+def second_order_with_an_empty_rank(rank: int, act: str) -> Any:
+    bn = bnorm_ext.SyncBatchNorm(3, act=act).double()
+    x, r, _ = (t[: 6 * (1 - rank)].clone().requires_grad_() for t in tensors())
+    (dx,) = torch.autograd.grad(bn(x, r).square().sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_second_derivatives_with_an_empty_rank(group: Ranks, act: str) -> None:
+    x, r, _ = (t.clone().requires_grad_() for t in tensors())
+    y = getattr(F, act)(nn.BatchNorm2d(3).double()(x) + r)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    found, empty = group(second_order_with_an_empty_rank, act)
+    torch.testing.assert_close(found, x.grad, **TIGHT)
+    assert empty.shape == (0, 3, 4, 4)
+
+
+def one_value_compiled(rank: int) -> torch.Tensor:
+    """One image a rank, pooled to one value per channel: no break in the graph."""
+    torch._dynamo.reset()
+    bn = torch.compile(bnorm_ext.SyncBatchNorm(3).double(), backend="aot_eager", fullgraph=True)
+    return bn(tensors()[0][rank : rank + 1].mean((2, 3), keepdim=True)).detach()
+
+
+def test_one_value_on_each_rank_compiles(group: Ranks) -> None:
+    x = tensors()[0][:2].mean((2, 3), keepdim=True)
+    y = nn.BatchNorm2d(3).double()(x)
+    torch.testing.assert_close(torch.cat(group(one_value_compiled)), y.detach(), **TIGHT)
+
+
 def without_kernels(rank: int) -> Any:
     """Where there are no kernels for a device, torch's own operations do it."""
     from bnorm_ext.distributed import module

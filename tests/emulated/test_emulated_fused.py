@@ -209,7 +209,7 @@ def test_pieces_of_synchronised_training(
             assert torch.equal(sums[1], whole["dweight"])
             assert torch.equal(dx, whole["dx"])
             # It comes where a residual is given.
-            assert (dresidual is None) == (given[0] is None)
+            assert (dresidual is None) == (not add)  # also where the mask stands for the residual
             assert dresidual is None or torch.equal(dresidual, whole["dresidual"])
 
 

@@ -1,4 +1,4 @@
-"""A build without CUDA kernels beside a torch that has CUDA: said once, at the first CUDA tensor."""
+"""A build without CUDA kernels beside a torch with CUDA: said once, at the first CUDA tensor."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ compiled_only = pytest.mark.skipif(
 ALLOWED = {
     # TorchScript compiles the call, and a subclass may override it: it goes by its name.
     ("modules.py", "_check_input_dim"),
+    ("distributed/module.py", "_check_input_dim"),
 }
 
 
