@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ _FRESH_FUNCTIONS = frozenset(
 _FRESH_METHODS = frozenset({"add", "mul", "sub", "div", "clone", "relu", "sigmoid", "mean", "sum"})
 _IN_PLACE_OPERATORS = {getattr(operator, name) for name in (*inplace_methods, "setitem")}
 _RESIDUAL, _ADDITION = 2, 3  # positions of these arguments of batch_norm_add_act
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, type(torch.ops.aten.add.Tensor))
 _KNOWN_PACKAGES = ("torch", "_operator", "builtins", "math")
 
 
@@ -103,7 +105,12 @@ def _may_change_any(node: fx.Node, root: nn.Module) -> bool:
         # Containers of torch, such as DataParallel, run modules that may be anybody's.
         theirs = type(module).__module__.startswith("torch.nn") and not any(module.children())
         return has_hooks_at_forward(module) or not (theirs or isinstance(module, _BatchNormMixin))
-    return node.op == "call_function" and not is_torchs_function(node.target)  # type: ignore[arg-type]
+    if node.op != "call_function":
+        return False
+    # Operators tell by their schema. What else is no function may be an operator without one.
+    if node.is_impure() or not isinstance(node.target, _FUNCTIONS):
+        return True
+    return not is_torchs_function(node.target)
 
 
 class Aliases:

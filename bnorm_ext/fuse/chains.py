@@ -157,12 +157,22 @@ def _check_order(unit: Unit, usage: Usage, node: fx.Node, module: nn.Module) -> 
         raise _Refusal("it is called more than once")
     if len(usage.names[id(module)]) > 1:
         raise _Refusal(f"it has several names: {', '.join(usage.names[id(module)])}")
+    for _, norm in unit.norms():
+        if norm is not module and _shares_statistics(norm, module):
+            raise _Refusal("it shares its running statistics with another batch norm")
     for other in unit.graph.nodes:
         if other.op == "get_attr" and str(other.target).startswith(f"{node.target}."):
             raise _Refusal(f"its tensor {other.target} is used elsewhere")
     for container in _containers(str(node.target)):
         if id(unit.root.get_submodule(container)) in usage.kept:
             raise _Refusal(f"{container} runs its own forward, which may call it too")
+
+
+def _shares_statistics(a: Any, b: Any) -> bool:
+    return any(
+        getattr(a, name) is not None and getattr(a, name) is getattr(b, name)
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+    )
 
 
 def _check_addition(

@@ -25,4 +25,4 @@ def copy_with_same_tensors(root: ModuleT) -> tuple[ModuleT, dict[nn.Module, nn.M
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value
     copied = copy.deepcopy(root, memo)
-    return copied, {memo[id(module)]: module for module in root.modules()}
+    return copied, {memo[id(module)]: module for module in root.modules() if id(module) in memo}

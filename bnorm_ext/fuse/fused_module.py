@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .._compat.modules import change_class, has_global_module_hooks
 from .copying import copy_with_same_tensors
@@ -93,6 +93,8 @@ def _fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
             fusion = self.__dict__.get(_FUSION)
             if fusion is None or has_global_module_hooks() or _is_traced(args, kwargs):
                 return own_forward(self, *args, **kwargs)
+            if not _are_tensors(args) or not _are_tensors(kwargs.values()):
+                return own_forward(self, *args, **kwargs)
             called: list[Any] = [None] * len(fusion.program.modules)
             if not fusion.guard.check(self, called):
                 return own_forward(self, *args, **kwargs)
@@ -121,6 +123,15 @@ def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     )
 
 
+def _are_tensors(values: Iterable[Any]) -> bool:
+    """Whether all are tensors, alone or in lists and tuples, as they were in tracing. A forward may
+    have asked whether one of them is None."""
+    return all(
+        isinstance(value, Tensor) or (type(value) in (list, tuple) and _are_tensors(value))
+        for value in values
+    )
+
+
 def run_graph(module: nn.Module, fusion: Fusion) -> None:
     """Makes ``module`` run a graph, in place."""
     vars(module)[_FUSION] = fusion
@@ -129,7 +140,8 @@ def run_graph(module: nn.Module, fusion: Fusion) -> None:
 
 def be_undoable(module: nn.Module) -> None:
     """Gives ``module`` the method ``unfuse``, if it has none."""
-    if not isinstance(module, FusedModule | torch.jit.ScriptModule):
+    # The class of a GraphModule is made for that one object.
+    if not isinstance(module, FusedModule | torch.jit.ScriptModule | fx.GraphModule):
         change_class(module, fused_class(type(module), False))
 
 

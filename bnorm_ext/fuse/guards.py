@@ -34,6 +34,8 @@ class Guard:
     attributes: list[tuple[str, Any, tuple[Any, ...] | None]]
     called: list[tuple[str, int]]  #: children that the graph calls: name, index
     inside: list[tuple[str, Guard]]  #: children whose forward is part of the graph
+    #: dtype, device and requires_grad of all parameters, where the code reads such; of a root alone
+    traits: tuple[Any, ...] | None
 
     def check(self, module: nn.Module, called: list[Any]) -> bool:
         """Whether nothing has changed in ``module``. Puts the modules that the graph calls into
@@ -48,6 +50,8 @@ class Guard:
                 return False
             if contents is not None and _contents(now) != contents:
                 return False
+        if self.traits is not None and _traits(module) != self.traits:
+            return False
         for name, index in self.called:
             called[index] = children[name]
         for name, guard in self.inside:
@@ -63,6 +67,13 @@ def _contents(value: Any) -> tuple[Any, ...] | None:
     if type(value) is dict:
         return tuple((key, id(held)) for key, held in value.items())
     return None
+
+
+_TRAITS = frozenset({"dtype", "device", "requires_grad"})
+
+
+def _traits(module: nn.Module) -> tuple[Any, ...]:
+    return tuple((p.dtype, p.device, p.requires_grad) for p in module.parameters())
 
 
 def make_guard(
@@ -101,6 +112,7 @@ def make_guard(
             for name, place, child in children
             if child is not None and place in guarded
         ],
+        _traits(module) if not path and not _TRAITS.isdisjoint(names) else None,
     )
 
 

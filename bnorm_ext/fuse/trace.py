@@ -56,6 +56,8 @@ def trace(root: nn.Module, kept: dict[int, str]) -> Traced | None:
             here are added, ``root`` among them where the result is None.
     """
     reason = why_uncaught() or _unfit_signature(root)
+    if isinstance(root, fx.GraphModule):
+        reason = "it is a graph of torch.fx: fuse the model that it was made from"
     if "forward" in vars(root):
         reason = "its forward was replaced on the instance"
     if reason is not None:
@@ -118,6 +120,8 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
                 text = f"its forward cannot be traced: {_one_line(error)}"
                 unfit[tracer.culprit or copied] = text
         unfit |= tracer.faults
+        if any(module.training is not training for module in original):
+            unfit.setdefault(copied, "its forward switches modules between training and evaluation")
         traced.append(tracer)
         _check_state(tracer, original, unfit)
         if unfit:

@@ -35,6 +35,7 @@ _CALLS: dict[types.CodeType | None, str] = {
     _code(torch.enable_grad.__enter__): _GRADIENTS,
     _code(torch.set_grad_enabled.__init__): _GRADIENTS,
     _code(torch.inference_mode.__enter__): _GRADIENTS,
+    _code(torch.nn.Module.train): "switches modules between training and evaluation",
     _code(logging.Logger._log): "logs, which a graph would not do",
 }
 _CALLS.pop(None, None)
@@ -44,6 +45,19 @@ _BUILTINS: dict[Any, str] = {
     builtins.open: "opens a file, which a graph would not do",
     builtins.input: "reads input, which a graph would not do",
 }
+_ASKS = "asks whether gradients, autocast, inference mode or determinism are on"
+# Written in C, or the code of those in Python.
+_QUESTIONS: frozenset[Any] = frozenset(
+    held
+    for question in (
+        torch.is_grad_enabled,
+        torch.is_inference_mode_enabled,
+        torch.is_autocast_enabled,
+        torch.are_deterministic_algorithms_enabled,
+    )
+    for held in (question, _code(question))
+    if held is not None
+)
 # Functions of torch that draw from its random number generators.
 RANDOM_FUNCTIONS = frozenset(
     {
@@ -73,16 +87,20 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
             what = _CALLS.get(frame.f_code)
             if what is not None:
                 raise fault(what)
+            if frame.f_code in _QUESTIONS and not _is_torchs(frame.f_back):
+                raise fault(_ASKS)
             if frame.f_code in functions:
                 raise fault(f"uses the autograd function {functions[frame.f_code]}")
-            if not frame.f_globals.get("__name__", "").startswith(_NOT_THE_FORWARDS):
+            if not _is_torchs(frame):
                 names.update(frame.f_code.co_names)
         elif event == "c_call":
             owner = getattr(called, "__self__", None)
             if isinstance(owner, random.Random):
                 raise fault(_RANDOM)
-            if owner is builtins and called in _BUILTINS:
+            if called in _BUILTINS:
                 raise fault(_BUILTINS[called])
+            if called in _QUESTIONS and not _is_torchs(frame):
+                raise fault(_ASKS)
             # Since torch 2.14 `apply` is written in C, so that no Python code of it is entered.
             if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
                 raise fault(f"uses the autograd function {owner.__name__}")
@@ -92,6 +110,11 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
         yield
     finally:
         sys.setprofile(None)
+
+
+def _is_torchs(frame: types.FrameType | None) -> bool:
+    """Whether the code is torch's or this package's, rather than a forward's."""
+    return frame is None or frame.f_globals.get("__name__", "").startswith(_NOT_THE_FORWARDS)
 
 
 def _subclasses(cls: type) -> Iterator[Any]:

@@ -1,0 +1,186 @@
+"""What a forward decides on each call stays a decision of each call: it is not traced, or the graph
+is left for the module's own forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import bnorm_ext
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+
+def images(dtype=torch.float32):
+    return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def reasons(report):
+    return "; ".join(reason for _, reason in report.not_traced)
+
+
+class Skip(Block):
+    def forward(self, x, skip):
+        y = self.act(self.bn(self.conv(x)))
+        return y if skip is None else y + skip
+
+
+class SkipInTuple(Block):
+    def forward(self, both):
+        x, skip = both
+        y = self.act(self.bn(self.conv(x)))
+        return y if skip is None else y + skip
+
+
+def test_none_in_place_of_a_tensor():
+    x = images()
+    for net, calls in ((Skip(), ((x, x), (x, None))), (SkipInTuple(), (((x, x),), ((x, None),)))):
+        fused, report = bnorm_ext.fuse_batchnorm_act(net.eval())
+        assert report.fused
+        for arguments in calls:
+            torch.testing.assert_close(fused(*arguments), net(*arguments))
+
+
+class OwnDtype(Block):
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x.to(self.conv.weight.dtype))))
+
+
+class Frozen(Block):
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x)))
+        return y * 2 if self.conv.weight.requires_grad else y
+
+
+def test_dtype_and_requires_grad_of_parameters_may_change():
+    fused, report = bnorm_ext.fuse_batchnorm_act(OwnDtype().eval())
+    assert report.fused
+    assert copy.deepcopy(fused).double()(images()).dtype == torch.float64
+    net = Frozen().eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    for wants in (True, False, True):
+        net.conv.weight.requires_grad_(wants)
+        torch.testing.assert_close(fused(images()), net(images()))
+
+
+class Evaluates(Block):
+    def forward(self, x):
+        self.bn.eval()
+        return self.act(self.bn(self.conv(x)))
+
+
+class SetsTraining(Block):
+    def forward(self, x):
+        self.bn.training = False
+        return self.act(self.bn(self.conv(x)))
+
+
+class EvaluatesForAWhile(Block):
+    def forward(self, x):
+        self.bn.eval()
+        y = self.act(self.bn(self.conv(x)))
+        self.bn.train()
+        return y
+
+
+@pytest.mark.parametrize("cls", [Evaluates, SetsTraining, EvaluatesForAWhile])
+def test_modes_that_a_forward_switches(cls):
+    net = cls()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert "switches modules between training and evaluation" in reasons(report)
+    before = copy.deepcopy(net.state_dict())
+    torch.testing.assert_close(fused.train()(images()), net.train()(images()))
+    torch.testing.assert_close(dict(fused.state_dict()), dict(before), rtol=0, atol=0)
+
+
+class Asks(Block):
+    def __init__(self, question) -> None:
+        super().__init__()
+        self.question = question
+
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x)))
+        return y * 2 if self.question() else y
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        torch.is_grad_enabled,
+        torch.is_inference_mode_enabled,
+        torch.is_autocast_enabled,
+        torch.are_deterministic_algorithms_enabled,
+    ],
+    ids=lambda q: q.__name__,
+)
+def test_modes_that_a_forward_asks_for(question):
+    net = Asks(question).eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert "asks whether gradients" in reasons(report)
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(fused(images()), net(images()))
+
+
+def test_files_are_not_opened(tmp_path):
+    class Opens(Block):
+        def forward(self, x):
+            with open(tmp_path / "log", "a") as file:
+                file.write("called\n")
+            return self.act(self.bn(self.conv(x)))
+
+    _, report = bnorm_ext.fuse_batchnorm_act(Opens())
+    assert "opens a file" in reasons(report)
+    assert not (tmp_path / "log").exists()
+
+
+def test_graph_modules_stay_what_they_are():
+    net = fx.symbolic_trace(nn.Sequential(Block(), Block())).eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert "a graph of torch.fx" in reasons(report)
+    fused.recompile()
+    for other in (fused, copy.deepcopy(fused), fused.eval()):
+        torch.testing.assert_close(other(images()), net(images()))
+
+
+class InPlaceOperator(Block):
+    def forward(self, x):
+        y = self.bn(x)
+        torch.ops.aten.mul_.Tensor(x, 2)
+        return F.relu(y + x)
+
+
+def test_operators_that_change_the_residual():
+    net = InPlaceOperator().eval()
+    fused, _ = bnorm_ext.fuse_batchnorm_act(net)
+    torch.testing.assert_close(fused(images()), net(images()))
+
+
+class SharedStatistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.bn2.running_mean, self.bn2.running_var = self.bn1.running_mean, self.bn1.running_var
+
+    def forward(self, x):
+        y, z = self.bn1(x), self.bn2(x * 3)
+        return F.relu(y + x) + F.relu(z + x)
+
+
+def test_batch_norms_that_share_statistics():
+    net = SharedStatistics()
+    fused, report = bnorm_ext.fuse_batchnorm_act(copy.deepcopy(net))
+    assert any("shares its running statistics" in reason for _, reason in report.refused)
+    torch.testing.assert_close(fused(images()), net(images()))
+    torch.testing.assert_close(dict(fused.state_dict()), dict(net.state_dict()))
