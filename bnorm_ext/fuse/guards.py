@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .._compat.modules import INTERNALS, children_of, is_hooked
+from .._compat.modules import INTERNALS, children_of, is_hooked, tensors_of
 
 _ABSENT = "(absent)"
 # Values of these types are compared by value, all others by identity.
@@ -34,6 +34,8 @@ class Guard:
     attributes: list[tuple[str, Any, tuple[Any, ...] | None]]
     called: list[tuple[str, int]]  #: children that the graph calls: name, index
     inside: list[tuple[str, Guard]]  #: children whose forward is part of the graph
+    #: Names of its own parameters and buffers, and which of them are None
+    tensors: tuple[tuple[str, bool], ...]
     #: dtype, device and requires_grad of all parameters, where the code reads such; of a root alone
     traits: tuple[Any, ...] | None
 
@@ -50,6 +52,8 @@ class Guard:
                 return False
             if contents is not None and _contents(now) != contents:
                 return False
+        if _own_tensors(module) != self.tensors:
+            return False
         if self.traits is not None and _traits(module) != self.traits:
             return False
         for name, index in self.called:
@@ -70,6 +74,13 @@ def _contents(value: Any) -> tuple[Any, ...] | None:
 
 
 _TRAITS = frozenset({"dtype", "device", "requires_grad"})
+
+
+def _own_tensors(module: nn.Module) -> tuple[tuple[str, bool], ...]:
+    parameters, buffers = tensors_of(module)
+    if not parameters and not buffers:  # a container
+        return ()
+    return tuple((name, t is None) for held in (parameters, buffers) for name, t in held.items())
 
 
 def _traits(module: nn.Module) -> tuple[Any, ...]:
@@ -112,6 +123,7 @@ def make_guard(
             for name, place, child in children
             if child is not None and place in guarded
         ],
+        _own_tensors(module),
         _traits(module) if not path and not _TRAITS.isdisjoint(names) else None,
     )
 

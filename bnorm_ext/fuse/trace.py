@@ -106,6 +106,7 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
     except Exception as error:
         return None, {root: f"it cannot be copied: {_one_line(error)}"}
     outside = Outside(root)
+    wanted = [(p, p.requires_grad) for p in root.parameters()]  # the copy has the very same ones
     leaves = {c for c, o in original.items() if id(o) in kept or (o is not root and is_leaf(o))}
     unfit: dict[nn.Module, str] = {}
     traced, tracer = [], Tracer(leaves, outside)
@@ -120,6 +121,10 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
                 text = f"its forward cannot be traced: {_one_line(error)}"
                 unfit[tracer.culprit or copied] = text
         unfit |= tracer.faults
+        for parameter, wants in wanted:
+            if parameter.requires_grad is not wants:
+                parameter.requires_grad_(wants)
+                unfit.setdefault(copied, "its forward switches requires_grad of a parameter")
         if any(module.training is not training for module in original):
             unfit.setdefault(copied, "its forward switches modules between training and evaluation")
         traced.append(tracer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import logging
+import os
 import random
 import sys
 import types
@@ -44,6 +45,7 @@ _BUILTINS: dict[Any, str] = {
     builtins.print: "prints, which a graph would not do",
     builtins.open: "opens a file, which a graph would not do",
     builtins.input: "reads input, which a graph would not do",
+    os.urandom: _RANDOM,
 }
 _ASKS = "asks whether gradients, autocast, inference mode or determinism are on"
 # Written in C, or the code of those in Python.

@@ -184,3 +184,38 @@ def test_batch_norms_that_share_statistics():
     assert any("shares its running statistics" in reason for _, reason in report.refused)
     torch.testing.assert_close(fused(images()), net(images()))
     torch.testing.assert_close(dict(fused.state_dict()), dict(net.state_dict()))
+
+
+class Adapted(nn.Module):
+    """A layer with room for an adapter that is added later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(3), nn.ReLU()
+        self.register_parameter("adapter", None)
+
+    def forward(self, x):
+        y = self.act(self.bn(x))
+        return y if self.adapter is None else y * self.adapter
+
+
+def test_parameters_that_come_and_go():
+    net = Adapted().eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert report.fused
+    for adapter in (nn.Parameter(torch.full((1,), 3.0)), None, nn.Parameter(torch.ones(1) * 2)):
+        net.adapter = fused.adapter = adapter
+        torch.testing.assert_close(fused(images()), net(images()))
+
+
+class Freezes(Block):
+    def forward(self, x):
+        self.conv.weight.requires_grad = False
+        return self.act(self.bn(self.conv(x)))
+
+
+def test_a_parameter_that_a_forward_freezes():
+    net = Freezes()
+    _, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert "switches requires_grad" in reasons(report)
+    assert net.conv.weight.requires_grad
