@@ -163,9 +163,10 @@ class SyncBatchNorm(_SyncMixin, BatchNormBase):
     with mean and variance over all of them (Ioffe & Szegedy 2015, arXiv:1502.03167; merged as by
     Chan, Golub & LeVeque 1983), so that a batch that is split between ranks gives the results of
     one process with the whole batch. A forward pass sends one message (two for wide layers on many
-    ranks), a backward pass one; the host does not wait for the device. Batches may differ in size
-    and may be empty. In evaluation, in a group of one rank, and where ``torch.distributed`` is not
-    initialised, it is :class:`bnorm_ext.BatchNormAct2d` without its check of the rank.
+    ranks), a backward pass one. The host waits for the device only at a layer's first call, and on
+    a rank with at most one value per channel. Batches may differ in size and may be empty. In
+    evaluation, in a group of one rank, and where ``torch.distributed`` is not initialised, it is
+    :class:`bnorm_ext.BatchNormAct2d` without its check of the rank.
 
     The gradients of ``weight`` and ``bias`` are those of this rank's batch, for
     ``DistributedDataParallel`` or FSDP to average. CPU tensors need a group with a CPU backend
@@ -193,8 +194,8 @@ class SyncBatchNorm(_SyncMixin, BatchNormBase):
         ValueError: one value per channel over all ranks in training (on every rank); the input has
             fewer than two dimensions, or no channels.
         RuntimeError: at the first call, on every rank, where the ranks' inputs differ in channels
-            or dtype; what the backend raises for a rank that died or came too late; otherwise as
-            :class:`bnorm_ext.BatchNormAct2d`.
+            or dtype, or are those of different layers; what the backend raises for a rank that
+            died or came too late; otherwise as :class:`bnorm_ext.BatchNormAct2d`.
 
     Example::
 

@@ -7,13 +7,15 @@ are no hooks, which a call would run and a graph would not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+import types
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._compat.modules import INTERNALS, children_of, is_hooked, tensors_of
+from .watch import AS_TEXT
 
 _ABSENT = "(absent)"
 # Values of these types are compared by value, all others by identity.
@@ -30,14 +32,16 @@ class Guard:
 
     cls: type[nn.Module]
     children: tuple[str, ...]  #: names, in order
-    #: Name, value, and for a list or dictionary the identities of what is in it.
-    attributes: list[tuple[str, Any, tuple[Any, ...] | None]]
+    #: Name, value, and what the value holds.
+    attributes: list[tuple[str, Any, Any]]
     called: list[tuple[str, int]]  #: children that the graph calls: name, index
     inside: list[tuple[str, Guard]]  #: children whose forward is part of the graph
     #: Names of its own parameters and buffers, and which of them are None
     tensors: tuple[tuple[str, bool], ...]
     #: dtype, device and requires_grad of all parameters, where the code reads such; of a root alone
     traits: tuple[Any, ...] | None
+    #: Whether the code asks for a module's mode: then all must be in the same one; of a root alone
+    one_mode: bool
 
     def check(self, module: nn.Module, called: list[Any]) -> bool:
         """Whether nothing has changed in ``module``. Puts the modules that the graph calls into
@@ -52,6 +56,8 @@ class Guard:
                 return False
             if contents is not None and _contents(now) != contents:
                 return False
+        if self.one_mode and any(m.training is not module.training for m in module.modules()):
+            return False
         if _own_tensors(module) != self.tensors:
             return False
         if self.traits is not None and _traits(module) != self.traits:
@@ -65,12 +71,28 @@ class Guard:
         return True
 
 
-def _contents(value: Any) -> tuple[Any, ...] | None:
-    if type(value) is list:
-        return tuple(map(id, value))
-    if type(value) is dict:
-        return tuple((key, id(held)) for key, held in value.items())
-    return None
+def _contents(value: Any, depth: int = 4) -> Any:
+    """What a list, a dictionary or an object of somebody's class holds, to be compared by value;
+    None for anything else."""
+    if depth == 0 or isinstance(value, nn.Module | Tensor | type | types.ModuleType):
+        return None
+    if isinstance(value, list | tuple):
+        return tuple(_held(item, depth) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _held(item, depth)) for key, item in value.items())
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
+        return None
+    held = getattr(value, "__dict__", None)
+    return None if not held else _contents(dict(held), depth - 1)
+
+
+def _held(value: Any, depth: int) -> Any:
+    if type(value) in _SIMPLE and type(value) is not tuple:
+        return value
+    contents = _contents(value, depth - 1)
+    # What holds nothing that can be compared counts by what it is. Modules and tensors that are in
+    # a container are not copied with the identity that they had.
+    return type(value).__name__ if contents is None else contents
 
 
 _TRAITS = frozenset({"dtype", "device", "requires_grad"})
@@ -91,7 +113,7 @@ def make_guard(
     module: nn.Module,
     guarded: Set[str],
     called: dict[str, int],
-    names: Iterable[str],
+    names: Set[str],
     path: str = "",
 ) -> Guard:
     """The guard of ``module`` as it is now.
@@ -106,10 +128,10 @@ def make_guard(
     state = vars(module)
     attributes = [
         (name, state.get(name, _ABSENT), _contents(state.get(name)))
-        for name in sorted(names)
+        for name in sorted({name.removeprefix(AS_TEXT) for name in names})
         if name not in INTERNALS
         and not name.startswith("__")
-        and (name in state or _is_default(module, name))
+        and (name in state or _is_default(module, name) or AS_TEXT + name in names)
     ]
     held = children_of(module)
     children = [(name, f"{path}.{name}".strip("."), child) for name, child in held.items()]
@@ -125,10 +147,13 @@ def make_guard(
         ],
         _own_tensors(module),
         _traits(module) if not path and not _TRAITS.isdisjoint(names) else None,
+        not path and "training" in names,
     )
 
 
 def _is_default(module: nn.Module, name: str) -> bool:
     """Whether the class has a value of this name, which an attribute of the instance may hide."""
     value = getattr(type(module), name, None)
+    if isinstance(value, types.FunctionType):  # a method
+        return not value.__module__.startswith("torch.")
     return isinstance(value, bool | int | float | str | tuple | list)

@@ -60,6 +60,8 @@ _QUESTIONS: frozenset[Any] = frozenset(
     for held in (question, _code(question))
     if held is not None
 )
+#: In front of a name that the code has as a text.
+AS_TEXT = "'"
 # Functions of torch that draw from its random number generators.
 RANDOM_FUNCTIONS = frozenset(
     {
@@ -80,7 +82,8 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
 
     Args:
         fault: makes the exception from a text that says what the code does.
-        names: takes up all names that code outside of torch and of this package uses.
+        names: takes up all names that code outside of torch and of this package uses; texts that
+            could be names, as for ``getattr``, with AS_TEXT in front.
     """
     functions = {_code(cls.forward): cls.__name__ for cls in _subclasses(torch.autograd.Function)}
 
@@ -95,6 +98,9 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
                 raise fault(f"uses the autograd function {functions[frame.f_code]}")
             if not _is_torchs(frame):
                 names.update(frame.f_code.co_names)
+                for constant in frame.f_code.co_consts:
+                    if isinstance(constant, str) and constant.isidentifier():
+                        names.add(AS_TEXT + constant)
         elif event == "c_call":
             owner = getattr(called, "__self__", None)
             if isinstance(owner, random.Random):

@@ -4,6 +4,8 @@ is left for the module's own forward."""
 from __future__ import annotations
 
 import copy
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import bnorm_ext
+from bnorm_ext.fuse.fused_module import _FUSION
 
 
 class Block(nn.Module):
@@ -219,3 +222,84 @@ def test_a_parameter_that_a_forward_freezes():
     _, report = bnorm_ext.fuse_batchnorm_act(net)
     assert "switches requires_grad" in reasons(report)
     assert net.conv.weight.requires_grad
+
+
+class Configured(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(scale=1.0, nested={"scales": [1.0]})
+
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x)))
+        return y * self.config.scale * self.config.nested["scales"][0]
+
+
+def test_values_inside_of_attributes():
+    net = Configured().eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert report.fused
+    for held in (net.config, fused.config):
+        held.scale = 3.0
+    torch.testing.assert_close(fused(images()), net(images()))
+    for held in (net.config, fused.config):
+        held.scale, held.nested["scales"][0] = 1.0, 5.0
+    torch.testing.assert_close(fused(images()), net(images()))
+
+
+class AsksByText(Block):
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x)))
+        if hasattr(self, "late"):
+            y = y + 1
+        return y * getattr(self, "scale", 1.0)
+
+
+class HasMethod(Block):
+    def forward(self, x):
+        return self.scaled(self.act(self.bn(self.conv(x))))
+
+    def scaled(self, y):
+        return y
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [
+        (AsksByText, "scale", 3.0),
+        (AsksByText, "late", True),
+        (HasMethod, "scaled", lambda y: y * 3),
+    ],
+    ids=["getattr", "hasattr", "method"],
+)
+def test_attributes_that_come_later(cls, name, value):
+    net = cls().eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert report.fused
+    setattr(net, name, value), setattr(fused, name, value)
+    torch.testing.assert_close(fused(images()), net(images()))
+
+
+class AsksForMode(Block):
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x)))
+        return y * 3 if self.training and not self.bn.training else y
+
+
+def test_modules_in_different_modes():
+    net = AsksForMode()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert report.fused
+    for each in (net, fused):
+        each.train().bn.eval()
+    torch.testing.assert_close(fused(images()), net(images()))
+
+
+def test_containers_in_attributes_survive_copying():
+    fused, _ = bnorm_ext.fuse_batchnorm_act(Configured().eval())
+    for net in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        fusion = vars(net)[_FUSION]
+        called = [None] * len(fusion.program.modules)
+        assert fusion.guard.check(net, called)  # so that the graph runs
+        net.config.scale = 2.0
+        assert not fusion.guard.check(net, called)
+        net.config.scale = 1.0
