@@ -86,12 +86,18 @@ def fuse_batchnorm_act(
 
     **What is not fused.** A module keeps its own forward, and only its children are fused, if the
     forward cannot be traced, differs between training and evaluation, draws random numbers, changes
-    the module or something outside of it, switches gradients, enters autocast, checkpoints, uses
-    autograd functions, asks for the type of its input, or takes optional arguments. A module with
-    hooks is traced by itself. A chain is refused, and named in the report, if an intermediate value
+    the module or something outside of it, switches gradients or modes, asks whether gradients or
+    autocast are on, enters autocast, checkpoints, handles exceptions, uses autograd functions, asks
+    for the type of its input, or takes optional arguments. A module with hooks is traced by itself.
+    A call with arguments that are neither tensors nor lists or tuples of them runs the module's own
+    forward. A chain is refused, and named in the report, if an intermediate value
     has several users; a hook sees the batch norm or the activation; the addition broadcasts,
     promotes, or writes into a tensor that may be used elsewhere; or the input of the batch norm is
     changed in place before the addition.
+
+    **What is not seen.** A graph does not see that functions, classes or global variables which a
+    forward uses were replaced after fusing, nor environment variables, context variables and the
+    clock. Call ``unfuse`` and fuse again after such a change.
 
     Shapes and dtypes are those of :class:`bnorm_ext.BatchNormAct1d`, ``2d`` and ``3d``; the method
     is that of Ioffe & Szegedy 2015, arXiv:1502.03167.

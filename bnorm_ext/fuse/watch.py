@@ -7,6 +7,8 @@ other threads may train, trace or draw random numbers meanwhile.
 from __future__ import annotations
 
 import builtins
+import dis
+import functools
 import logging
 import os
 import random
@@ -97,6 +99,10 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
             if frame.f_code in functions:
                 raise fault(f"uses the autograd function {functions[frame.f_code]}")
             if not _is_torchs(frame):
+                if isinstance(frame.f_locals.get("self"), torch.nn.Module) and _catches(
+                    frame.f_code
+                ):
+                    raise fault("handles exceptions of what it calls, which a graph would not do")
                 names.update(frame.f_code.co_names)
                 for constant in frame.f_code.co_consts:
                     if isinstance(constant, str) and constant.isidentifier():
@@ -118,6 +124,13 @@ def watching(fault: Callable[[str], Exception], names: set[str]) -> Iterator[Non
         yield
     finally:
         sys.setprofile(None)
+
+
+@functools.cache
+def _catches(code: types.CodeType) -> bool:
+    """Whether the code has an ``except`` for certain exceptions."""
+    operations = {instruction.opname for instruction in dis.get_instructions(code)}
+    return not operations.isdisjoint({"CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH"})
 
 
 def _is_torchs(frame: types.FrameType | None) -> bool:

@@ -303,3 +303,20 @@ def test_containers_in_attributes_survive_copying():
         net.config.scale = 2.0
         assert not fusion.guard.check(net, called)
         net.config.scale = 1.0
+
+
+class Falls(Block):
+    def forward(self, x):
+        try:
+            y = self.act(self.bn(self.conv(x)))
+        except RuntimeError:
+            y = x
+        return y
+
+
+def test_exceptions_that_a_forward_handles():
+    net = Falls().eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert "handles exceptions" in reasons(report)
+    x = torch.randn(2, 4, 5, 5)  # the convolution takes three channels
+    torch.testing.assert_close(fused(x), net(x))
