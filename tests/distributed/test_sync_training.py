@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -81,6 +81,19 @@ def fully_sharded(rank: int, fused: bool, per_block: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("fused", [False, True])
 def test_fully_shard_equals_one_process(group: Ranks, fused: bool, per_block: bool) -> None:
     assert_as_alone(group(fully_sharded, fused, per_block))
+
+
+def flat_parameters(rank: int, fused: bool) -> dict[str, Any]:
+    net = FullyShardedDataParallel(synchronised(fused), use_orig_params=True, device_id="cpu")
+    train(net, share(rank))
+    with FullyShardedDataParallel.summon_full_params(net):
+        return {n: t.clone() for n, t in net.module.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+@pytest.mark.parametrize("fused", [False, True])
+def test_fsdp_equals_one_process(group: Ranks, fused: bool) -> None:
+    assert_as_alone(group(flat_parameters, fused))
 
 
 def accumulated(rank: int) -> dict[str, Any]:
