@@ -85,6 +85,8 @@ def _fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
     graph of the module, else it is the forward of ``cls``."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     body: dict[str, Any] = {**names, "_unfused": cls}
+    if hasattr(cls, "unfuse"):  # the model's own
+        body["unfuse"] = cls.unfuse
     if runs_graph:
         own_forward = cls.forward
 
@@ -150,5 +152,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, FusedModule):
             vars(module).pop(_FUSION, None)
-            change_class(module, module._unfused)
+            # A tool may have made a subclass of the fused class since, as FSDP does. That stays.
+            if "_unfused" in vars(type(module)):
+                change_class(module, module._unfused)
     return model

@@ -320,3 +320,27 @@ def test_exceptions_that_a_forward_handles():
     assert "handles exceptions" in reasons(report)
     x = torch.randn(2, 4, 5, 5)  # the convolution takes three channels
     torch.testing.assert_close(fused(x), net(x))
+
+
+def test_classes_that_others_have_made_stay():
+    fused, _ = bnorm_ext.fuse_batchnorm_act(Block().eval())
+    expected = fused(images())
+    made = type("Wrapped", (type(fused),), {})
+    fused.__class__ = made
+    bnorm_ext.revert_batchnorm(fused)
+    assert type(fused) is made
+    assert type(fused.bn) is nn.BatchNorm2d
+    assert _FUSION not in vars(fused)
+    torch.testing.assert_close(fused(images()), expected)
+
+
+class HasUnfuse(Block):
+    def unfuse(self):
+        return "own"
+
+
+def test_a_method_of_the_model_is_not_hidden():
+    fused, report = bnorm_ext.fuse_batchnorm_act(HasUnfuse())
+    assert report.fused
+    assert fused.unfuse() == "own"
+    assert type(bnorm_ext.revert_batchnorm(fused)) is HasUnfuse
