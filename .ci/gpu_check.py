@@ -36,6 +36,7 @@ CUDA_TESTS = (
     "tests/operators/test_operators.py",
     "tests/operators/test_derivatives.py",
     "tests/operators/test_fused_derivatives.py",
+    "tests/distributed/test_sync_cuda.py",
 )
 # Small shapes, since the sanitizer slows kernels down by a factor of 10 to 100.
 SANITIZED = "test_results and (odd or blocks) or test_paths and 16x8x16x16"

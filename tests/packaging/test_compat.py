@@ -145,6 +145,10 @@ def get_code(self, fullname):
     if {in_c} and hasattr(holder, "{name}"):
         holder.{name}_renamed = holder.{name}
         del holder.{name}
+    # torch.distributed takes it from there.
+    c10d = getattr(sys.modules.get("torch._C"), "_distributed_c10d", None)
+    if hasattr(c10d, "{name}"):
+        c10d.{name}_renamed = c10d.{name}
     if fullname.split(".")[0] == "torch":
         text = self.get_data(self.path)
         if b"{name}" in text:

@@ -130,8 +130,8 @@ def test_a_machine_without_the_sanitizer_does_not_fail(clean, monkeypatch) -> No
 def test_make_compiles_once() -> None:
     """No `pip install .` with another list of architectures before the script's own."""
     done = subprocess.run(
-        ["make", "-n", "gpu-check", "VENV=build/no-such-environment"], cwd=ROOT,
-        capture_output=True, text=True, check=True,
+        ["make", "--no-print-directory", "-n", "gpu-check", "VENV=build/no-such-environment"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert " -e " not in done.stdout
     assert done.stdout.rstrip().endswith("python .ci/gpu_check.py --install")
