@@ -67,16 +67,18 @@ def run(layer: nn.Module, case: Case, steps: list[tuple[torch.Tensor, ...]]) -> 
     return found | {name: b.clone() for name, b in layer.named_buffers()}
 
 
-def split(rank: int, case: Case) -> dict[str, Any]:
+def split(rank: int, case: Case, device: str = "cpu") -> dict[str, Any]:
+    """This rank's share of the batch on ``device``; the results on the CPU."""
     world = dist.get_world_size()
     layer = parameters(bnorm_ext.SyncBatchNorm(C, act=case.act, **case.options), case.dtype)
     start = sum(case.sizes[:rank])
     part = slice(start, start + case.sizes[rank])
-    steps = [tuple(t[part] for t in step) for step in whole(case, world)]
+    steps = [tuple(t[part].to(device) for t in step) for step in whole(case, world)]
     given = collectives.GATHER_BYTES
     try:
         collectives.GATHER_BYTES = 0 if case.summed else given
-        return run(layer, case, steps)
+        found = run(layer.to(device), case, steps)
+        return {name: None if t is None else t.cpu() for name, t in found.items()}
     finally:
         collectives.GATHER_BYTES = given
 

@@ -12,8 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import bnorm_ext
-from bnorm_ext.distributed import collectives
-from tests.common.sync_cases import CASES, C, Case, assert_equal, expected, parameters, whole
+from tests.common.sync_cases import CASES, assert_equal, expected, split
 
 WORLD = 2
 
@@ -30,36 +29,13 @@ pytestmark = [
 ]
 
 
-def run(layer: torch.nn.Module, case: Case, steps: list[tuple[torch.Tensor, ...]]) -> Any:
-    found: dict[str, Any] = {}
-    for i, (x, r, dy) in enumerate(steps):
-        x, r = x.clone().requires_grad_(), r.clone().requires_grad_()
-        layer.zero_grad()
-        y = layer(x, r) if case.residual else layer(x)
-        y.backward(dy)
-        found |= {f"y{i}": y.detach(), f"dx{i}": x.grad}
-        if case.residual:
-            found[f"dresidual{i}"] = r.grad
-        found |= {f"d{name}{i}": p.grad.clone() for name, p in layer.named_parameters()}
-    found |= {name: b.clone() for name, b in layer.named_buffers()}
-    return {name: t.cpu() for name, t in found.items()}
-
-
 def work(rank: int, folder: str) -> None:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     torch.cuda.set_device(rank)
     dist.init_process_group(
         "nccl", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
     )
-    given = collectives.GATHER_BYTES
-    results = {}
-    for name, case in CASES.items():
-        layer = parameters(bnorm_ext.SyncBatchNorm(C, act=case.act, **case.options), case.dtype)
-        start = sum(case.sizes[:rank])
-        part = slice(start, start + case.sizes[rank])
-        steps = [tuple(t[part].cuda() for t in step) for step in whole(case, WORLD)]
-        collectives.GATHER_BYTES = 0 if case.summed else given
-        results[name] = run(layer.cuda(), case, steps)
+    results = {name: split(rank, case, "cuda") for name, case in CASES.items()}
     torch.save(results, f"{folder}/results-{rank}")
     dist.destroy_process_group()
 
