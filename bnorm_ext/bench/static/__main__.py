@@ -103,10 +103,10 @@ def _net(o: Any, g: Any, title: str, layers: Any, dtype: Any, layout: str) -> No
             floor += count * layer.floor
             binding[layer.binds] += count
             if o.layers:
-                size = "x".join(map(str, shape))
                 print(
-                    f"  {size:18} {direction} {layer.path:9}{1e6 * layer.time:8.1f} us, floor "
-                    f"{1e6 * layer.floor:8.1f} ({layer.floor / layer.time:4.0%}), {layer.binds} x {count}"
+                    f"  {'x'.join(map(str, shape)):18} {direction} {layer.path:9}"
+                    f"{1e6 * layer.time:8.1f} us, floor {1e6 * layer.floor:8.1f} "
+                    f"({shares[-1]:4.0%}), {layer.binds} x {count}"
                 )
         mean = float(np.exp(np.mean(np.log(shares))))
         print(

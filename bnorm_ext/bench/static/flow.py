@@ -96,7 +96,7 @@ class Flow:
                     bodies.setdefault(head, {head}).update(_body(head, n, before))
         loops = [Loop(head, frozenset(body)) for head, body in bodies.items()]
         loops.sort(key=lambda loop: len(loop.blocks))
-        outermost = []
+        outermost: list[Loop] = []
         for k, loop in enumerate(loops):
             around = next((o for o in loops[k + 1 :] if loop.blocks < o.blocks), None)
             (outermost if around is None else around.inner).append(loop)

@@ -105,7 +105,7 @@ def assumptions(
     kernel: Kernel, act: str = "identity", residual: bool = False, mask: bool = False
 ) -> dict[int, int]:
     """Bytes of the parameters, by offset, of a training step with this activation, with a residual
-    (and its gradient) or not, with a mask or not. A pointer that is not null has ones in every byte,
+    (and its gradient) or not, with a mask or not. A pointer that is not null has a 1 in every byte,
     which is enough for every test of it."""
     if kernel.params == "StatisticsParams":
         return {}

@@ -2,12 +2,12 @@
 
 Model, for a kernel that handles E elements of x on a GPU:
   bytes       bytes moved / rate of a copy
-  issue       instructions / what the schedulers start; likewise for each unit: fp64, conversions ...
+  issue       instructions / what the schedulers start; likewise for each unit: fp64 ...
   latency     by Little's law: bytes moved / (bytes in flight / latency of memory)
-A kernel of two passes loads, computes and stores all the time: its time is the largest of these. A
-resident kernel first loads its tile, then computes, then stores. Blocks of one wave do so in step,
-so that the times add up; where there are several waves, blocks of different waves overlap, and only
-the first wave's share of the shorter time is added.
+A kernel of two passes loads, computes and stores all the time: its time is the largest of these.
+A resident kernel first loads its tile, then computes, then stores. Blocks of one wave do so in
+step, so that the times add up; where there are several waves, blocks of different waves overlap,
+and only the first wave's share of the shorter time is added.
 """
 
 from __future__ import annotations
