@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .flow import Flow, Loop
+from .flow import Flow, Loop, is_branch
+from .known import written_registers
 from .sass import Instruction
 
 #: Executed by the FP64 pipe.
@@ -51,36 +52,54 @@ class Pass:
         return sum(i.name == name and i.bits == bits for i in self.code)
 
 
+#: Predicates that the branches taken so far have decided, e.g. ("P4", True).
+_Decided = frozenset[tuple[str, bool]]
+
+
 def loop_pass(flow: Flow, loop: Loop, wanted: Sequence[str], bits: int) -> Pass:
     """The way through a loop, from its head back to it, with the most accesses of the ``wanted``
     kinds and of ``bits`` bits, so that every vector of a batch is valid; among those the one with
-    the fewest instructions, so that rare cases are left out. Inner loops are left out too."""
-    best: dict[int, tuple[int, int, tuple[int, ...]]] = {}
-    outside = {n: inner for inner in loop.inner for n in inner.blocks}
+    the fewest instructions, so that rare cases are left out. Two branches on the same predicate go
+    the same way. Inner loops are left out."""
+    inside = frozenset[int]().union(*(inner.blocks for inner in loop.inner))
+    # By block and what is decided when it is entered: accesses, minus instructions, the way.
+    best: dict[int, dict[_Decided, tuple[int, int, tuple[int, ...]]]] = {
+        loop.head: {frozenset(): (0, 0, ())}
+    }
+    ends: list[tuple[int, int, tuple[int, ...]]] = []
+    order = {n: k for k, n in enumerate(_order(flow, loop))}
+    for n in order:
+        code = [] if n in inside else flow.blocks[n].code
+        found = sum(i.name in wanted and i.bits == bits for i in code)
+        for decided, (accesses, length, way) in best.get(n, {}).items():
+            reached = (accesses + found, length - len(code), (*way, n))
+            for m, then in _onwards(flow, n, decided):
+                if m == loop.head:
+                    ends.append(reached)
+                elif order.get(m, 0) > order[n]:  # no back edge of an inner loop
+                    known = best.setdefault(m, {})
+                    if then not in known or known[then][:2] < reached[:2]:
+                        known[then] = reached
+    way = max(ends, key=lambda end: end[:2])[2]
+    return Pass(tuple(i for n in way if n not in inside for i in flow.blocks[n].code))
 
-    def value(n: int) -> tuple[int, int]:
-        if n in outside:
-            return 0, 0
-        code = flow.blocks[n].code
-        count = sum(i.name in wanted and i.bits == bits for i in code)
-        return count, -len(code)
 
-    for n in _order(flow, loop):
-        ways = [best[m] for m in _before(flow, loop, n) if m in best]
-        if n != loop.head and not ways:
-            continue
-        accesses, length, way = max(ways, default=(0, 0, ()), key=lambda w: w[:2])
-        more, shorter = value(n)
-        best[n] = accesses + more, length + shorter, (*way, n)
-    ends = [best[n] for n in loop.blocks if loop.head in flow.blocks[n].next and n in best]
-    way = max(ends, key=lambda w: w[:2])[2]
-    return Pass(tuple(i for n in way if n not in outside for i in flow.blocks[n].code))
-
-
-def _before(flow: Flow, loop: Loop, n: int) -> list[int]:
-    if n == loop.head:
-        return []
-    return [m for m in loop.blocks if n in flow.blocks[m].next]
+def _onwards(flow: Flow, n: int, decided: _Decided) -> list[tuple[int, _Decided]]:
+    """The blocks that may follow, each with what is decided then."""
+    block = flow.blocks[n]
+    written = {register for i in block.code for register in written_registers(i)}
+    decided = frozenset(pair for pair in decided if pair[0] not in written)
+    last = block.code[-1]
+    if not is_branch(last) or last.guard is None:
+        return [(m, decided) for m in block.next]
+    known = dict(decided)
+    ways = []
+    for m in block.next:
+        taken = last.name == "BRA" and flow.blocks[m].address == last.target
+        value = taken != last.negated  # of the predicate
+        if known.get(last.guard, value) == value:
+            ways.append((m, decided | {(last.guard, value)}))
+    return ways
 
 
 def _order(flow: Flow, loop: Loop) -> Iterable[int]:
@@ -112,7 +131,7 @@ def straight_pass(flow: Flow, through: Sequence[Loop]) -> Pass:
         met, length, way = max(ways, default=(0, 0, ()), key=lambda w: w[:2])
         cost = 0 if n in inside else len(flow.blocks[n].code)
         best[n] = met + (n in heads), length - cost, (*way, n)
-    ends = [best[n] for n in best if not flow.blocks[n].next]
+    ends = [best[n] for n in best if flow.blocks[n].may_end]
     way = max(ends, key=lambda w: w[:2])[2]
     return Pass(tuple(i for n in way if n not in inside for i in flow.blocks[n].code))
 

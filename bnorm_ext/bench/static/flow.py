@@ -19,6 +19,7 @@ class Block:
 
     code: list[Instruction]
     next: list[int] = field(default_factory=list)  # numbers of the blocks that may follow
+    may_end: bool = False  # whether the thread may end behind it
 
     @property
     def address(self) -> int:
@@ -64,6 +65,7 @@ class Flow:
             last = block.code[-1]
             taken = guard_value(last, values) if is_branch(last) else False
             evaluator.step(last, values)
+            block.may_end = taken is not False and last.name in ("EXIT", "RET")
             following = []
             if taken is not False and last.name == "BRA" and last.target is not None:
                 following.append(number[last.target])

@@ -135,7 +135,8 @@ def counts_of(function: Function, kernel: Kernel, assumed: dict[int, int]) -> Co
     loops: list[tuple[Loop, LoopCounts]] = []
     for loop in _innermost(flow.loops):
         found = _role(flow, loop, kernel, width, bits)
-        if found is not None:
+        is_around = any(inner.blocks < loop.blocks for inner, _ in loops)  # the loop over tiles
+        if found is not None and not is_around:
             loops.append((loop, found))
     # Sums are computed again in double where they are not finite: by further loops, with more
     # FP64, which hardly ever run.
@@ -143,7 +144,8 @@ def counts_of(function: Function, kernel: Kernel, assumed: dict[int, int]) -> Co
         those = [pair for pair in loops if pair[1].role == role]
         if len(those) < count:
             raise ValueError(f"{function.name}: {len(those)} loops of the kind {role}, not {count}")
-        those.sort(key=lambda pair: pair[1].per_element("fp64"))
+        if dtype != "float64":  # else all of it is FP64, and the usual loop comes first
+            those.sort(key=lambda pair: pair[1].per_element("fp64"))
         loops = [pair for pair in loops if pair[1].role != role] + those[:count]
     rest = straight_pass(flow, [loop for loop, _ in loops])
     main = tuple(found for _, found in loops)
@@ -167,6 +169,8 @@ def _role(flow: Flow, loop: Loop, kernel: Kernel, width: int, bits: int) -> Loop
         return LoopCounts("fetch", copies * width, once)
     if stores:
         return LoopCounts("write", stores * width, once)
-    if reads >= kernel.read:
+    # Loops that add up doubles of other threads have nothing in the accumulation type.
+    computes = any(i.name in ("FADD", "FFMA", "FMUL") for i in once.code) or bits == 64 * width
+    if reads >= kernel.read and computes:
         return LoopCounts("sums", reads * width / kernel.read, once)
     return None

@@ -80,7 +80,7 @@ class Evaluator:
                 values.clear()
             return
         results = self._results(i, values)
-        for register in _written(i):
+        for register in written_registers(i):
             new = results.get(register)
             if runs is None and values.get(register) != new:
                 new = None
@@ -196,7 +196,7 @@ def _consecutive(register: str, count: int) -> list[str]:
     return [f"{match[1]}{int(match[2]) + k}" for k in range(count)] if match else []
 
 
-def _written(i: Instruction) -> list[str]:
+def written_registers(i: Instruction) -> list[str]:
     """The registers whose values an instruction may change."""
     registers = []
     for position, operand in enumerate(i.operands[:2]):
