@@ -126,16 +126,32 @@ def test_loops_inside_of_loops():
         ("ISETP.EQ.AND.EX P0, PT, RZ, RZ, PT, P1", {"P1": 0}, {"P0": 0, "P1": 0}),
         ("LDG.E.64 R2, [R4.64]", {"R2": 1, "R3": 1, "R4": 1}, {"R4": 1}),
         ("DADD R2, R4, R6", {"R2": 1, "R3": 1}, {}),
-        ("CALL.REL.NOINC 0x80", {"R2": 1}, {}),
     ],
 )
 def test_known_registers(line, before, after):
     (function,) = sass.parse(f"\n code for sm_80\n\t Function : f\n  /*0000*/  {line} ;\n")
     # A pointer at 8 that is not null.
-    evaluator = known.Evaluator(80, {8 + k: 1 for k in range(8)})
+    evaluator = known.Evaluator(function, {8 + k: 1 for k in range(8)})
     values = dict(before)
     evaluator.step(function.code[0], values)
     assert values == after
+
+
+def test_a_call_changes_what_the_subroutine_writes():
+    (function,) = sass.parse(
+        """
+        code for sm_80
+                Function : calls
+        /*0000*/                   CALL.REL.NOINC 0x20 ;
+        /*0010*/                   EXIT ;
+        /*0020*/                   DADD R4, R4, R6 ;
+        /*0030*/                   RET.REL.NODEC R8 0x0 ;
+        /*0040*/                   MOV R2, RZ ;
+        """
+    )
+    values = {"R2": 1, "R4": 2, "R5": 3, "R6": 4}
+    known.Evaluator(function, {}).step(function.code[0], values)
+    assert values == {"R2": 1, "R6": 4}
 
 
 def test_offsets_are_those_of_the_structs():

@@ -52,17 +52,19 @@ class Pass:
         return sum(i.name == name and i.bits == bits for i in self.code)
 
 
+_NEVER = 1_000_000  # instructions
+
 #: Predicates that the branches taken so far have decided, e.g. ("P4", True).
 _Decided = frozenset[tuple[str, bool]]
 
 
 def loop_pass(flow: Flow, loop: Loop, wanted: Sequence[str], bits: int) -> Pass:
     """The way through a loop, from its head back to it, with the most accesses of the ``wanted``
-    kinds and of ``bits`` bits, so that every vector of a batch is valid; among those the one with
-    the fewest instructions, so that rare cases are left out. Two branches on the same predicate go
-    the same way. Inner loops are left out."""
+    kinds and of ``bits`` bits, so that every vector of a batch is valid; among those the longest
+    one without a call: calls are the compiler's slow ways for rare values, as in a division. Two
+    branches on the same predicate go the same way. Inner loops are left out."""
     inside = frozenset[int]().union(*(inner.blocks for inner in loop.inner))
-    # By block and what is decided when it is entered: accesses, minus instructions, the way.
+    # By block and what is decided when it is entered: accesses, instructions, the way.
     best: dict[int, dict[_Decided, tuple[int, int, tuple[int, ...]]]] = {
         loop.head: {frozenset(): (0, 0, ())}
     }
@@ -71,8 +73,9 @@ def loop_pass(flow: Flow, loop: Loop, wanted: Sequence[str], bits: int) -> Pass:
     for n in order:
         code = [] if n in inside else flow.blocks[n].code
         found = sum(i.name in wanted and i.bits == bits for i in code)
+        cost = -_NEVER if any(i.name == "CALL" for i in code) else len(code)
         for decided, (accesses, length, way) in best.get(n, {}).items():
-            reached = (accesses + found, length - len(code), (*way, n))
+            reached = (accesses + found, length + cost, (*way, n))
             for m, then in _onwards(flow, n, decided):
                 if m == loop.head:
                     ends.append(reached)

@@ -48,7 +48,7 @@ class Flow:
     def __init__(self, function: Function, assumed: Mapping[int, int]) -> None:
         self.function = function
         self.blocks = _blocks(function.code)
-        self._reach(Evaluator(function.arch, assumed))
+        self._reach(Evaluator(function, assumed))
         self.loops = self._loops()
 
     def _reach(self, evaluator: Evaluator) -> None:

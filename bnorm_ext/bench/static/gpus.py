@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ...explain import resolve_device
+from bnorm_ext.explain import resolve_device
 
 
 class Rates(NamedTuple):

@@ -124,12 +124,20 @@ def assumptions(
     return known
 
 
-def counts_of(function: Function, kernel: Kernel, assumed: dict[int, int]) -> Counts | None:
-    """None for a function that is no instance of the kernel."""
+def instance_of(function: Function, kernel: Kernel) -> tuple[str, int, str] | None:
+    """dtype, elements of an access and mapping; None for a function of another kernel."""
     match = _VARIANT.search(function.name)
     if match is None or kernel.name not in function.name:
         return None
-    dtype, width, mapping = _DTYPES[match[1]], int(match[2]), MAPPINGS[int(match[3])]
+    return _DTYPES[match[1]], int(match[2]), MAPPINGS[int(match[3])]
+
+
+def counts_of(function: Function, kernel: Kernel, assumed: dict[int, int]) -> Counts | None:
+    """None for a function of another kernel."""
+    instance = instance_of(function, kernel)
+    if instance is None:
+        return None
+    dtype, width, mapping = instance
     bits = 8 * width * _ITEM[dtype]
     flow = Flow(function, assumed)
     loops: list[tuple[Loop, LoopCounts]] = []

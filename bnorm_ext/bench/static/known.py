@@ -9,9 +9,9 @@ such tests; every other result is unknown.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from .sass import Instruction
+from .sass import Function, Instruction
 
 Values = dict[str, int]  # by register, e.g. {"R4": 1, "P0": 0}; absent: unknown
 
@@ -44,8 +44,10 @@ class Evaluator:
     unknown.
     """
 
-    def __init__(self, arch: int, assumed: Mapping[int, int]) -> None:
-        self._bytes = {PARAMETERS_AT[arch] + offset: byte for offset, byte in assumed.items()}
+    def __init__(self, function: Function, assumed: Mapping[int, int]) -> None:
+        begin = PARAMETERS_AT[function.arch]
+        self._bytes = {begin + offset: byte for offset, byte in assumed.items()}
+        self._changed_by_call = _changed_by_calls(function.code)
 
     def constant(self, at: int, size: int) -> int | None:
         found = [self._bytes.get(at + i) for i in range(size)]
@@ -76,8 +78,9 @@ class Evaluator:
         """Executes one instruction: changes ``values``."""
         runs = guard_value(i, values)
         if runs is False or i.name in _NO_RESULT or not i.operands:
-            if i.name == "CALL":
-                values.clear()
+            if i.name == "CALL" and runs is not False:
+                for register in self._changed_by_call.get(i.target, set(values)):
+                    values.pop(register, None)
             return
         results = self._results(i, values)
         for register in written_registers(i):
@@ -194,6 +197,20 @@ def _logic1(operands: list[int | None], table: str) -> int | None:
 def _consecutive(register: str, count: int) -> list[str]:
     match = re.match(r"(U?R)(\d+)$", register)
     return [f"{match[1]}{int(match[2]) + k}" for k in range(count)] if match else []
+
+
+def _changed_by_calls(code: Sequence[Instruction]) -> dict[int | None, set[str]]:
+    """By the address that is called: the registers that the code from there to the next return
+    may change. These are the compiler's own subroutines, of a few lines each."""
+    changed: dict[int | None, set[str]] = {}
+    for target in {i.target for i in code if i.name == "CALL" and i.target is not None}:
+        registers = changed[target] = set()
+        for i in code:
+            if i.address >= target:
+                registers.update(written_registers(i))
+                if i.name == "RET":
+                    break
+    return changed
 
 
 def written_registers(i: Instruction) -> list[str]:

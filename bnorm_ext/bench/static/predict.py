@@ -8,34 +8,37 @@ from dataclasses import dataclass
 
 import torch
 
-from ...explain import launch_plan, resolve_device
+from bnorm_ext.explain import launch_plan, resolve_device
+
 from . import roofline
 from .compile import listing
 from .gpus import Gpu
-from .kernels import KERNELS, Counts, Kernel, assumptions, counts_of
-from .sass import parse
+from .kernels import KERNELS, Counts, Kernel, assumptions, counts_of, instance_of
+from .sass import Function, parse
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 
-@functools.cache
-def counts(kernel: Kernel, arch: int, act: str = "identity") -> tuple[Counts, ...]:
+def counts(kernel: Kernel, arch: int, act: str = "identity") -> list[Counts]:
     """Of all instances of a kernel; compiles its file where it has not been compiled yet."""
     assumed = assumptions(kernel, act)
     found = (counts_of(f, kernel, assumed) for f in _functions(kernel.file, arch))
-    return tuple(c for c in found if c is not None)
+    return [c for c in found if c is not None]
 
 
 @functools.cache
-def _functions(file: str, arch: int):  # type: ignore[no-untyped-def]
+def _functions(file: str, arch: int) -> list[Function]:
     return parse(listing(file, arch))
 
 
+@functools.cache
 def _instance(kernel: Kernel, arch: int, dtype: str, width: int, mapping: str) -> Counts:
-    for c in counts(kernel, arch):
-        if (c.dtype, c.width, c.mapping) == (dtype, width, mapping):
-            return c
+    for function in _functions(kernel.file, arch):
+        if instance_of(function, kernel) == (dtype, width, mapping):
+            found = counts_of(function, kernel, assumptions(kernel))
+            assert found is not None
+            return found
     raise ValueError(f"no {kernel.name} for {dtype}, {width} elements, {mapping}")
 
 
