@@ -6,10 +6,12 @@ import math
 
 import pytest
 
+from bnorm_ext.bench.static import __main__ as program
 from bnorm_ext.bench.static import compile as compiling
 from bnorm_ext.bench.static import gpus, kernels, known, roofline, sass
 from bnorm_ext.bench.static.counts import loop_pass, straight_pass
 from bnorm_ext.bench.static.flow import Flow
+from tests.common.bench_programs import refused
 
 # A kernel in the manner of cuobjdump, with what the counting has to see through. By hand:
 #   before the loop   0000-0040: 5 instructions; the parameter at 0x170 - 0x160 = 16 (a byte)
@@ -171,10 +173,29 @@ def test_every_gpu_has_rates():
         assert found.compiled_for in known.PARAMETERS_AT
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "70"], "--arch: 70 is none of 75, 80, "),
+        (["--arch", "x"], "--arch: 'x'"),
+        (["--gpu", "A30"], "no rates of A30"),
+        (["--gpu", "GTX 1"], "unknown device 'GTX 1'"),
+        (["--gpu", "H200", "--net", "resnet"], "--net: unknown 'resnet'"),
+    ],
+)
+def test_odd_arguments_are_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(program, "tools", lambda: None)
+    assert message in refused(program, arguments, capsys)
+
+
+def test_without_the_sources_it_says_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "CSRC", tmp_path)
+    assert "run it from a checkout" in refused(program, [], capsys)
+
+
 def _compiled() -> bool:
     try:
-        compiling.nvcc()
-        compiling.cuobjdump()
+        compiling.tools()
     except compiling.Missing:
         return False
     return True

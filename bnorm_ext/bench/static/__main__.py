@@ -17,7 +17,7 @@ import numpy as np
 from ..cases import DTYPES
 from ..nets import NETS, batch_norm_inputs
 from ..options import Parser, names, whole
-from .compile import Missing
+from .compile import Missing, tools
 from .gpus import MEMORY, gpu
 from .kernels import _ACTIVATIONS, KERNELS, Counts
 from .predict import FORMATS, counts, predict
@@ -43,6 +43,12 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     p = parser(command or f"python -m {__package__}")
     o = p.parse_args(arguments)
     try:
+        for arch in o.arch or ():
+            if arch not in ARCHS:
+                raise ValueError(f"--arch: {arch} is none of {', '.join(map(str, ARCHS))}")
+        for name in o.gpu or ():
+            gpu(name)
+        tools()
         if o.gpu:
             times(o)
         else:

@@ -45,6 +45,14 @@ def cuobjdump() -> str:
     raise Missing("there is no cuobjdump, neither in the CUDA toolkit nor in triton")
 
 
+def tools() -> None:
+    """Raises Missing where the kernels cannot be compiled and read."""
+    if not (CSRC / "cuda").is_dir():
+        raise Missing("the kernels' sources are not here: run it from a checkout")
+    nvcc()
+    cuobjdump()
+
+
 def host_compiler() -> str:
     return os.environ.get("CXX") or shutil.which("g++") or "c++"
 
