@@ -143,7 +143,7 @@ else
 endif
 
 # bnorm_ext itself, editable, with the packages of one extra.
-$(STAMPS)/extra-%: $(STAMPS)/torch pyproject.toml setup.py build_support.py $(AGAIN)
+$(STAMPS)/extra-%: $(STAMPS)/torch pyproject.toml setup.py build_cuda.py build_support.py $(AGAIN)
 	$(PY) -m pip install --no-build-isolation -e ".[$*]"
 	@touch $@
 

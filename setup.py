@@ -1,8 +1,8 @@
 """The build: torch's BuildExtension, and the CPU kernels once per instruction set beside it.
 
 Everything that can be said without code stands in pyproject.toml; what is decided here is decided
-by functions of build_support.py. Environment variables: BNORM_EXT_CUDA, BNORM_EXT_WERROR,
-CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX (see README.md).
+by functions of build_support.py and build_cuda.py. Environment variables: BNORM_EXT_CUDA,
+BNORM_EXT_LINEINFO, BNORM_EXT_WERROR, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX (README.md).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import setuptools
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a PEP 517 build does not run in this folder's name
 
+import build_cuda  # noqa: E402
 import build_support as support  # noqa: E402
 
 HEADERS = ("csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.cuh")
@@ -82,12 +83,13 @@ def configure() -> dict[str, Any]:
     torch = import_torch()
     find_tools()
     cuda_sources = sources("csrc/cuda/*.cu")
-    plan = support.plan_cuda(
+    plan = build_cuda.plan_cuda(
         os.environ,
         torch.__version__,
         torch.version.cuda,
-        support.find_toolkit(os.environ),
+        build_cuda.find_toolkit(os.environ),
         bool(cuda_sources),
+        lambda: build_cuda.visible_gpus(torch),
     )
     print(f"bnorm_ext: torch {torch.__version__}; {plan.line()}", flush=True)
     jobs = support.max_jobs(
@@ -103,11 +105,14 @@ def configure() -> dict[str, Any]:
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     files = [name for name in files if not name.startswith("csrc/cpu/kernels_")]
     make_extension = cpp_extension.CppExtension
+    nvcc: list[str] = []
     if plan.toolkit is not None:
         # The module has looked for a toolkit at import, by guesses that a wrapper script defeats.
         cpp_extension.CUDA_HOME = plan.toolkit.home
-        # Without the list BuildExtension would ask the visible GPUs, and fail where there are none.
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.archs)
+        nvcc = build_cuda.nvcc_flags(
+            os.environ, plan.toolkit, len(plan.archs), jobs, len(cuda_sources)
+        )
+        nvcc += build_cuda.arch_flags(plan, cpp_extension._get_cuda_arch_flags)
         torch_includes = cpp_extension.include_paths("cuda")
         make_extension = cpp_extension.CUDAExtension
         files += cuda_sources + sources("csrc/cuda/*.cpp")
@@ -126,10 +131,7 @@ def configure() -> dict[str, Any]:
         depends=sources(*HEADERS),
         extra_compile_args={
             "cxx": [*COMMON_FLAGS, *openmp, *define, *system],
-            "nvcc": [
-                *("-O3", "-lineinfo", "-fmad=false", "-DNDEBUG", *define, *system),
-                "-Xcompiler=-Wall,-Wextra,-ffp-contract=off,-fvisibility=hidden",
-            ],
+            "nvcc": [*nvcc, *define, *system],
         },
     )
     extension.include_dirs = [d for d in extension.include_dirs if d not in torch_includes]
@@ -139,6 +141,7 @@ def configure() -> dict[str, Any]:
         "CUDA": plan.toolkit and plan.toolkit.version,
         "CUDA_LEFT_OUT": plan.reason or None,
         "CUDA_ARCHS": plan.archs,
+        "CUDA_ARCHS_FROM": plan.chosen_by or None,
         "COMPILER": compiler_name(compiler),
         "CPU_ISAS": tuple(isas),
     }
@@ -147,8 +150,10 @@ def configure() -> dict[str, Any]:
         def finalize_options(self) -> None:
             super().finalize_options()
             # `pip install -e` would compile in a temporary folder and so always everything. One
-            # folder per torch: ninja does not look at headers that came by -isystem.
+            # folder per torch: ninja does not look at headers that came by -isystem. Builds with
+            # and without CUDA have their own too, so that each finds its objects again.
             tag = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+            tag += "-cuda" if plan.toolkit is not None else ""
             self.build_temp = str(ROOT / "build" / f"temp-{tag}")
 
         def build_extensions(self) -> None:
@@ -188,7 +193,7 @@ def configure() -> dict[str, Any]:
 
 
 def compiler_name(command: str) -> str:
-    return support._run(*shlex.split(command), "--version").splitlines()[0].strip()
+    return support.run_tool(*shlex.split(command), "--version").splitlines()[0].strip()
 
 
 os.chdir(ROOT)

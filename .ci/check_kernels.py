@@ -21,13 +21,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import build_cuda  # noqa: E402
 import build_support as support  # noqa: E402
 
 NAMESPACES = re.compile(r"bnorm_ext::cuda::|\(anonymous namespace\)::|c10::|^void ")
 
 
 def nvcc() -> str:
-    toolkit = support.find_toolkit(os.environ)
+    toolkit = build_cuda.find_toolkit(os.environ)
     if isinstance(toolkit, str):
         raise SystemExit(f"check_kernels: {toolkit}")
     return f"{toolkit.home}/bin/nvcc"
