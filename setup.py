@@ -158,6 +158,8 @@ def configure() -> dict[str, Any]:
 
         def build_extensions(self) -> None:
             self.extensions[0].extra_objects += self.compile_kernels()
+            if not self.is_developed:
+                extension.sources = support.merged(extension.sources, Path(self.build_temp), ROOT)
             super().build_extensions()
 
         def compile_kernels(self) -> list[str]:
@@ -180,10 +182,13 @@ def configure() -> dict[str, Any]:
             return [str(path) for path in objects]
 
         def run(self) -> None:
+            # Whether the source tree is what will be imported, and compiled again after changes.
+            # Asked here, as setuptools resets self.inplace while it compiles.
+            self.is_developed = bool(self.inplace or getattr(self, "editable_mode", False))
             super().run()
             text = support.build_record({"VERSION": self.distribution.get_version(), **facts})
             folders = [Path(self.build_lib, "bnorm_ext")]
-            if self.inplace or getattr(self, "editable_mode", False):
+            if self.is_developed:
                 folders.append(ROOT / "bnorm_ext")
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)

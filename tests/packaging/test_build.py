@@ -47,9 +47,23 @@ def test_memory_and_cores_of_this_machine():
 def test_instruction_sets():
     assert list(support.isa_flags("x86_64")) == ["baseline", "avx2", "avx512"]
     assert support.isa_flags("aarch64") == {"baseline": []}
-    assert support.isa_flags("x86_64")["baseline"] == []
+    assert support.isa_flags("x86_64")["baseline"] == ["-O1"]
     every_flag = [flag for flags in support.isa_flags("x86_64").values() for flag in flags]
     assert not any(flag.startswith(("-march", "-mtune")) for flag in every_flag)
+
+
+def test_merged_sources_include_each_source_once(tmp_path):
+    names = ["csrc/a.cpp", "csrc/b.cpp", "csrc/cuda/k.cu", "csrc/c.cpp"]
+    (tmp_path / "csrc").mkdir()
+    kernels, *merged = support.merged(names, tmp_path / "build", tmp_path)
+    assert kernels == "csrc/cuda/k.cu"
+    assert merged == ["build/sources_0.cpp", "build/sources_1.cpp"]
+    included = [re.findall(r'"(.*)"', (tmp_path / name).read_text()) for name in merged]
+    assert included == [[f"{tmp_path}/csrc/{n}.cpp" for n in part] for part in ("ac", "b")]
+    # Written again only where it differs: else everything would be compiled again.
+    os.utime(tmp_path / merged[0], ns=(0, 0))
+    support.merged(names, tmp_path / "build", tmp_path)
+    assert (tmp_path / merged[0]).stat().st_mtime_ns == 0
 
 
 def test_objects_are_compiled_again_when_a_header_or_the_flags_change(tmp_path):
