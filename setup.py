@@ -45,6 +45,10 @@ def sources(*patterns: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
 
+def as_system(folders: list[str]) -> list[str]:
+    return [flag for folder in folders for flag in ("-isystem", folder)]
+
+
 def import_torch() -> Any:
     try:
         import torch
@@ -100,6 +104,8 @@ def configure() -> dict[str, Any]:
     from torch.utils import cpp_extension
 
     torch_includes = cpp_extension.include_paths()
+    # -isystem instead of CppExtension's -I: -Wall is for our code, not for torch's headers.
+    system_of_kernels = as_system(torch_includes)
     isas = support.isa_flags()
     define = ["-DBNORM_EXT_X86_KERNELS=1"] if "avx2" in isas else []
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
@@ -118,8 +124,7 @@ def configure() -> dict[str, Any]:
         files += cuda_sources + sources("csrc/cuda/*.cpp")
         define.append("-DBNORM_EXT_CUDA=1")
 
-    # -isystem instead of CppExtension's -I: -Wall is for our code, not for torch's headers.
-    system = [flag for path in torch_includes for flag in ("-isystem", path)]
+    system = as_system(torch_includes)
     # at::parallel_for is serial without -fopenmp. It is not given to the linker: torch has brought
     # its own OpenMP runtime into the process, and a second one must not join it.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
@@ -151,10 +156,11 @@ def configure() -> dict[str, Any]:
             super().finalize_options()
             # `pip install -e` would compile in a temporary folder and so always everything. One
             # folder per torch: ninja does not look at headers that came by -isystem. Builds with
-            # and without CUDA have their own too, so that each finds its objects again.
+            # and without CUDA have their own too, so that each finds its objects again; those of
+            # the CPU kernels are the same.
             tag = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
-            tag += "-cuda" if plan.toolkit is not None else ""
-            self.build_temp = str(ROOT / "build" / f"temp-{tag}")
+            self.kernels_temp = ROOT / "build" / f"temp-{tag}"
+            self.build_temp = f"{self.kernels_temp}{'-cuda' if plan.toolkit is not None else ''}"
 
         def build_extensions(self) -> None:
             self.extensions[0].extra_objects += self.compile_kernels()
@@ -169,10 +175,10 @@ def configure() -> dict[str, Any]:
             todo: list[tuple[list[str], Path]] = []
             for isa, flags in isas.items():
                 source = ROOT / "csrc" / "cpu" / f"kernels_{isa}.cpp"
-                target = Path(self.build_temp, f"kernels_{isa}.o")
+                target = self.kernels_temp / f"kernels_{isa}.o"
                 command = [*shlex.split(compiler), *self.compiler.compiler_so[1:], *COMMON_FLAGS]
-                command += ["-std=c++17", "-fno-math-errno", *flags, f"-I{ROOT / 'csrc'}", *system]
-                command += ["-c", str(source), "-o", str(target)]
+                command += ["-std=c++17", "-fno-math-errno", *flags, f"-I{ROOT / 'csrc'}"]
+                command += [*system_of_kernels, "-c", str(source), "-o", str(target)]
                 objects.append(target)
                 if support.outdated(target, command, [source, *inputs]):
                     print(f"compiling {source.name} with {' '.join(flags) or 'no ISA flags'}")

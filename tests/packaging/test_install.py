@@ -95,10 +95,8 @@ print(*sorted(set(re.findall(r"/\\S*/lib(?:gomp|omp|iomp)[^/\\s]*", maps))))
 
 def kernel_object(isa: str) -> str:
     """The object that the build of this torch left in the source tree."""
-    folder = f"temp-{sys.implementation.cache_tag}-torch-{torch.__version__}"
-    if bnorm_ext.build_info()["cuda_kernels"]:
-        folder += "-cuda"
-    path = ROOT / "build" / folder / f"kernels_{isa}.o"
+    folder = ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch-{torch.__version__}"
+    path = folder / f"kernels_{isa}.o"
     if not path.exists():
         pytest.skip(f"{path.name} is not in the source tree: compiled elsewhere")
     return str(path)
