@@ -34,6 +34,7 @@ class BuildInfo(TypedDict):
     cuda_kernels: bool  #: whether the CUDA kernels were compiled
     cuda_left_out: str | None  #: why they were not; None: they were
     archs: list[str]  #: GPU architectures compiled for, in the form of TORCH_CUDA_ARCH_LIST
+    archs_from: str | None  #: what chose them: that variable, the visible GPUs, or the default
     compiler: str | None  #: name and version of the C++ compiler
     cpu_isas: list[str]  #: instruction sets that the CPU kernels were compiled for
     cpu_capability: str | None  #: the one in use on this machine: 'baseline', 'avx2' or 'avx512'
@@ -105,6 +106,7 @@ def build_info() -> BuildInfo:
         cuda_kernels=cuda is not None,
         cuda_left_out=getattr(build, "CUDA_LEFT_OUT", None),
         archs=list(getattr(build, "CUDA_ARCHS", ())),
+        archs_from=getattr(build, "CUDA_ARCHS_FROM", None),
         compiler=getattr(build, "COMPILER", None),
         cpu_isas=list(getattr(build, "CPU_ISAS", ())),
         cpu_capability=None if compiled is None else compiled.cpu_capability(),

@@ -11,7 +11,7 @@
 // per element only: with save_mask, forward returns these bits as `mask`, which backward then takes
 // instead of residual. Without, mask is empty. Its bit layout is device-specific. dresidual is the
 // gradient of z.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <vector>

@@ -1,7 +1,7 @@
 // The launch plan of a tensor on a GPU with these limits, by name; x may be a meta tensor.
 #pragma once
 
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 namespace bnorm_ext {
 
