@@ -114,6 +114,7 @@ def build_info() -> BuildInfo:
 
 
 _warned = os.environ.get("BNORM_EXT_WARN", "1").strip() == "0"
+_warned_of_code = _warned
 
 
 def warn_without_cuda_kernels() -> None:
@@ -133,4 +134,25 @@ def warn_without_cuda_kernels() -> None:
         f"folder of its setup.py:\n\n    BNORM_EXT_CUDA=1 {REBUILD}\n\n"
         "(BNORM_EXT_WARN=0 silences this.)",
         stacklevel=4,  # past this function, its caller and batch_norm
+    )
+
+
+def warn_without_code(gpu: str, capability: tuple[int, int]) -> None:
+    """Says once that the CUDA kernels are compiled for other GPUs than this one.
+
+    Called where its first tensor takes native's path. Silent under BNORM_EXT_WARN=0.
+    """
+    global _warned_of_code
+    if _warned_of_code:
+        return
+    _warned_of_code = True
+    major, minor = capability
+    archs = ", ".join(build_info()["archs"]) or "none"
+    warnings.warn(
+        f"bnorm_ext was compiled for GPUs of compute capability {archs}, but this one ({gpu}) has "
+        f"{major}.{minor}: torch's own batch norm runs on it. From 7.5 on, kernels for it can be "
+        "compiled; in the folder of bnorm_ext's setup.py:\n\n    "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor} BNORM_EXT_CUDA=1 {REBUILD}\n\n"
+        "(BNORM_EXT_WARN=0 silences this.)",
+        stacklevel=6,  # past this function, those that asked, and batch_norm
     )

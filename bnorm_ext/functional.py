@@ -20,8 +20,9 @@ from torch.nn import Parameter
 from . import _transforms
 from ._arguments import Arguments
 from ._compat import FORWARD_LEVEL, FORWARD_STATE, transforms_active
+from ._cuda import has_code
 from ._load import warn_without_cuda_kernels
-from ._ops import KERNEL_DEVICES
+from ._ops import ASKED_DEVICES, KERNEL_DEVICES
 from ._scalars import as_floats, counted, counts_apart
 from .activations import Activation, check_residual, compose, resolve
 
@@ -124,6 +125,7 @@ def batch_norm(
         native = (
             transforms_active()
             or input.device.type not in KERNEL_DEVICES
+            or (input.device.type in ASKED_DEVICES and not has_code(input))
             or type(input) not in (Tensor, Parameter)
             or torch.compiler.is_exporting()
             or (training and counts_apart(num_batches_tracked, input))
@@ -226,9 +228,12 @@ def _call_op(a: Arguments) -> Tensor:
 
 def _takes_native_path(input: Tensor) -> bool:
     """Whether there are no kernels for this kind of tensor, or it has no elements."""
-    if input.device.type not in KERNEL_DEVICES:
-        if input.device.type == "cuda":
+    kind = input.device.type
+    if kind not in KERNEL_DEVICES:
+        if kind == "cuda":
             warn_without_cuda_kernels()
+        return True
+    if kind in ASKED_DEVICES and not has_code(input):
         return True
     if input.layout is not torch.strided or input.dim() < 2 or input.numel() == 0:
         return True

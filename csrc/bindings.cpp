@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "collectives.h"
 #include "cpu/capability.h"
 #include "explain.h"
 
@@ -104,5 +105,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("explain_plan", &bnorm_ext::explain_plan, pybind11::arg("x"), pybind11::arg("tensors"),
         pybind11::arg("multiprocessors"), pybind11::arg("shared_per_multiprocessor"),
         pybind11::arg("shared_per_block"), pybind11::arg("clusters"), pybind11::arg("aligned"),
-        "The launch plan of x on a GPU of these limits.");
+        pybind11::arg("beside_collectives"), "The launch plan of x on a GPU of these limits.");
+  m.def(
+      "set_beside_collectives", [](bool beside) { bnorm_ext::beside_collectives = beside; },
+      "Whether kernels of collectives may run at the same time, from now on.");
+#ifdef BNORM_EXT_CUDA
+  m.def("has_code", &bnorm_ext::cuda::has_code,
+        "Whether the CUDA kernels are compiled for the current GPU.");
+#endif
 }

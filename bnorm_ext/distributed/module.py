@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import _refusals
 from .._arguments import Arguments
 from .._compat import BatchNormBase
+from .._cuda import has_code
 from .._load import warn_without_cuda_kernels
-from .._ops import KERNEL_DEVICES
+from .._ops import ASKED_DEVICES, KERNEL_DEVICES
 from .._scalars import as_floats, counted, counts_apart
 from ..activations import Activation, check_residual, resolve
 from ..functional import raise_as_native
@@ -82,9 +83,11 @@ class _SyncMixin(_BatchNormActMixin):
         layer = self.layer_name or type(self).__name__
         tensors = (input, residual, weight, bias)
         epilogue = (named, negative_slope)
-        if input.device.type not in KERNEL_DEVICES:
-            if input.device.type == "cuda" and not torch.compiler.is_compiling():
-                warn_without_cuda_kernels()
+        kind = input.device.type
+        has_kernels = kind in KERNEL_DEVICES
+        if not has_kernels and kind == "cuda" and not torch.compiler.is_compiling():
+            warn_without_cuda_kernels()
+        if not has_kernels or (kind in ASKED_DEVICES and not has_code(input)):
             y = composite.training_step(*tensors, buffers, eps, *epilogue, layer, group)
         else:
             with torch.no_grad():

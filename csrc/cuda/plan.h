@@ -48,6 +48,7 @@ struct DeviceLimits {
   int shared_per_block = 0;           // bytes, if the kernel opts in
   int max_cluster = 1;                // blocks; 1: no clusters
   bool cooperative = false;           // whether there are cooperative launches
+  bool beside_collectives = false;    // whether kernels of collectives may run at the same time
 };
 
 struct TilePlan {

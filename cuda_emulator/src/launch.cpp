@@ -14,9 +14,14 @@ struct Function {
   int shared_limit = kSharedWithoutOptIn;
   bool wide_clusters = false;
 };
-std::map<const void*, Function>& functions() {
-  static std::map<const void*, Function> all;
+using Functions = std::map<std::pair<const Device*, const void*>, Function>;
+Functions& functions() {
+  static Functions all;
   return all;
+}
+// The attributes of a kernel on the current device.
+Function& function_of(const void* kernel) {
+  return functions()[{settings().device, kernel}];
 }
 std::vector<LaunchRecord>& records() {
   static std::vector<LaunchRecord> all;
@@ -97,6 +102,7 @@ cudaError_t take(cudaError_t& refusal) {
 
 cudaError_t check(const Launch& launch, const Function& function) {
   if (launch.body == nullptr) return cudaErrorInvalidDeviceFunction;
+  if (!settings().device->has_code) return cudaErrorNoKernelImageForDevice;
   cudaError_t error = check_shape(launch, function);
   if (error == cudaSuccess) error = check_cluster(launch, function);
   if (error == cudaSuccess && launch.clustered) error = take(settings().refuse_cluster);
@@ -119,11 +125,12 @@ cudaError_t remember(cudaError_t error) {
 
 void forget_functions() {
   functions().clear();
-  last_error = cudaSuccess;
 }
 
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  Function& function = functions()[kernel];
+  Function& function = function_of(kernel);
+  note_call("cudaFuncSetAttribute " + name_of_kernel(kernel) + " " +
+            std::to_string(static_cast<int>(attribute)) + " " + std::to_string(value));
   switch (attribute) {
     case cudaFuncAttributeMaxDynamicSharedMemorySize:
       if (value < 0 || value > settings().device->shared_per_block) {
@@ -141,18 +148,21 @@ cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribu
 }
 
 cudaError_t get_function_attributes(cudaFuncAttributes* attributes, const void* kernel) {
+  note_call("cudaFuncGetAttributes");
   *attributes = cudaFuncAttributes{};
+  if (!settings().device->has_code) return remember(cudaErrorNoKernelImageForDevice);
   attributes->maxThreadsPerBlock = kThreadsPerBlock;
   attributes->numRegs = 32;
-  attributes->maxDynamicSharedSizeBytes = functions()[kernel].shared_limit;
+  attributes->maxDynamicSharedSizeBytes = function_of(kernel).shared_limit;
   return cudaSuccess;
 }
 
 cudaError_t max_active_blocks(int* blocks, const void* kernel, int threads, std::size_t shared) {
+  note_call("cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   if (threads <= 0) return remember(cudaErrorInvalidValue);
   const bool fits = threads <= kThreadsPerBlock &&
                     shared <= static_cast<std::size_t>(settings().device->shared_per_block) &&
-                    shared <= static_cast<std::size_t>(functions()[kernel].shared_limit);
+                    shared <= static_cast<std::size_t>(function_of(kernel).shared_limit);
   *blocks = fits ? blocks_per_sm(static_cast<std::uint64_t>(threads), shared) : 0;
   return cudaSuccess;
 }
@@ -168,8 +178,9 @@ static Launch describe_launch(const cudaLaunchConfig_t& config) {
 
 cudaError_t max_active_clusters(int* clusters, const void* kernel,
                                 const cudaLaunchConfig_t* config) {
+  note_call("cudaOccupancyMaxActiveClusters");
   const Launch launch = describe_launch(*config);
-  const Function& function = functions()[kernel];
+  const Function& function = function_of(kernel);
   *clusters = 0;
   cudaError_t error = check_shape(launch, function);
   if (error == cudaSuccess) error = check_cluster(launch, function);
@@ -185,7 +196,7 @@ cudaError_t launch(const cudaLaunchConfig_t* config, const void* kernel, void (*
   launch.kernel = name_of_kernel(kernel);
   launch.body = kernel == nullptr ? nullptr : body;
   launch.context = context;
-  cudaError_t error = check(launch, functions()[kernel]);
+  cudaError_t error = check(launch, function_of(kernel));
   const std::size_t index = records().size();
   records().push_back({launch.kernel, kernel, launch.grid, launch.block, launch.cluster,
                        launch.clustered, launch.cooperative, launch.shared_bytes, error});

@@ -20,11 +20,13 @@ struct Device {
   int blocks_per_sm;
   int l2_bytes;
   bool clusters;
+  bool has_code = true;  // whether kernels count as compiled for it
 };
 
 struct Settings {
   const Device* device;
   int multiprocessors = 8;
+  int device_number = 0;
   std::uint64_t seed = 0;
   std::uint64_t launches = 0;  // since the seed was set
   std::uint64_t patience = 1000000;
@@ -39,6 +41,10 @@ constexpr int kSharedWithoutOptIn = 48 * 1024;
 
 void forget_regions();
 void forget_functions();
+void forget_symbols();
+void forget_captures();
+void register_symbols();
+void note_call(const std::string& line);
 void check_guards();
 std::string name_of_kernel(const void* kernel);
 

@@ -16,11 +16,20 @@ namespace emulator {
 // an sm_80 with 8 multiprocessors and the seed 0 again.
 void reset();
 
+// The same, but for what host code may rely on after it has done or asked it once: the numbers of
+// devices, the attributes of functions, and the addresses of __device__ variables, which are zero
+// again.
+void start_case();
+
 // ---- The device ----
 
-// One of sm_75, sm_80, sm_86, sm_90, sm_120, with their limits per block and per multiprocessor.
-// Returns false if there is no such name.
+// Makes the current device one of sm_70, sm_75, sm_80, sm_86, sm_90, sm_120, with their limits per
+// block and per multiprocessor. There is no code for sm_70. Returns false if there is no such name.
 bool set_device(const std::string& architecture, int multiprocessors = 8);
+
+// The same, but the device gets a number of its own, always the same one: host code that keeps what
+// it knows of a device by number stays right.
+bool choose_device(const std::string& architecture, int multiprocessors = 8);
 
 // The seed and the number of launches since it was set determine the order in which threads and
 // blocks run.
@@ -89,6 +98,16 @@ void clear_launches();
 // The next launch with clusters, or the next cooperative one, returns `error` and runs nothing.
 void refuse_next_cluster_launch(cudaError_t error = cudaErrorLaunchOutOfResources);
 void refuse_next_cooperative_launch(cudaError_t error = cudaErrorCooperativeLaunchTooLarge);
+
+// A line for each question to the runtime, and each attribute that was set, since the last reset or
+// clear_calls: "cudaDeviceGetAttribute", "cudaFuncSetAttribute kernel attribute value", ...
+const std::vector<std::string>& calls();
+void clear_calls();
+
+// ---- Captures ----
+
+// The capture of `stream` goes on in `other` too, as after an event.
+void capture_also(cudaStream_t stream, cudaStream_t other);
 
 // The name of a kernel in reports, instead of the one in the symbol table.
 void name_kernel(const void* kernel, const std::string& name);
