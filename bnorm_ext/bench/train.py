@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import bnorm_ext
 
-from . import machine, nets, report
+from . import clocks, machine, nets, report
 from .measure import Stats, describe, within_noise
 from .options import (
     DAY,
@@ -232,15 +232,19 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     try:
         warm_up(runs, device, reasons)
         if runs:
-            measure(runs, o.time_budget)
+            with clocks.sampling(device):
+                measure(runs, o.time_budget)
     except KeyboardInterrupt:
         interrupted = True
     found = rows(runs, reasons, batch, o.compile)
     header = machine.header(device, command, arguments)
     header |= {"model": o.model, "net_from": source, "batch": batch, "size": o.size}
     header |= {"method": __doc__, "interrupted": interrupted}
+    clocks.record(header, device)
     print(f"{o.model} ({source}), {batch} images of {o.size}x{o.size}\n{report.title(header)}\n")
     print(table(found))
+    if line := clocks.sentence(header):
+        print(line)
     if o.json is not None:
         try:
             report.write_json(o.json, header, found)

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "machine.h"
+#include "profile.h"
 #include "settings.h"
 
 namespace emulator {
@@ -38,6 +39,7 @@ void reset() {
   detail::forget_functions();
   clear_reports();
   clear_launches();
+  detail::forget_profiles();
 }
 
 bool set_device(const std::string& architecture, int multiprocessors) {
@@ -56,6 +58,12 @@ void set_seed(std::uint64_t seed) {
 }
 void set_shuffles_order_memory(bool order) {
   detail::settings().shuffles_order_memory = order;
+}
+void set_l2_bytes(int bytes) {
+  detail::settings().l2_bytes = bytes;
+}
+void set_profiled(bool on) {
+  detail::settings().profiled = on;
 }
 void set_patience(std::uint64_t steps) {
   detail::settings().patience = steps;
@@ -106,7 +114,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = settings.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
-      *value = d.l2_bytes;
+      *value = settings.l2_bytes != 0 ? settings.l2_bytes : d.l2_bytes;
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
       *value = d.threads_per_sm;
