@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import bnorm_ext
 
-from . import machine, nets, processes, report
+from . import clocks, machine, nets, processes, report
 from .measure import Stats, describe, within_noise
 from .options import (
     DAY,
@@ -284,7 +284,8 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     try:
         warm_up(runs, device, reasons)
         if runs:
-            measure(runs, o.time_budget)
+            with clocks.sampling(device):
+                measure(runs, o.time_budget)
     except KeyboardInterrupt:
         interrupted = True
     found = rows(runs, reasons, batch, o.compile)
@@ -292,8 +293,11 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     header = machine.header(device, command, arguments)
     header |= {"model": o.model, "net_from": source, "batch": batch, "size": o.size}
     header |= {"method": __doc__, "interrupted": interrupted}
+    clocks.record(header, device)
     print(f"{shown}\n{report.title(header)}\n")
     print(table(found))
+    if line := clocks.sentence(header):
+        print(line)
     if not written(o.json, header, found, command):
         return 1
     return 130 if interrupted else 0 if runs else 1

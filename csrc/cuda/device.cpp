@@ -26,6 +26,7 @@ std::unique_ptr<DeviceLimits> ask_limits() {
   limits->shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits->max_cluster = attribute(cudaDevAttrClusterLaunch) != 0 ? kLargestCluster : 1;
   limits->cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
+  limits->l2_bytes = attribute(cudaDevAttrL2CacheSize);
   return limits;
 }
 

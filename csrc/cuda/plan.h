@@ -49,6 +49,7 @@ struct DeviceLimits {
   int max_cluster = 1;                // blocks; 1: no clusters
   bool cooperative = false;           // whether there are cooperative launches
   bool beside_collectives = false;    // whether kernels of collectives may run at the same time
+  int l2_bytes = 0;                   // 0: unknown
 };
 
 struct TilePlan {
@@ -62,6 +63,9 @@ struct TilePlan {
   int64_t chunks = 1;        // per tile, a multiple of `pieces`
   int64_t chunk_length = 0;  // ChannelsFirst: vectors of the channel; else rows
   int64_t length = 0;        // of a tile, in the same unit; the chunks of each piece cover it
+  // Whether what is written gives way first in the L2: then the input of a second pass stays there
+  // that the first one read last. Where a tensor fits, the next operator finds the output instead.
+  bool evict_first = false;
 
   // A thread advances from one vector to its next one by `step` elements. Where that leaves the row
   // of S positions (ChannelsFirst), it advances by `wrap` more, to its place in a later row.
@@ -187,6 +191,8 @@ inline int64_t filling(const TilePlan& plan, int64_t blocks) {
 inline TilePlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
                               const DeviceLimits& device) {
   TilePlan plan = plan_tiles(shape, element_bytes, aligned);
+  plan.evict_first =
+      device.l2_bytes > 0 && shape.N * shape.C * shape.S > device.l2_bytes / element_bytes;
   // Several times as many blocks as are resident at once, so that little of the device is idle when
   // the last ones run.
   constexpr int kPerMultiprocessor = 32;

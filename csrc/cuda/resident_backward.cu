@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kThreads, kShares)
     // These two in registers; the constants of z are read from the table at each use, for which
     // this loop leaves enough shared memory bandwidth.
     const GradientWriter<V> gradients(
-        p, p.constant_statistics, start(), [&](int k) { return table.get(kMeanDy, k); },
+        p, p.constant_statistics, /*evict_first=*/false, start(),
+        [&](int k) { return table.get(kMeanDy, k); },
         [&](int k) { return table.get(kProjScale, k); });
     for_each([&](int, const A(&g)[V::kWidth], const Vector& x_vec,
                  int64_t at) { gradients.write(affines, g, x_vec, at); },

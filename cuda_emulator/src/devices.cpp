@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "machine.h"
+#include "profile.h"
 #include "settings.h"
 
 namespace emulator {
@@ -72,6 +73,7 @@ void start_case() {
   clear_reports();
   clear_launches();
   clear_calls();
+  detail::forget_profiles();
 }
 
 void reset() {
@@ -114,6 +116,12 @@ void set_seed(std::uint64_t seed) {
 }
 void set_shuffles_order_memory(bool order) {
   detail::settings().shuffles_order_memory = order;
+}
+void set_l2_bytes(int bytes) {
+  detail::settings().l2_bytes = bytes;
+}
+void set_profiled(bool on) {
+  detail::settings().profiled = on;
 }
 void set_patience(std::uint64_t steps) {
   detail::settings().patience = steps;
@@ -165,7 +173,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = settings.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
-      *value = d.l2_bytes;
+      *value = settings.l2_bytes != 0 ? settings.l2_bytes : d.l2_bytes;
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
       *value = d.threads_per_sm;

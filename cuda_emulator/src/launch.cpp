@@ -4,6 +4,7 @@
 #include <map>
 
 #include "machine.h"
+#include "profile.h"
 #include "settings.h"
 
 namespace emulator {
@@ -203,7 +204,9 @@ cudaError_t launch(const cudaLaunchConfig_t* config, const void* kernel, void (*
   if (error != cudaSuccess) return remember(error);
   Settings& s = settings();
   ++s.launches;
+  begin_profile(launch.kernel);
   run_launch(launch, s.seed * 1000003u + s.launches, resident_clusters(launch));
+  end_profile();
   // A real launch fails later, at the next call that synchronises with it.
   if (launch.aborted) error = cudaErrorLaunchFailure;
   running = &launch;

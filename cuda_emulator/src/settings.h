@@ -31,6 +31,8 @@ struct Settings {
   std::uint64_t launches = 0;  // since the seed was set
   std::uint64_t patience = 1000000;
   bool shuffles_order_memory = true;
+  bool profiled = false;
+  int l2_bytes = 0;  // 0: the device's own
   cudaError_t refuse_cluster = cudaSuccess;
   cudaError_t refuse_cooperative = cudaSuccess;
 };

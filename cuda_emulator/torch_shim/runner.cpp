@@ -175,6 +175,24 @@ RUNNER_API void runner_refuse() {
   emulator::refuse_next_cooperative_launch();
 }
 
+// How launches use memory is recorded from now on. l2_bytes: of the L2; 0: the device's own.
+RUNNER_API void runner_profile(int l2_bytes) {
+  emulator::set_profiled(true);
+  emulator::set_l2_bytes(l2_bytes);
+}
+
+// A line for each launch since: kernel, stores, those that evict first, and the worst bank conflict
+// of accesses of 1, 2, 4, 8 and 16 bytes (emulator::Profile).
+RUNNER_API const char* runner_profiles() {
+  std::ostringstream text;
+  for (const auto& p : emulator::profiles()) {
+    text << p.kernel << ' ' << p.stores << ' ' << p.evict_first;
+    for (const int ways : p.ways) text << ' ' << ways;
+    text << '\n';
+  }
+  return answer(text.str());
+}
+
 RUNNER_API const char* runner_reports() {
   emulator::check_outputs();
   return answer(emulator::report_text());

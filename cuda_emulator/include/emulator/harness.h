@@ -44,6 +44,9 @@ void set_shuffles_order_memory(bool order);
 // recorded memory nor calls a CUDA function is not interrupted: it hangs.
 void set_patience(std::uint64_t steps);
 
+// The size of the L2, in place of the device's own: a small one, which tensors of a test exceed.
+void set_l2_bytes(int bytes);
+
 // ---- Memory ----
 
 enum class Role {
@@ -94,6 +97,20 @@ struct LaunchRecord {
 };
 const std::vector<LaunchRecord>& launches();
 void clear_launches();
+
+// How a launch has used memory. Recorded from `set_profiled(true)` on.
+struct Profile {
+  std::string kernel;
+  std::uint64_t stores;       // by store_bytes and store_bytes_evict_first
+  std::uint64_t evict_first;  // by the latter
+  // The worst bank conflict of accesses to shared memory of 1, 2, 4, 8 and 16 bytes: how many words
+  // of one bank the lanes that are served at once want (32 lanes; 16 of 8 bytes; 8 of 16 bytes).
+  // 1: no conflict; 0: no such access. Lanes of a warp access together where they do so from the
+  // same place in the code for the same time since the last barrier, shuffle or vote of all lanes.
+  int ways[5];
+};
+void set_profiled(bool on);
+const std::vector<Profile>& profiles();
 
 // The next launch with clusters, or the next cooperative one, returns `error` and runs nothing.
 void refuse_next_cluster_launch(cudaError_t error = cudaErrorLaunchOutOfResources);
