@@ -26,7 +26,7 @@ FLAGS = [
     *("-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__"),
     "--expt-relaxed-constexpr",
 ]
-JOBS = 2
+JOBS = int(os.environ.get("MAX_JOBS") or 2)
 
 
 @functools.cache
