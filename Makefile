@@ -60,7 +60,7 @@ test-all: build mutants
 mutants: build
 	$(PY) tests/mutants/run.py
 
-# PTX_ARGS=--quick for a selection; says why where there is no nvcc.
+# PTX_ARGS="--archs 80" for one architecture; says why where there is no nvcc.
 test-ptx: build
 	$(PY) tests/ptx/run.py $(PTX_ARGS)
 

@@ -1,7 +1,7 @@
 """Runs the tests of the CUDA kernels on what nvcc makes of the kernels: their PTX.
 
 python tests/ptx/run.py               sm_75, sm_80 and sm_90, mutants, and what was executed
-python tests/ptx/run.py --quick       a selection for sm_80: every kernel, mapping and path
+python tests/ptx/run.py --archs 80    sm_80 and mutants: every kernel, mapping and path
 python tests/ptx/run.py --refresh     everything, and writes executed.txt anew
 
 executed.txt names each kind of instruction in the kernels' PTX, and whether the tests of the
@@ -36,12 +36,6 @@ SECONDS = 1500  # a job may take no longer
 FILES = ["kernels", "fused", "mask", "resident"]
 # Tests that choose their device themselves, or expect the launches of an sm_80, run once.
 OWN_DEVICE = "not cluster and not grid and not best_path and not test_teams and not refused"
-# Every kernel: both passes, on chip as a block, a cluster and a grid, merging; channels first and
-# last, groups of channels; 16-byte accesses and single values.
-QUICK = {
-    "kernels": "(test_results and (vectors or odd or groups) and not double) or synchronised",
-    "resident": "test_results and (vectors or odd or groups) and not channels_last",
-}
 
 
 @dataclass
@@ -95,9 +89,7 @@ def pytest(job: Job, folder: Path) -> Done:
     return Done(job, code == 0, time.monotonic() - start, text)
 
 
-def jobs_of(archs: list[int], quick: bool) -> list[Job]:
-    if quick:
-        return [Job(80, file, select) for file, select in QUICK.items()]
+def jobs_of(archs: list[int]) -> list[Job]:
     jobs = [Job(arch, file, "" if arch == 80 else OWN_DEVICE) for arch in archs for file in FILES]
     return [*jobs, Job(80, "mutants")]
 
@@ -163,8 +155,9 @@ def judge(files: list[Path], executed: Executed, refresh: bool, whole: bool) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, add_help=True)
-    parser.add_argument("--quick", action="store_true")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--refresh", action="store_true")
     parser.add_argument("--archs", nargs="+", type=int, default=[75, 80, 90])
     options = parser.parse_args()
@@ -175,15 +168,14 @@ def main() -> None:
     emulated.build()
     shutil.rmtree(COVERAGE, ignore_errors=True)
     COVERAGE.mkdir(parents=True)
-    archs = [80] if options.quick else options.archs
-    files = ptx.compile_all(ptx.SOURCES, archs)
-    # Clusters are of sm_90 alone.
+    files = ptx.compile_all(ptx.SOURCES, options.archs)
+    # Some tests of kernels on chip choose their device: clusters are of sm_90 alone.
     on_chip = [source for source in ptx.SOURCES if source.startswith("resident")]
-    files |= ptx.compile_all(on_chip, [90])
+    files |= ptx.compile_all(on_chip, [75, 90])
     folder = ptx.folder_of("kernels", files)
     print(f"compiled {len(files)} files, {time.monotonic() - start:.0f} s", flush=True)
 
-    jobs = jobs_of(archs, options.quick)
+    jobs = jobs_of(options.archs)
     failed = 0
     with ThreadPoolExecutor(ptx.JOBS) as pool:
         for done in pool.map(lambda job: pytest(job, folder), jobs):
@@ -191,7 +183,7 @@ def main() -> None:
             print(f"{done.job!s:18} {done.seconds:5.0f} s  {done.text}", flush=True)
     executed = Executed()
     print("\n".join(executed.summary()))
-    whole = not options.quick and options.archs == [75, 80, 90]
+    whole = options.archs == [75, 80, 90]
     wrong = judge(list(files.values()), executed, options.refresh, whole)
     print("\n".join(wrong))
     print(f"{len(jobs)} jobs, {failed} failed, {time.monotonic() - start:.0f} s")

@@ -31,7 +31,8 @@ def test_merged_statistics(merge_as_ptx: None, dtype: torch.dtype) -> None:
     variances = torch.stack([nothing, *(p.var(0, unbiased=False) for p in parts)])
     counts = torch.tensor([0, 5, 11], dtype=torch.float64)
     with emulated.session() as s:
-        running = [s.copy(torch.zeros(37), inout=True), s.copy(torch.ones(37), inout=True)]
+        initial = (torch.zeros(37, dtype=dtype), torch.ones(37, dtype=dtype))
+        running = [s.copy(t, inout=True) for t in initial]
         counter = s.copy(torch.tensor(2), inout=True)
         given = (s.copy(means), s.copy(variances), s.copy(counts))
         mean, rstd = s.call("batch_norm_merge_stats", *given, *running, counter, None, 1e-5, dtype)
