@@ -1,5 +1,6 @@
 // Floating-point arithmetic. The host's is IEEE's, as the GPU's; this file is compiled without
 // contraction of products and sums.
+#include <algorithm>
 #include <cfenv>
 #include <cmath>
 
@@ -169,23 +170,24 @@ float fma_down(float a, float b, float c) {
   return result;
 }
 
-// Without denormals, and moved by the error that was chosen, but for results that PTX promises: of
-// zeros and infinities, and those beside the ends of the range.
-float approximate(float result) {
+// Without denormals, and moved by the error that was chosen, or by `most` units; but for results that
+// PTX promises, of zeros and infinities, and those beside the ends of the range.
+float approximate(float result, int most) {
   const float size = std::fabs(result);
   if (size < 0x1p-126f) return std::copysign(0.0f, result);
   if (!(size > 0x1p-120f && size < 0x1p120f)) return result;
-  return same_bits<float>(same_bits<u32>(result) + static_cast<u32>(approximation_error));
+  const int error = std::clamp(approximation_error, -most, most);
+  return same_bits<float>(same_bits<u32>(result) + static_cast<u32>(error));
 }
 float flushed(float a) {
   return std::fabs(a) < 0x1p-126f ? std::copysign(0.0f, a) : a;
 }
 float exp2_approximate(float a) {
   if (flushed(a) == 0) return 1;
-  return approximate(static_cast<float>(std::exp2(static_cast<double>(a))));
+  return approximate(static_cast<float>(std::exp2(static_cast<double>(a))), 2);
 }
 float reciprocal_approximate(float a) {
-  return approximate(1 / flushed(a));
+  return approximate(1 / flushed(a), 1);
 }
 
 }  // namespace

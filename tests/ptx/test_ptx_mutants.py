@@ -45,6 +45,8 @@ WAIT = r"cp\.async\.wait_group\s+0;"
 BARRIER = r"bar\.sync\s+0;"
 FENCE = r"membar\.gl;"
 CLUSTER_BARRIER = r"barrier\.cluster\.(arrive|wait)[a-z.]*;"
+COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+)\]"
+DISTANCE = r"(shfl\.sync\.bfly\.b32\s+%r\d+\|%p\d+, %r\d+), %r\d+,"
 SHUFFLE = r"(shfl\.sync\.bfly\.b32\s+[^;]+), (%r\d+|-1);"
 
 MUTANTS = {
@@ -53,6 +55,18 @@ MUTANTS = {
     "forward: no barriers": Mutant("resident_forward", BARRIER, "", "race: "),
     "backward: no barriers": Mutant("resident_backward", BARRIER, "", "race: "),
     "two passes: no barriers": Mutant("two_pass_forward", BARRIER, "", "race: ", where=MANY),
+    "two passes, backward: no barriers": Mutant(
+        "two_pass_backward", BARRIER, "", "race: ", where=MANY
+    ),
+    "copies to the neighbour": Mutant("resident_forward", COPY, r"\1+16]", ""),
+    "half of each 16-bit value stored": Mutant(
+        "two_pass_forward",
+        r"st\.global((?:\.cs)?)\.u16",
+        r"st.global\1.u8",
+        "unwritten: ",
+        made((3, 5, 7, 3), torch.bfloat16, "contiguous"),
+        {"path": "two_pass"},
+    ),
     "forward: no fence": Mutant("two_pass_forward", FENCE, "", "race: ", where=MANY),
     "backward: no fence": Mutant("two_pass_backward", FENCE, "", "race: ", where=MANY),
     "forward, grid: no fence": Mutant("resident_forward", FENCE, "", "race: ", TEAMS, GRID),
@@ -73,6 +87,9 @@ MUTANTS = {
     ),
     "shuffles of half a warp's mask": Mutant(
         "two_pass_forward", SHUFFLE, r"\1, 65535;", "warp: ", where=MANY
+    ),
+    "shuffles from the neighbour alone": Mutant(
+        "two_pass_forward", DISTANCE, r"\1, 1,", "", SMALL, {"path": "two_pass"}
     ),
     "semaphore that does not wrap": Mutant(
         "two_pass_forward", r"atom\.global\.inc\.u32", "atom.global.add.u32", "", where=MANY
