@@ -9,6 +9,7 @@
 #   make bench                 measure it beside torch
 #   make docs                  the API reference as HTML, in build/docs
 #   make mutants               whether the tests see CUDA kernels that were broken on purpose
+#   make test-ptx              the CUDA kernels' tests on the PTX that nvcc makes of them (slow)
 #   make gpu-check             what only a GPU can show
 #
 # pip's own variables (PIP_INDEX_URL ...) and the build's (BNORM_EXT_CUDA, MAX_JOBS, CXX ...) are
@@ -18,6 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1
 PYTEST_ARGS ?=
+PTX_ARGS ?=
 
 # On Linux torch's usual packages are CUDA builds. Beside an nvcc the CUDA kernels would then be
 # compiled, which takes many minutes and is of no use without a GPU (on WSL it is /dev/dxg).
@@ -43,7 +45,7 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: test test-all test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants bench docs clean FORCE
+.PHONY: test test-all test-ptx test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants bench docs clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
@@ -55,6 +57,10 @@ test-all: build mutants
 # Whether the tests see CUDA kernels that were broken on purpose (docs/kernels.md).
 mutants: build
 	$(PY) tests/mutants/run.py
+
+# PTX_ARGS="--archs 80" for one architecture; says why where there is no nvcc.
+test-ptx: build
+	$(PY) tests/ptx/run.py $(PTX_ARGS)
 
 # The install matrix: sdist, clean environments, the messages that pip shows.
 test-install: build

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 INCLUDE = HERE / "include"
 CACHE = ROOT / "build" / "emulator"
-RUNTIME = sorted((HERE / "src").glob("*.cpp"))
+RUNTIME = sorted([*(HERE / "src").glob("*.cpp"), *(HERE / "ptx").glob("*.cpp")])
 # g++ before 13 heeds no pragma of a header's about pragmas; kernels unroll loops by one.
 FLAGS = ["-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1"]
@@ -116,7 +116,10 @@ def build(
         jobs.append((file, [*common, *flags], folders))
     for source in RUNTIME:
         boost = fibers == "boost" and source.name == "fiber.cpp"
-        jobs.append((source, [*common, *(["-DEMULATOR_FIBERS_BOOST"] if boost else [])], ()))
+        extra = ["-DEMULATOR_FIBERS_BOOST"] if boost else []
+        # What PTX rounds twice must not become one fused operation here.
+        extra += ["-ffp-contract=off"] if source.parent.name == "ptx" else []
+        jobs.append((source, [*common, *extra], [HERE / "src"]))
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda job: compile_object(*job), jobs))
     if fibers == "boost":

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <map>
 
+#include "engine.h"
 #include "machine.h"
 #include "profile.h"
 #include "settings.h"
@@ -29,6 +30,7 @@ std::vector<LaunchRecord>& records() {
   return all;
 }
 cudaError_t last_error = cudaSuccess;
+Engine engine = nullptr;
 
 constexpr unsigned kPortableCluster = 8;
 constexpr unsigned kWideCluster = 16;
@@ -124,6 +126,10 @@ cudaError_t remember(cudaError_t error) {
 
 }  // namespace
 
+void set_engine(Engine chosen) {
+  engine = chosen;
+}
+
 void forget_functions() {
   functions().clear();
 }
@@ -192,12 +198,13 @@ cudaError_t max_active_clusters(int* clusters, const void* kernel,
 }
 
 cudaError_t launch(const cudaLaunchConfig_t* config, const void* kernel, void (*body)(void*),
-                   void* context) {
+                   void* context, const std::vector<Argument>& arguments) {
   Launch launch = describe_launch(*config);
   launch.kernel = name_of_kernel(kernel);
   launch.body = kernel == nullptr ? nullptr : body;
   launch.context = context;
   cudaError_t error = check(launch, function_of(kernel));
+  if (error == cudaSuccess && engine != nullptr) error = engine(launch, arguments);
   const std::size_t index = records().size();
   records().push_back({launch.kernel, kernel, launch.grid, launch.block, launch.cluster,
                        launch.clustered, launch.cooperative, launch.shared_bytes, error});

@@ -50,7 +50,14 @@ std::string symbol_in_file(const char* path, std::uintptr_t offset) {
   return "";
 }
 
-// "void (anonymous namespace)::kernel<4>(Params)" -> "kernel<4>"
+}  // namespace
+
+void name_kernel(const void* kernel, const std::string& name) {
+  names()[kernel] = name;
+}
+
+namespace detail {
+
 std::string short_name(const std::string& mangled) {
   int status = 0;
   char* text = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
@@ -76,14 +83,6 @@ std::string short_name(const std::string& mangled) {
   }
   return name.substr(begin);
 }
-
-}  // namespace
-
-void name_kernel(const void* kernel, const std::string& name) {
-  names()[kernel] = name;
-}
-
-namespace detail {
 
 std::string name_of_kernel(const void* kernel) {
   const auto known = names().find(kernel);

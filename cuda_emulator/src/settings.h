@@ -49,6 +49,8 @@ void register_symbols();
 void note_call(const std::string& line);
 void check_guards();
 std::string name_of_kernel(const void* kernel);
+// Of a mangled name: "void (anonymous namespace)::kernel<4>(Params)" -> "kernel<4>".
+std::string short_name(const std::string& mangled);
 
 }  // namespace detail
 }  // namespace emulator

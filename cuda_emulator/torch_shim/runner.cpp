@@ -1,11 +1,14 @@
 #include "runner.h"
 
+#include <emulator/ptx.h>
+
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <set>
 #include <sstream>
 #include <string>
@@ -191,6 +194,22 @@ RUNNER_API const char* runner_profiles() {
     text << '\n';
   }
   return answer(text.str());
+}
+
+// Kernels run as the PTX in this folder; empty: their source. Returns what is wrong with it, or "".
+RUNNER_API const char* runner_ptx(const char* folder) {
+  try {
+    emulator::use_ptx(folder);
+    return answer("");
+  } catch (const std::exception& error) {
+    return answer(error.what());
+  }
+}
+RUNNER_API void runner_ptx_coverage(const char* path) {
+  emulator::write_ptx_coverage(path);
+}
+RUNNER_API void runner_approximation_error(int units) {
+  emulator::set_approximation_error(units);
 }
 
 RUNNER_API const char* runner_reports() {

@@ -3,10 +3,19 @@
 `run(case)` is what `cases.run` is for the installed operators. Every tensor of a run lives in
 guarded memory of the emulator, outputs poisoned; whatever the emulator reports raises `Reported`.
 The library is compiled on first use into build/emulator/ and kept until a source changes.
+
+Environment variables choose what all tests of a process run on:
+
+BNORM_EXT_EMULATED_DEVICE         the device of tests that do not name one; sm_80
+BNORM_EXT_EMULATED_PTX            a folder of .ptx files to run in place of the kernels' source
+BNORM_EXT_EMULATED_PTX_COVERAGE   a prefix: at its end, each process writes what it executed
+BNORM_EXT_EMULATED_EXP2_ERROR     added to results of ex2.approx, in units of the last place
+BNORM_EXT_EMULATED_LIBRARY        another library than that of csrc/cuda/
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -112,10 +121,28 @@ def library() -> Any:
         ctypes.c_uint64,
         ctypes.c_bool,
     ]
-    loaded.runner_reports.restype = ctypes.c_char_p
-    loaded.runner_launches.restype = ctypes.c_char_p
-    loaded.runner_profiles.restype = ctypes.c_char_p
+    for function in (
+        loaded.runner_reports,
+        loaded.runner_launches,
+        loaded.runner_profiles,
+        loaded.runner_ptx,
+    ):
+        function.restype = ctypes.c_char_p
+    use_ptx(loaded)
     return loaded
+
+
+def use_ptx(loaded: Any) -> None:
+    """Has kernels run as PTX, where the environment says so."""
+    folder = os.environ.get("BNORM_EXT_EMULATED_PTX")
+    if not folder:
+        return
+    wrong = loaded.runner_ptx(folder.encode()).decode()
+    if wrong:
+        raise RuntimeError(wrong)
+    loaded.runner_approximation_error(int(os.environ.get("BNORM_EXT_EMULATED_EXP2_ERROR", "0")))
+    if prefix := os.environ.get("BNORM_EXT_EMULATED_PTX_COVERAGE"):
+        atexit.register(loaded.runner_ptx_coverage, f"{prefix}.{os.getpid()}".encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +222,7 @@ def path_wanted(path: str | None) -> Iterator[None]:
 def session(
     *,
     seed: int = 0,
-    device: str = "sm_80",
+    device: str = os.environ.get("BNORM_EXT_EMULATED_DEVICE", "sm_80"),
     multiprocessors: int = 2,
     capturing: bool = False,
     path: str | None = "two_pass",

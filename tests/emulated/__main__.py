@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from tests.common import emulated
+from tests.common import emulated, ptx
 from tests.common.cases import FORMATS, assert_promise, case, normal
 
 
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--multiprocessors", type=int, default=2)
     parser.add_argument("--path", choices=["two_pass", "block", "cluster", "grid"])
     parser.add_argument("--inference", action="store_true")
+    parser.add_argument("--ptx", action="store_true", help="what nvcc makes of the kernels")
     parser.add_argument("--sanitize", action="store_true", help="address, undefined behaviour")
     parser.add_argument("--debug", action="store_true", help="compile without optimisation")
     options = parser.parse_args()
@@ -32,6 +33,11 @@ def main() -> None:
     if options.sanitize and "BNORM_EXT_EMULATED_LIBRARY" not in os.environ:
         command = [sys.executable, "-m", "tests.emulated", *sys.argv[1:]]
         os.execve(sys.executable, command, emulated.sanitized_environment())
+    if options.ptx:
+        if ptx.nvcc() is None:
+            raise SystemExit(ptx.NO_NVCC)
+        folder = ptx.folder_of("kernels", ptx.compile_all(ptx.SOURCES, [75, 80, 90]))
+        os.environ["BNORM_EXT_EMULATED_PTX"] = str(folder)
     shape = tuple(int(size) for size in options.shape.split(","))
     c = case(
         normal(shape, seed=0, mean=0.5, std=2),

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "types.h"
 
@@ -163,9 +164,13 @@ cudaError_t get_function_attributes(cudaFuncAttributes* attributes, const void* 
 cudaError_t max_active_blocks(int* blocks, const void* kernel, int threads, std::size_t shared);
 cudaError_t max_active_clusters(int* clusters, const void* kernel,
                                 const cudaLaunchConfig_t* config);
-// Runs body(context) once per thread.
+struct Argument {
+  const void* value;
+  std::size_t bytes;
+};
+// Runs body(context) once per thread, or what another engine has for `kernel` and its arguments.
 cudaError_t launch(const cudaLaunchConfig_t* config, const void* kernel, void (*body)(void*),
-                   void* context);
+                   void* context, const std::vector<Argument>& arguments);
 }  // namespace detail
 }  // namespace emulator
 
@@ -210,11 +215,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     Values values;
   };
   Call call{kernel, Values(std::forward<Arguments>(arguments)...)};
+  const auto listed = std::apply(
+      [](const auto&... values) {
+        return std::vector<emulator::detail::Argument>{{&values, sizeof(values)}...};
+      },
+      call.values);
   return emulator::detail::launch(
       config, reinterpret_cast<const void*>(kernel),
       [](void* context) {
         auto& c = *static_cast<Call*>(context);
         std::apply(c.kernel, c.values);
       },
-      &call);
+      &call, listed);
 }

@@ -1,0 +1,346 @@
+"""What each PTX instruction that computes a value has to give, in exact arithmetic: integers of
+Python, fractions that are rounded once. Nothing here is computed by the interpreter's own means."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Format:
+    """A floating-point format: bits of its significand, of the whole, its exponents' range."""
+
+    digits: int
+    bits: int
+    highest: int  # exponent of numbers in [1, 2) is 0
+
+    def round(self, value: Fraction, down: bool = False) -> float:
+        """To nearest, ties to even, or towards negative infinity; as a float of Python."""
+        if value == 0:
+            return 0.0
+        size = abs(value)
+        exponent = size.numerator.bit_length() - size.denominator.bit_length()
+        if Fraction(2) ** exponent > size:
+            exponent -= 1
+        unit = Fraction(2) ** (max(exponent, 1 - self.highest) - self.digits + 1)
+        count = math.floor(value / unit) if down else round(value / unit)
+        largest = (2 - Fraction(2) ** (1 - self.digits)) * Fraction(2) ** self.highest
+        if abs(count * unit) > largest:
+            is_infinite = value < 0 or not down
+            return (-1 if value < 0 else 1) * (math.inf if is_infinite else float(largest))
+        return math.copysign(float(count * unit), -1 if value < 0 else 1)
+
+    def encode(self, value: float) -> int:
+        """The bits of a number of this format."""
+        sign = (1 if math.copysign(1, value) < 0 else 0) << (self.bits - 1)
+        stored = self.digits - 1
+        top = (2 * self.highest + 1) << stored  # of infinity
+        if math.isnan(value):
+            return top | 1 << (stored - 1)
+        if math.isinf(value):
+            return sign | top
+        if value == 0:
+            return sign
+        mantissa, exponent = math.frexp(abs(value))  # in [0.5, 1)
+        biased = exponent - 1 + self.highest
+        if biased <= 0:  # a denormal
+            return sign | int(math.ldexp(abs(value), self.highest - 1 + stored))
+        return sign | biased << stored | int(math.ldexp(mantissa, self.digits)) - (1 << stored)
+
+    def decode(self, bits: int) -> float:
+        stored = self.digits - 1
+        sign = -1.0 if bits >> (self.bits - 1) else 1.0
+        biased = bits >> stored & (2 * self.highest + 1)
+        mantissa = bits & ((1 << stored) - 1)
+        if biased == 2 * self.highest + 1:
+            return math.nan if mantissa else sign * math.inf
+        if biased == 0:
+            return sign * math.ldexp(mantissa, 1 - self.highest - stored)
+        return sign * math.ldexp(mantissa + (1 << stored), biased - self.highest - stored)
+
+
+FORMATS = {
+    "f16": Format(11, 16, 15),
+    "bf16": Format(8, 16, 127),
+    "f32": Format(24, 32, 127),
+    "f64": Format(53, 64, 1023),
+}
+BITS = {"pred": 1} | {f"{kind}{n}": n for kind in "busf" for n in (16, 32, 64)} | {"bf16": 16}
+
+
+def decode(type_: str, bits: int) -> Any:
+    if type_ in FORMATS:
+        return FORMATS[type_].decode(bits)
+    if type_[0] == "s" and bits >> (BITS[type_] - 1):
+        return bits - (1 << BITS[type_])
+    return bits
+
+
+def encode(type_: str, value: Any) -> int:
+    if type_ in FORMATS:
+        return FORMATS[type_].encode(value)
+    return int(value) & ((1 << BITS[type_]) - 1)
+
+
+@dataclass(frozen=True)
+class Meaning:
+    operands: tuple[str, ...]  # types
+    result: str
+    compute: Callable[..., Any]  # of decoded operands
+    units: int = 0  # by which the result may be off, in the last place
+
+
+def _divide(a: int, b: int) -> int:
+    """Towards zero; of a division by 0, all bits are set."""
+    if b == 0:
+        return -1
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+def _remainder(a: int, b: int) -> int:
+    return a if b == 0 else a - b * _divide(a, b)
+
+
+INTEGERS: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul.lo": operator.mul,
+    "mad.lo": lambda a, b, c: a * b + c,
+    "neg": operator.neg,
+    "div": _divide,
+    "rem": _remainder,
+    "min": min,
+    "max": max,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "not": operator.invert,
+    "mov": lambda a: a,
+    "cvta.to.global": lambda a: a,
+}
+COMPARISONS = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
+
+
+def _exactly(type_: str, function: Callable[..., Any], down: bool = False) -> Callable[..., Any]:
+    """`function` of exact operands, rounded once. Infinities, NaN and zeros follow Python's own
+    floats, whose operations agree there with those of every format."""
+
+    def compute(*values: float) -> float:
+        try:
+            exact = function(*map(Fraction, values))
+        except (ValueError, OverflowError, ZeroDivisionError):  # not finite, or by zero
+            return _special(function, values)
+        if exact == 0:
+            return _zero(function, values, down)
+        return FORMATS[type_].round(exact, down)
+
+    return compute
+
+
+def _special(function: Callable[..., Any], values: tuple[float, ...]) -> float:
+    try:
+        return function(*values)
+    except ZeroDivisionError:
+        above, below = (1.0, values[0]) if len(values) == 1 else values
+        if above == 0 or math.isnan(above):
+            return math.nan
+        return math.copysign(math.inf, math.copysign(1, above) * math.copysign(1, below))
+    except ValueError:
+        return math.nan
+
+
+def _zero(function: Callable[..., Any], values: tuple[float, ...], down: bool) -> float:
+    if not down:
+        return function(*values)
+    a, b, c = values  # a * b + c: only zeros of one sign keep it
+    positive = math.copysign(1, a) * math.copysign(1, b) > 0 and math.copysign(1, c) > 0
+    return 0.0 if positive and c == 0 else -0.0
+
+
+def _root(a: Any) -> Any:
+    if not isinstance(a, Fraction):
+        return math.sqrt(a)
+    if a < 0:
+        raise ValueError
+    with localcontext() as context:
+        context.prec = 60
+        return Fraction((Decimal(a.numerator) / Decimal(a.denominator)).sqrt())
+
+
+def _fma(a: Any, b: Any, c: Any) -> Any:
+    if isinstance(c, float) and math.isfinite(a) and math.isfinite(b) and not math.isfinite(c):
+        return c  # however large a * b is
+    return a * b + c
+
+
+def _exp2(a: float) -> float:
+    if math.isnan(a) or abs(a) == math.inf:
+        return math.nan if math.isnan(a) else (0.0 if a < 0 else math.inf)
+    if abs(a) > 1000:
+        return 0.0 if a < 0 else math.inf
+    with localcontext() as context:
+        context.prec = 60
+        value = Fraction(Decimal(2) ** Decimal(a))
+    return 0.0 if value < Fraction(2) ** -126 else FORMATS["f32"].round(value)
+
+
+def _reciprocal(a: float) -> float:
+    smallest = 2.0**-126
+    if abs(a) < smallest:
+        return math.copysign(math.inf, a)
+    right = _exactly("f32", lambda v: 1 / v)(a)
+    return math.copysign(0.0, right) if abs(right) < smallest else right
+
+
+FLOATS: dict[str, Callable[..., Any]] = {
+    "add.rn": operator.add,
+    "sub.rn": operator.sub,
+    "mul.rn": operator.mul,
+    "div.rn": operator.truediv,
+    "rcp.rn": lambda a: 1 / a,
+    "sqrt.rn": _root,
+    "fma.rn": _fma,
+    "fma.rm": _fma,
+}
+
+
+def meaning(kind: str) -> Meaning | None:
+    """None: the kind does not compute a value from values."""
+    if kind.startswith(("ld", "st", "atom", "mapa", "vote", "shfl", "bar", "cp", "cvta.shared")):
+        return None
+    name, _, type_ = kind.rpartition(".")
+    if kind.startswith("cvt."):
+        *rounding, result, operand = kind.split(".")[1:]
+        return _conversion(rounding, result, operand)
+    if type_ not in BITS and kind != "cvta.to.global.u64":
+        return None
+    if name == "selp":
+        type_ = type_.replace("f", "b")  # of a NaN, all bits
+        return Meaning((type_, type_, "pred"), type_, lambda a, b, p: a if p else b)
+    if name.startswith("setp."):
+        compare = COMPARISONS[name[5:7]]
+        return Meaning((type_, type_), "pred", _compared(compare, name.endswith("u")))
+    if name in ("shl", "shr"):
+        return Meaning((type_, "u32"), type_, _left if name == "shl" else _right)
+    if name == "mul.wide":
+        return Meaning((type_, type_), f"{type_[0]}{2 * BITS[type_]}", operator.mul)
+    if name in FLOATS:
+        count = FLOATS[name].__code__.co_argcount if hasattr(FLOATS[name], "__code__") else 2
+        return Meaning(
+            (type_,) * count, type_, _exactly(type_, FLOATS[name], down=name.endswith("rm"))
+        )
+    if kind == "ex2.approx.ftz.f32":
+        return Meaning(("f32",), "f32", _exp2, units=2)
+    if kind == "rcp.approx.ftz.f32":
+        return Meaning(("f32",), "f32", _reciprocal, units=1)
+    if type_ in FORMATS and name in ("neg", "abs"):
+        bits, top = f"b{BITS[type_]}", 1 << (BITS[type_] - 1)
+        change = (lambda a: a ^ top) if name == "neg" else (lambda a: a & ~top)
+        return Meaning((bits,), bits, change)
+    if name in INTEGERS:
+        count = 1 if name in ("neg", "not", "mov", "cvta.to.global") else 2 + (name == "mad.lo")
+        type_ = type_.replace("f", "b") if name == "mov" else type_
+        return Meaning((type_,) * count, type_, INTEGERS[name])
+    return None
+
+
+def _compared(compare: Callable[..., bool], unordered: bool) -> Callable[..., bool]:
+    def compute(a: Any, b: Any) -> bool:
+        if a != a or b != b:
+            return unordered
+        return compare(a, b)
+
+    return compute
+
+
+def _left(a: int, by: int) -> int:
+    return a << by if by < 64 else 0
+
+
+def _right(a: int, by: int) -> int:
+    return a >> min(by, 64)
+
+
+def _conversion(rounding: list[str], result: str, operand: str) -> Meaning:
+    if rounding == ["sat"]:
+        return Meaning((operand,), result, lambda a: min(a, 1.0) if a > 0 else 0.0)
+    if result in FORMATS and operand in FORMATS:
+        return Meaning((operand,), result, _exactly(result, lambda a: a))
+    if result in FORMATS:
+        return Meaning((operand,), result, lambda a: FORMATS[result].round(Fraction(a)))
+    return Meaning((operand,), result, lambda a: a)
+
+
+# ---- Operands ----
+
+_EDGES = [0, 1, 2, 3, 7, 15, 16, 31, 32, 33, 63, 64, 100, 255, 256, 32767, 32768, 65535, 65536]
+_EDGES += [2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 10**12, 2**62 + 12345, 2**63 - 1]
+_REALS = [0.0, 1.0, 1.5, 2.0, 3.0, 6.0, 0.1, 1 / 3, 65504.0, 65519.9, 65520.0, 5e-8, 6.1e-5, 1e-40]
+_REALS += [3.4e38, 1e300, 1e-310, 88.0, 126.5, 2049.0, 2051.0, 1.00390625, 1.01171875, math.inf]
+
+
+def _values(type_: str, rng: random.Random) -> list[int]:
+    """Bits: what is special to the type, and random ones."""
+    if type_ == "pred":
+        return [0, 1]
+    bits = BITS[type_]
+    rest = [rng.getrandbits(bits) for _ in range(12)]
+    if type_ not in FORMATS:
+        edges = [e & ((1 << bits) - 1) for edge in _EDGES for e in (edge, -edge)]
+        # Numbers of every size.
+        rest += [rng.getrandbits(rng.randint(1, bits)) for _ in range(12)]
+        return [*edges, *rest]
+    form = FORMATS[type_]
+    reals = [form.round(Fraction(r)) if math.isfinite(r) else r for r in _REALS]
+    near = [form.round(Fraction(rng.uniform(-8, 8))) for _ in range(12)]
+    return [form.encode(s) for r in [*reals, *near, math.nan] for s in (r, -r)] + rest
+
+
+def operands_of(kind: str, count: int) -> list[tuple[int, ...]]:
+    """`count` tuples of bits."""
+    found = meaning(kind)
+    assert found is not None
+    rng = random.Random(kind)
+    lists = [_values(type_, rng) for type_ in found.operands]
+    if len(lists) == 1:
+        return list(itertools.islice(itertools.cycle([(v,) for v in lists[0]]), count))
+    tuples = [tuple(rng.choice(values) for values in lists) for _ in range(count)]
+    # Operands of the same size, and equal ones.
+    for i in range(0, count, 8):
+        if len(set(found.operands[:2])) == 1:
+            tuples[i] = (tuples[i][0], tuples[i][0], *tuples[i][2:])
+    return tuples
+
+
+def agrees(kind: str, operands: tuple[int, ...], result: int) -> bool:
+    found = meaning(kind)
+    assert found is not None
+    values = [decode(t, bits) for t, bits in zip(found.operands, operands, strict=True)]
+    right = found.compute(*values)
+    if isinstance(right, float) and math.isnan(right):
+        return math.isnan(decode(found.result, result))
+    wanted = encode(found.result, right)
+    if found.units:
+        return abs(wanted - result) <= found.units
+    return wanted == result
+
+
+def packed(values: list[int]) -> bytes:
+    """Each in 8 bytes."""
+    return struct.pack(f"<{len(values)}Q", *values)
