@@ -38,7 +38,7 @@ class Outside:
         self._names: list[tuple[Any, str, Snapshot]] = []  # holder, name, value
         self._contents: list[tuple[str, Snapshot]] = []  # what it is, value
         self._absent: list[tuple[dict[str, Any], str]] = []  # globals, a name that is not in there
-        self._classes: list[tuple[type, frozenset[str]]] = []  # class, names of its attributes
+        self._attributes: list[tuple[type, frozenset[str]]] = []  # class, names of its attributes
         self._seen: set[int] = set()
         self._left = _MAX_FUNCTIONS
         for cls in {type(module) for module in model.modules()}:
@@ -49,7 +49,7 @@ class Outside:
             if id(base) in self._seen or is_library(base.__module__):
                 continue
             self._seen.add(id(base))
-            self._classes.append((base, frozenset(vars(base))))
+            self._attributes.append((base, frozenset(vars(base))))
             for name, value in list(vars(base).items()):
                 if isinstance(value, staticmethod | classmethod):
                     value = value.__func__
@@ -124,7 +124,7 @@ class Outside:
             if name in scope:
                 del scope[name]
                 changed.append(name)
-        for cls, names in self._classes:
+        for cls, names in self._attributes:
             for name in vars(cls).keys() - names:
                 if not name.startswith("__"):
                     delattr(cls, name)
