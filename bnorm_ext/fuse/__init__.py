@@ -104,10 +104,10 @@ def fuse_batchnorm_act(
 
     **What is not seen.** Functions, classes and constants that a forward reads from Python modules,
     classes or enclosing functions may be replaced after fusing: the module's own forwards run
-    then. A graph does not see that something is replaced that only code inside of these functions
-    uses, where that is code of torch; nor changes inside of global objects that hold more than 100
-    values. Call ``unfuse`` and fuse again after such a change. Nor does a graph see None from a
-    module that returns what another function made.
+    then. Some changes a graph does not see: of what only torch's own functions use; inside of
+    arrays, of objects without ``__dict__``, and of global objects that hold more than 100 values;
+    None as a result of a module whose forward has it from another function. Call ``unfuse`` and
+    fuse again after such a change.
 
     Shapes and dtypes are those of :class:`bnorm_ext.BatchNormAct1d`, ``2d`` and ``3d``; the method
     is that of Ioffe & Szegedy 2015, arXiv:1502.03167.

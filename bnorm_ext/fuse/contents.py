@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import deque
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class _TooLarge(Exception):
 
 
 def contents(value: Any, most: float = float("inf")) -> Any:
-    """What a list, a dictionary or an object of somebody's class holds, to be compared by value;
+    """What a list, a dictionary, a set or an object of somebody's class holds, to be compared by value;
     None for anything else, and for what holds more than ``most`` values."""
     try:
         return _contents(value, _DEPTH, [most])
@@ -32,7 +33,7 @@ def _contents(value: Any, depth: int, left: list[float]) -> Any:
         return None
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
         return None
-    if not isinstance(value, list | tuple | dict):
+    if not isinstance(value, list | tuple | dict | set | frozenset | deque):
         held = getattr(value, "__dict__", None)
         return None if not held else _contents(dict(held), depth - 1, left)
     left[0] -= len(value)
@@ -40,6 +41,8 @@ def _contents(value: Any, depth: int, left: list[float]) -> Any:
         raise _TooLarge
     if isinstance(value, dict):
         return tuple((key, _held(item, depth, left)) for key, item in value.items())
+    if isinstance(value, set | frozenset):
+        return frozenset(value)
     return tuple(_held(item, depth, left) for item in value)
 
 

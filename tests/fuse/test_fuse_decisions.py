@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -244,6 +245,29 @@ def test_values_inside_of_attributes():
     torch.testing.assert_close(fused(images()), net(images()))
     for held in (net.config, fused.config):
         held.scale, held.nested["scales"][0] = 1.0, 5.0
+    torch.testing.assert_close(fused(images()), net(images()))
+
+
+class Chosen(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen, self.queue = {"double"}, deque([1.0])
+
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x))) * self.queue[0]
+        return y * 2 if "double" in self.chosen else y
+
+
+def test_sets_and_queues():
+    net = Chosen().eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert report.fused
+    for each in (net, fused):
+        each.chosen.clear()
+    torch.testing.assert_close(fused(images()), net(images()))
+    for each in (net, fused):
+        each.chosen.add("double")
+        each.queue[0] = 3.0
     torch.testing.assert_close(fused(images()), net(images()))
 
 
