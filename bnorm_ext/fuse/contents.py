@@ -20,8 +20,8 @@ class _TooLarge(Exception):
 
 
 def contents(value: Any, most: float = float("inf")) -> Any:
-    """What a list, a dictionary, a set or an object of somebody's class holds, to be compared by value;
-    None for anything else, and for what holds more than ``most`` values."""
+    """What a container or an object of somebody's class holds, to be compared by value; None for
+    anything else, and for what holds more than ``most`` values."""
     try:
         return _contents(value, _DEPTH, [most])
     except _TooLarge:
