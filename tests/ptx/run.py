@@ -189,7 +189,7 @@ def main() -> None:
         print(f"skipped: {ptx.NO_NVCC}")
         return
     start = time.monotonic()
-    emulated.build()
+    emulated.library()  # compiles it
     shutil.rmtree(COVERAGE, ignore_errors=True)
     COVERAGE.mkdir(parents=True)
     files = ptx.compile_all(ptx.SOURCES, options.archs)
