@@ -26,19 +26,17 @@ std::unique_ptr<DeviceLimits> ask_limits() {
   limits->shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits->max_cluster = attribute(cudaDevAttrClusterLaunch) != 0 ? kLargestCluster : 1;
   limits->cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
+  limits->l2_bytes = attribute(cudaDevAttrL2CacheSize);
   return limits;
 }
 
-// What CUDA says where the build has no code for a device: nothing that fits, or only PTX that this
-// driver cannot compile.
+// What CUDA says where the build has no code for a device: nothing that fits, or only PTX that is
+// newer than the driver.
 bool is_missing_code(cudaError_t error) {
   switch (error) {
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorNoKernelImageForDevice:
-    case cudaErrorInvalidPtx:
     case cudaErrorUnsupportedPtxVersion:
-    case cudaErrorJitCompilerNotFound:
-    case cudaErrorJitCompilationDisabled:
       return true;
     default:
       return false;
