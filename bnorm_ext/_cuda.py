@@ -18,13 +18,12 @@ _has_code: dict[int, bool] = {}  # by the number of the GPU
 
 
 def has_code(input: Tensor) -> bool:
-    """Whether the kernels are compiled for the GPU of this CUDA tensor. If not, says so once."""
-    if torch.compiler.is_compiling():
-        return _constant_has_code(input.device.index)
+    """Whether the kernels are compiled for the GPU of this CUDA tensor. If not, says so once. For
+    eager calls, since it also looks at the processes."""
     notice_processes()
-    # A tensor's device always has a number.
-    known = _has_code.get(input.device.index)
-    return _ask(input.device.index) if known is None else known
+    index = input.device.index  # a tensor's device always has a number
+    known = _has_code.get(index)
+    return _ask(index) if known is None else known
 
 
 def _ask(index: int) -> bool:
@@ -37,9 +36,10 @@ def _ask(index: int) -> bool:
     return known
 
 
-@torch.compiler.assume_constant_result
-def _constant_has_code(index: int) -> bool:
-    """Asked while a graph is traced, which then contains one path or the other."""
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_code_while_tracing(index: int) -> bool:
+    """The same for GPU number `index` while torch.compile traces, whose graph has one path or the
+    other."""
     known = _has_code.get(index)
     return _ask(index) if known is None else known
 

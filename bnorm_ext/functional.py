@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from . import _transforms
 from ._arguments import Arguments
 from ._compat import FORWARD_LEVEL, FORWARD_STATE, transforms_active
-from ._cuda import has_code
+from ._cuda import has_code, has_code_while_tracing
 from ._load import warn_without_cuda_kernels
 from ._ops import ASKED_DEVICES, KERNEL_DEVICES
 from ._scalars import as_floats, counted, counts_apart
@@ -125,7 +125,10 @@ def batch_norm(
         native = (
             transforms_active()
             or input.device.type not in KERNEL_DEVICES
-            or (input.device.type in ASKED_DEVICES and not has_code(input))
+            or (
+                input.device.type in ASKED_DEVICES
+                and not has_code_while_tracing(input.device.index)
+            )
             or type(input) not in (Tensor, Parameter)
             or torch.compiler.is_exporting()
             or (training and counts_apart(num_batches_tracked, input))

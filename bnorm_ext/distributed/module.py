@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _refusals
 from .._arguments import Arguments
 from .._compat import BatchNormBase
-from .._cuda import has_code
+from .._cuda import has_code, has_code_while_tracing
 from .._load import warn_without_cuda_kernels
 from .._ops import ASKED_DEVICES, KERNEL_DEVICES
 from .._scalars import as_floats, counted, counts_apart
@@ -83,11 +83,7 @@ class _SyncMixin(_BatchNormActMixin):
         layer = self.layer_name or type(self).__name__
         tensors = (input, residual, weight, bias)
         epilogue = (named, negative_slope)
-        kind = input.device.type
-        has_kernels = kind in KERNEL_DEVICES
-        if not has_kernels and kind == "cuda" and not torch.compiler.is_compiling():
-            warn_without_cuda_kernels()
-        if not has_kernels or (kind in ASKED_DEVICES and not has_code(input)):
+        if not _has_kernels(input):
             y = composite.training_step(*tensors, buffers, eps, *epilogue, layer, group)
         else:
             with torch.no_grad():
@@ -132,6 +128,17 @@ class _SyncMixin(_BatchNormActMixin):
             0.0,
             self.eps,
         )
+
+
+def _has_kernels(input: Tensor) -> bool:
+    kind, tracing = input.device.type, torch.compiler.is_compiling()
+    if kind not in KERNEL_DEVICES:
+        if kind == "cuda" and not tracing:
+            warn_without_cuda_kernels()
+        return False
+    if kind not in ASKED_DEVICES:
+        return True
+    return bool(has_code_while_tracing(input.device.index)) if tracing else has_code(input)
 
 
 def _check(

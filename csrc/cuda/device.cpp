@@ -30,16 +30,13 @@ std::unique_ptr<DeviceLimits> ask_limits() {
   return limits;
 }
 
-// What CUDA says where the build has no code for a device: nothing that fits, or only PTX that this
-// driver cannot compile.
+// What CUDA says where the build has no code for a device: nothing that fits, or only PTX that is
+// newer than the driver.
 bool is_missing_code(cudaError_t error) {
   switch (error) {
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorNoKernelImageForDevice:
-    case cudaErrorInvalidPtx:
     case cudaErrorUnsupportedPtxVersion:
-    case cudaErrorJitCompilerNotFound:
-    case cudaErrorJitCompilationDisabled:
       return true;
     default:
       return false;

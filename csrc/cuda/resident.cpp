@@ -3,9 +3,10 @@
 #include <c10/cuda/CUDAFunctions.h>
 
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <string_view>
-#include <unordered_map>
+#include <tuple>
 
 #include "../collectives.h"
 
@@ -25,79 +26,38 @@ Wanted wanted_path() {
   return {false, Path::Grid};
 }
 
-// All that a plan depends on.
-struct PlanKey {
-  int64_t N, C, S;
-  uint64_t rest;  // everything else, in bytes and bits of its own
-
-  PlanKey(const Input& in, bool is_aligned, int tensors, int device, const Wanted& wanted,
-          bool beside)
-      : N(in.shape.N), C(in.shape.C), S(in.shape.S) {
-    const bool last = in.shape.layout == Layout::ChannelsLast;
-    const auto byte = [](auto value, int which) {
-      return static_cast<uint64_t>(value) << 8 * which;
-    };
-    rest = byte(device, 0) | byte(in.dtype, 1) | byte(wanted.path, 2) | byte(tensors, 3) |
-           byte(last | is_aligned << 1 | wanted.any << 2 | beside << 3, 4);
-  }
-  bool operator==(const PlanKey& k) const {
-    return N == k.N && C == k.C && S == k.S && rest == k.rest;
-  }
-};
-
-struct PlanHash {
-  size_t operator()(const PlanKey& k) const {
-    constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;  // spreads the bits of small numbers
-    uint64_t hash = k.rest;
-    for (const int64_t part : {k.N, k.C, k.S}) {
-      hash = (hash ^ static_cast<uint64_t>(part)) * kOdd;
-      hash ^= hash >> 32;
-    }
-    return hash;
-  }
-};
-
-class Plans {
- public:
-  bool find(const PlanKey& key, ResidentPlan* plan) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = kept_.find(key);
-    if (found == kept_.end()) return false;
-    *plan = found->second;
-    return true;
-  }
-  void keep(const PlanKey& key, const ResidentPlan& plan) {
-    // Bounded, because a program with varying batches makes new shapes all the time.
-    constexpr size_t kMost = 4096;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (kept_.size() >= kMost) kept_.clear();
-    kept_[key] = plan;
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<PlanKey, ResidentPlan, PlanHash> kept_;
-};
-
 using CountBlocks = int64_t (*)(DType, const TilePlan&, Path, int, int);
 
 ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks count_blocks) {
-  static auto* plans = new Plans();  // never destroyed: threads may still run at exit
   const Wanted wanted = wanted_path();
   const bool beside = beside_collectives.load(std::memory_order_relaxed);
-  const PlanKey key(in, is_aligned, tensors, c10::cuda::current_device(), wanted, beside);
-  ResidentPlan plan;
-  if (plans->find(key, &plan)) return plan;
+  const Shape& s = in.shape;
+  // All that a plan depends on; the limits follow from the device.
+  const auto key =
+      std::make_tuple(s.N, s.C, s.S, s.layout, in.dtype, is_aligned, tensors, wanted.any,
+                      wanted.path, beside, static_cast<int>(c10::cuda::current_device()));
+  // Never destroyed: threads may still run at exit.
+  static auto* kept = new std::map<decltype(key), ResidentPlan>();
+  static auto* mutex = new std::mutex();
+  {
+    const std::lock_guard<std::mutex> lock(*mutex);
+    const auto found = kept->find(key);
+    if (found != kept->end()) return found->second;
+  }
   DeviceLimits device = limits();
   device.beside_collectives = beside;
   // Without the lock: CUDA may have to load the kernel.
-  plan = plan_resident(
-      in.shape, element_bytes(in), is_aligned, tensors, device,
+  const ResidentPlan plan = plan_resident(
+      s, element_bytes(in), is_aligned, tensors, device,
       [&](const TilePlan& tile_plan, Path path, int team, int shared_bytes) {
         return count_blocks(in.dtype, tile_plan, path, team, shared_bytes);
       },
       wanted);
-  plans->keep(key, plan);
+  // Bounded, because a program with varying batches makes new shapes all the time.
+  constexpr size_t kMost = 4096;
+  const std::lock_guard<std::mutex> lock(*mutex);
+  if (kept->size() >= kMost) kept->clear();
+  (*kept)[key] = plan;
   return plan;
 }
 

@@ -15,10 +15,11 @@
 // reserved, since launches that are running or captured still use it; each range is at least twice
 // as long as the one before, so that this costs no more than the last one.
 //
-// For how long. A stream's range for ever: torch has a fixed set of streams. A graph's ranges until
-// the graph, what was instantiated from it, and replays in progress are gone: CUDA then releases
-// the user object that the graph holds. Where all words are in use, a call allocates its own, and
-// fills them: correct, at the price of one more small launch or node of the graph.
+// For how long. A stream's range for ever: torch has a fixed set of streams. (A program that makes
+// streams of its own again and again uses up 1 KB and more with each.) A graph's ranges until the
+// graph, what was instantiated from it, and replays in progress are gone: CUDA then releases the
+// user object that the graph holds. Where all words are in use, a call allocates its own, and fills
+// them: correct, at the price of one more small launch or node of the graph.
 //
 // At exit nothing is freed: the arrays go with the CUDA context, and the host's tables are never
 // destroyed, because CUDA may release a graph late.

@@ -16,14 +16,12 @@ struct Function {
   int shared_limit = kSharedWithoutOptIn;
   bool wide_clusters = false;
 };
-using Functions = std::map<std::pair<const Device*, const void*>, Function>;
-Functions& functions() {
-  static Functions all;
+std::map<const Device*, std::map<const void*, Function>>& functions_of_devices() {
+  static std::map<const Device*, std::map<const void*, Function>> all;
   return all;
 }
-// The attributes of a kernel on the current device.
-Function& function_of(const void* kernel) {
-  return functions()[{settings().device, kernel}];
+std::map<const void*, Function>& functions() {
+  return functions_of_devices()[settings().device];
 }
 std::vector<LaunchRecord>& records() {
   static std::vector<LaunchRecord> all;
@@ -131,11 +129,12 @@ void set_engine(Engine chosen) {
 }
 
 void forget_functions() {
-  functions().clear();
+  functions_of_devices().clear();
+  last_error = cudaSuccess;
 }
 
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  Function& function = function_of(kernel);
+  Function& function = functions()[kernel];
   note_call("cudaFuncSetAttribute " + name_of_kernel(kernel) + " " +
             std::to_string(static_cast<int>(attribute)) + " " + std::to_string(value));
   switch (attribute) {
@@ -160,7 +159,7 @@ cudaError_t get_function_attributes(cudaFuncAttributes* attributes, const void* 
   if (!settings().device->has_code) return remember(cudaErrorNoKernelImageForDevice);
   attributes->maxThreadsPerBlock = kThreadsPerBlock;
   attributes->numRegs = 32;
-  attributes->maxDynamicSharedSizeBytes = function_of(kernel).shared_limit;
+  attributes->maxDynamicSharedSizeBytes = functions()[kernel].shared_limit;
   return cudaSuccess;
 }
 
@@ -169,7 +168,7 @@ cudaError_t max_active_blocks(int* blocks, const void* kernel, int threads, std:
   if (threads <= 0) return remember(cudaErrorInvalidValue);
   const bool fits = threads <= kThreadsPerBlock &&
                     shared <= static_cast<std::size_t>(settings().device->shared_per_block) &&
-                    shared <= static_cast<std::size_t>(function_of(kernel).shared_limit);
+                    shared <= static_cast<std::size_t>(functions()[kernel].shared_limit);
   *blocks = fits ? blocks_per_sm(static_cast<std::uint64_t>(threads), shared) : 0;
   return cudaSuccess;
 }
@@ -187,7 +186,7 @@ cudaError_t max_active_clusters(int* clusters, const void* kernel,
                                 const cudaLaunchConfig_t* config) {
   note_call("cudaOccupancyMaxActiveClusters");
   const Launch launch = describe_launch(*config);
-  const Function& function = function_of(kernel);
+  const Function& function = functions()[kernel];
   *clusters = 0;
   cudaError_t error = check_shape(launch, function);
   if (error == cudaSuccess) error = check_cluster(launch, function);
@@ -203,7 +202,7 @@ cudaError_t launch(const cudaLaunchConfig_t* config, const void* kernel, void (*
   launch.kernel = name_of_kernel(kernel);
   launch.body = kernel == nullptr ? nullptr : body;
   launch.context = context;
-  cudaError_t error = check(launch, function_of(kernel));
+  cudaError_t error = check(launch, functions()[kernel]);
   if (error == cudaSuccess && engine != nullptr) error = engine(launch, arguments);
   const std::size_t index = records().size();
   records().push_back({launch.kernel, kernel, launch.grid, launch.block, launch.cluster,

@@ -118,11 +118,8 @@ const char* cudaGetErrorName(cudaError_t error) {
     EMULATOR_ERROR(cudaErrorNoDevice);
     EMULATOR_ERROR(cudaErrorInvalidDevice);
     EMULATOR_ERROR(cudaErrorNoKernelImageForDevice);
-    EMULATOR_ERROR(cudaErrorInvalidPtx);
-    EMULATOR_ERROR(cudaErrorJitCompilerNotFound);
-    EMULATOR_ERROR(cudaErrorUnsupportedPtxVersion);
-    EMULATOR_ERROR(cudaErrorJitCompilationDisabled);
     EMULATOR_ERROR(cudaErrorInvalidResourceHandle);
+    EMULATOR_ERROR(cudaErrorUnsupportedPtxVersion);
     EMULATOR_ERROR(cudaErrorNotReady);
     EMULATOR_ERROR(cudaErrorIllegalAddress);
     EMULATOR_ERROR(cudaErrorLaunchOutOfResources);

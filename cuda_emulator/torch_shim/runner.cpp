@@ -5,11 +5,11 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -25,7 +25,7 @@ struct Session {
   std::vector<int64_t> output_bytes;  // sizes of tensors that an operator writes once
   std::vector<void*> freed;
   bool pooling = false;
-  std::set<void*> pool;  // data of living blocks
+  std::vector<void*> pool;  // data of living blocks
   std::string answer;
 };
 
@@ -55,7 +55,7 @@ class Allocator final : public c10::Allocator {
     char* block = static_cast<char*>(std::aligned_alloc(kGuard, all));
     std::memset(block, kPoison, all);
     emulator::register_region(name, block + kGuard, bytes, role);
-    if (s.pooling) s.pool.insert(block + kGuard);
+    if (s.pooling) s.pool.push_back(block + kGuard);
     return {block + kGuard, block, release, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override {
@@ -69,7 +69,8 @@ class Allocator final : public c10::Allocator {
  private:
   static void release(void* block) {
     Session& s = session();
-    s.pool.erase(static_cast<char*>(block) + kGuard);
+    void* data = static_cast<char*>(block) + kGuard;
+    s.pool.erase(std::remove(s.pool.begin(), s.pool.end(), data), s.pool.end());
     s.active ? s.freed.push_back(block) : std::free(block);
   }
   c10::Allocator* ordinary_ = c10::GetDefaultCPUAllocator();

@@ -24,9 +24,9 @@ from tests.common.emulated_host import (
 SHAPE = (24, 2, 32, 48)
 # Every use of semaphores: to elect the last block, for the barriers of teams, to count tiles.
 CASES: dict[str, dict[str, Any]] = {
-    "two passes": {"path": "two_pass", "multiprocessors": 3},
-    "grid": {"path": "grid", "multiprocessors": 3},
-    "cumulative average": {"path": "block", "multiprocessors": 3},
+    "two passes": {"path": "two_pass", "device": "sm_80", "multiprocessors": 3},
+    "grid": {"path": "grid", "device": "sm_80", "multiprocessors": 3},
+    "cumulative average": {"path": "block", "device": "sm_80", "multiprocessors": 3},
 }
 
 
@@ -144,7 +144,7 @@ def forward(s: emulated.Session, x: Tensor, eps: float) -> tuple[Tensor, ...]:
 def test_where_all_words_are_in_use_a_call_has_its_own() -> None:
     """Right, and again nothing stays in the pool."""
     c = made(SHAPE, torch.float32, "contiguous")
-    with emulated.session(path="grid", multiprocessors=3) as s:
+    with emulated.session(**CASES["grid"]) as s:
         x = s.copy(c.x)
         expected = forward(s, x, c.eps)[0].clone()
         branches = range(1, 60)
@@ -169,7 +169,7 @@ def test_the_runtime_is_asked_once_for_each_device() -> None:
     """Limits, residency and attributes: the second call of a shape asks nothing."""
     c = made(SHAPE, torch.float32, "contiguous")
     for path in ("two_pass", "grid", None):
-        with emulated.session(path=path, multiprocessors=7) as s:
+        with emulated.session(path=path, device="sm_80", multiprocessors=7) as s:
             x = s.copy(c.x)
             asked = []
             for _ in range(3):
