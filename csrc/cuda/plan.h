@@ -54,6 +54,9 @@ struct DeviceLimits {
 
 struct TilePlan {
   Mapping mapping = Mapping::ChannelsFirst;
+  // Whether what is written gives way first in the L2: then the input of a second pass stays there
+  // that the first one read last. Where a tensor fits, the next operator finds the output instead.
+  bool evict_first = false;
   int width = 1;             // elements per access: 16 bytes' worth, or 1
   int columns = 1;           // a power of two, except in ChannelGroups
   int rows = kThreads;       // kThreads / columns
@@ -63,9 +66,6 @@ struct TilePlan {
   int64_t chunks = 1;        // per tile, a multiple of `pieces`
   int64_t chunk_length = 0;  // ChannelsFirst: vectors of the channel; else rows
   int64_t length = 0;        // of a tile, in the same unit; the chunks of each piece cover it
-  // Whether what is written gives way first in the L2: then the input of a second pass stays there
-  // that the first one read last. Where a tensor fits, the next operator finds the output instead.
-  bool evict_first = false;
 
   // A thread advances from one vector to its next one by `step` elements. Where that leaves the row
   // of S positions (ChannelsFirst), it advances by `wrap` more, to its place in a later row.

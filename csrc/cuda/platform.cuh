@@ -44,6 +44,13 @@ __device__ __forceinline__ void forget_loads() {
   asm volatile("" ::: "memory");
 }
 
+// The same number, of which the compiler knows nothing: it and what is computed from it are computed
+// here, rather than earlier and kept in registers.
+__device__ __forceinline__ int computed_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- Vector accesses to tensors ---------------------------------------------------------------
 
 // Whole words, so that narrower values stay packed in registers until they are used.

@@ -30,7 +30,8 @@ __device__ __forceinline__ int sum_place(int i) {
 // barrier between two calls.
 template <int kChannels>
 __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns) {
-  const int t = static_cast<int>(threadIdx.x), lane = t % kWarp, warp = t / kWarp;
+  // Kept in a register from an earlier use on, it would make the statistics kernel spill.
+  const int t = computed_here(static_cast<int>(threadIdx.x)), lane = t % kWarp, warp = t / kWarp;
   const Shared<Pair> of_warp = dynamic_shared<Pair>(0);  // [kWarps, columns * kChannels places]
   // Lanes of the same column are `columns` apart.
   for (int apart = kWarp / 2; apart >= columns; apart /= 2) {

@@ -20,7 +20,7 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 SHAPES = {
     "contiguous": [(8, 2, 32, 48), (9, 16, 7, 7), (3, 5, 7, 3)],
-    "channels_last": [(9, 8, 13, 11), (4, 16, 4, 8), (2, 304, 2, 2), (4, 37, 13, 11)],
+    "channels_last": [(9, 8, 13, 11), (4, 128, 8, 8), (2, 304, 2, 2), (4, 37, 13, 11)],
 }
 # What has written and read pairs of sums through shared memory.
 REDUCING = ("statistics_kernel", "backward_reduce_kernel", "resident_")
