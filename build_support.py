@@ -91,7 +91,7 @@ def merged(sources: list[str], folder: Path, root: Path) -> list[str]:
 # --- The CPU kernels, one object per instruction set ----------------------------------------------
 
 X86_ISA_FLAGS: dict[str, list[str]] = {
-    "baseline": ["-O1"],
+    "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mavx2"),
