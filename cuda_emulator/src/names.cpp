@@ -118,7 +118,6 @@ const char* cudaGetErrorName(cudaError_t error) {
     EMULATOR_ERROR(cudaErrorNoDevice);
     EMULATOR_ERROR(cudaErrorInvalidDevice);
     EMULATOR_ERROR(cudaErrorNoKernelImageForDevice);
-    EMULATOR_ERROR(cudaErrorInvalidPtx);
     EMULATOR_ERROR(cudaErrorInvalidResourceHandle);
     EMULATOR_ERROR(cudaErrorNotReady);
     EMULATOR_ERROR(cudaErrorIllegalAddress);
@@ -128,6 +127,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     EMULATOR_ERROR(cudaErrorNotPermitted);
     EMULATOR_ERROR(cudaErrorNotSupported);
     EMULATOR_ERROR(cudaErrorInvalidClusterSize);
+    EMULATOR_ERROR(cudaErrorInvalidPtx);
     EMULATOR_ERROR(cudaErrorUnknown);
   }
 #undef EMULATOR_ERROR

@@ -18,7 +18,6 @@ enum cudaError_t {
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
   cudaErrorNoKernelImageForDevice = 209,
-  cudaErrorInvalidPtx = 218,
   cudaErrorInvalidResourceHandle = 400,
   cudaErrorNotReady = 600,
   cudaErrorIllegalAddress = 700,
@@ -28,6 +27,7 @@ enum cudaError_t {
   cudaErrorNotPermitted = 800,
   cudaErrorNotSupported = 801,
   cudaErrorInvalidClusterSize = 912,
+  cudaErrorInvalidPtx = 218,
   cudaErrorUnknown = 999,
 };
 
