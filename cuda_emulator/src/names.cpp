@@ -128,6 +128,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     EMULATOR_ERROR(cudaErrorNotPermitted);
     EMULATOR_ERROR(cudaErrorNotSupported);
     EMULATOR_ERROR(cudaErrorInvalidClusterSize);
+    EMULATOR_ERROR(cudaErrorInvalidPtx);
     EMULATOR_ERROR(cudaErrorUnknown);
   }
 #undef EMULATOR_ERROR

@@ -28,6 +28,7 @@ enum cudaError_t {
   cudaErrorNotPermitted = 800,
   cudaErrorNotSupported = 801,
   cudaErrorInvalidClusterSize = 912,
+  cudaErrorInvalidPtx = 218,
   cudaErrorUnknown = 999,
 };
 
