@@ -7,6 +7,8 @@
 #include <collectives.h>
 #include <cuda/semaphores.h>
 
+#include <exception>
+
 TORCH_LIBRARY_IMPL(bnorm_ext, PrivateUse1, m) {
   bnorm_ext::register_operators(m, c10::DeviceType::CPU, bnorm_ext::cuda::backend());
 }
@@ -17,8 +19,13 @@ RUNNER_API void runner_beside_collectives(bool beside) {
   bnorm_ext::beside_collectives = beside;
 }
 
-RUNNER_API bool runner_has_code() {
-  return bnorm_ext::cuda::has_code();
+// 1, 0, or -1 where it throws.
+RUNNER_API int runner_has_code() {
+  try {
+    return bnorm_ext::cuda::has_code() ? 1 : 0;
+  } catch (const std::exception&) {
+    return -1;
+  }
 }
 
 // The address of what a launch that needs `count` words would get now.

@@ -20,7 +20,7 @@ def library() -> Any:
     loaded.runner_destroy_graph.argtypes = [ctypes.c_void_p]
     loaded.runner_pool_blocks.restype = ctypes.c_char_p
     loaded.runner_calls.restype = ctypes.c_char_p
-    loaded.runner_has_code.restype = ctypes.c_bool
+    loaded.runner_has_code.restype = ctypes.c_int
     loaded.runner_words.restype = ctypes.c_void_p
     loaded.runner_words.argtypes = [ctypes.c_int64, ctypes.c_bool]
     return loaded
