@@ -27,6 +27,8 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   pybind11::dict found;
   found["path"] = kNames[static_cast<int>(plan.path)];
   found["reason"] = plan.reason;
+  constexpr const char* kMappings[] = {"channels_first", "channels_last", "channel_groups"};
+  found["mapping"] = kMappings[static_cast<int>(walk.mapping)];
   found["channels_last"] = in.shape.layout == Layout::ChannelsLast;
   found["tiles"] = walk.tiles;
   found["team"] = walk.chunks;
