@@ -30,9 +30,10 @@ struct WarpAccess {
 
   WarpAccess() { offset.fill(-1); }
 };
-// Block, its phase, thread or warp, meetings of the warp, place in the code, owner of the memory.
-using Site =
-    std::tuple<std::uint64_t, std::uint64_t, int, std::uint64_t, const void*, std::uint64_t>;
+// Block, its phase, thread or warp, meetings of the warp, place in the code, owner of the memory,
+// bytes.
+using Site = std::tuple<std::uint64_t, std::uint64_t, int, std::uint64_t, const void*,
+                        std::uint64_t, std::size_t>;
 std::map<Site, int> times;                            // that a thread was there
 std::map<std::pair<Site, int>, WarpAccess> accesses;  // of a warp, by time
 
@@ -92,8 +93,8 @@ void profile_shared(const Block* owner, std::ptrdiff_t offset, std::size_t bytes
                     const void* from) {
   if (!settings().profiled || owner == nullptr || offset < 0 || bytes > 16) return;
   const Block& block = *current->block;
-  Site place{block.number, block.phase,  current->index, current->warp->meetings,
-             from,         owner->number};
+  Site place{block.number, block.phase,   current->index, current->warp->meetings,
+             from,         owner->number, bytes};
   const int time = times[place]++;
   std::get<2>(place) = current->index / kLanes;
   WarpAccess& access = accesses[{place, time}];
