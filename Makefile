@@ -22,7 +22,7 @@ PYTEST_ARGS ?=
 PTX_ARGS ?=
 
 # On Linux torch's usual packages are CUDA builds. Beside an nvcc the CUDA kernels would then be
-# compiled, which takes many minutes and is of no use without a GPU (on WSL it is /dev/dxg).
+# compiled, which takes minutes and is of no use without a GPU (on WSL it is /dev/dxg).
 # `cuda-build` compiles them all the same.
 ifeq ($(wildcard /dev/nvidia[0-9]* /dev/dxg),)
 BNORM_EXT_CUDA ?= 0

@@ -247,7 +247,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )
-    os.environ.update(PYTHONUNBUFFERED="1", BNORM_EXT_CUDA="1")
+    os.environ.update(PYTHONUNBUFFERED="1", BNORM_EXT_CUDA="1", BNORM_EXT_LINEINFO="1")
     # Before the first build, which then is the only one.
     os.environ["TORCH_CUDA_ARCH_LIST"] = (
         ";".join(archs) or os.environ.get("TORCH_CUDA_ARCH_LIST") or "9.0"

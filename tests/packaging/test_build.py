@@ -3,6 +3,7 @@ cannot be. The decisions are functions of build_support.py; the messages are tho
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -64,6 +65,44 @@ def test_merged_sources_include_each_source_once(tmp_path):
     os.utime(tmp_path / merged[0], ns=(0, 0))
     support.merged(names, tmp_path / "build", tmp_path)
     assert (tmp_path / merged[0]).stat().st_mtime_ns == 0
+
+
+SOURCES = """
+import json, runpy, sys
+import setuptools
+from torch.utils import cpp_extension
+caught = {{}}
+setuptools.setup = lambda **arguments: caught.update(arguments)
+sys.argv = ["setup.py", "build_ext"]
+runpy.run_path("setup.py")
+def run(self):
+    self.inplace = False  # as setuptools does
+    self.build_extensions()
+    print(json.dumps(caught["ext_modules"][0].sources))
+    sys.exit()
+cpp_extension.BuildExtension.run = run
+cpp_extension.BuildExtension.build_extensions = lambda self: None
+command = caught["cmdclass"]["build_ext"](setuptools.Distribution({{"version": "1"}}))
+command.extensions, command.compile_kernels = caught["ext_modules"], lambda: []
+command.build_temp, command.{option} = {folder!r}, True
+command.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "is_merged"), [("inplace", False), ("editable_mode", False), ("force", True)]
+)
+def test_sources_are_merged_but_for_developers(tmp_path, option, is_merged):
+    """Who edits a source wants that one compiled again."""
+    done = subprocess.run(
+        [sys.executable, "-c", SOURCES.format(option=option, folder=str(tmp_path))],
+        cwd=ROOT, env={**os.environ, "BNORM_EXT_CUDA": "0"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    sources = json.loads(done.stdout.splitlines()[-1])
+    assert ("csrc/forward.cpp" in sources) != is_merged
+    assert len(list(tmp_path.glob("sources_*.cpp"))) == (2 if is_merged else 0)
 
 
 def test_objects_are_compiled_again_when_a_header_or_the_flags_change(tmp_path):
