@@ -122,22 +122,23 @@ def references(
     code: types.CodeType, scope: Mapping[str, Any], cells: Mapping[str, Any]
 ) -> Iterator[tuple[Any, str]]:
     """What the code reads by name from Python modules and classes: pairs of module or class, and
-    name. ``a.b.c`` is three of them where ``a`` and ``a.b`` are modules or classes.
+    name. ``a.b.c`` is three of them where ``a`` and ``a.b`` are modules or classes. Instead of the
+    module it is ``scope`` where that is no module's, as for code that was run by ``exec``.
 
     Args:
         code: the code.
         scope: its global variables.
         cells: its variables of enclosing functions.
     """
-    here = sys.modules.get(str(scope.get("__name__")))
+    here: Any = sys.modules.get(str(scope.get("__name__")))
     if here is None or vars(here) is not scope:
-        here = None  # code that was run by exec: its globals are no module's
+        here = scope
     value: Any = _ABSENT
     for instruction in _instructions(code):
         operation, name = instruction.opname, instruction.argval
         if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
             value = scope.get(name, _ABSENT)
-            if here is not None and value is not _ABSENT:
+            if value is not _ABSENT:
                 yield here, name
         elif operation == "LOAD_DEREF":
             value = cells.get(name, _ABSENT)
@@ -145,10 +146,10 @@ def references(
             value = sys.modules.get(name, _ABSENT)
             yield from _names_in(value, code)
         elif operation == "IMPORT_FROM":
-            yield from _names_in(_looked_up(value, name), code)
+            yield from _names_in(looked_up(value, name), code)
         elif operation in ("LOAD_ATTR", "LOAD_METHOD") and _is_namespace(value):
             yield value, name
-            value = _looked_up(value, name)
+            value = looked_up(value, name)
         else:
             value = _ABSENT
 
@@ -168,7 +169,10 @@ def _is_namespace(value: Any) -> bool:
     return isinstance(value, types.ModuleType | type)
 
 
-def _looked_up(holder: Any, name: str) -> Any:
+def looked_up(holder: Any, name: str) -> Any:
+    """What a module, a class or a dictionary of globals has under this name, or None."""
+    if isinstance(holder, dict):
+        return holder.get(name)
     if isinstance(holder, types.ModuleType):
         return vars(holder).get(name)
     return getattr(holder, name, None)

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from .._compat.modules import has_own_call, hooks_of, is_compiled
 from ..modules import is_ours
-from .bytecode import asks_for_types, enclosing_cells, references
+from .bytecode import asks_for_types, enclosing_cells, looked_up, references
 from .outside import is_library
 
 _MAX_FUNCTIONS = 300
@@ -58,5 +58,5 @@ def asks_for_exact_types(module: nn.Module) -> bool:
             codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
             functions += [getattr(cls, name, None) for name in code.co_names]
             named = references(code, function.__globals__, {})
-            functions += [getattr(holder, name, None) for holder, name in named]
+            functions += [looked_up(holder, name) for holder, name in named]
     return False

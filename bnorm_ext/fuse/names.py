@@ -39,7 +39,8 @@ class Names:
     def __init__(self, entries: Iterable[tuple[Any, str, Any, Any]], cells: Any = ()) -> None:
         #: Module or class, name, value, and what the value holds.
         self.entries = list(entries)
-        #: Variables of enclosing functions: a function that reads it, value, and what that holds.
+        #: Variables of enclosing functions, and globals of code that was run by ``exec``: a
+        #: function that reads it, value, and what that holds.
         self.cells: list[tuple[Callable[[], Any], Any, Any]] = list(cells)
 
     def unchanged(self) -> bool:
@@ -61,7 +62,7 @@ class Names:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Variables of enclosing functions cannot be pickled, nor could the class of the model be.
+        # What is in `cells` cannot be pickled, nor can the class of the model then.
         rows = []
         for holder, name, value, inside in self.entries:
             place = _place(holder)
@@ -119,7 +120,9 @@ def names_of(ran: Scopes, modules: Iterable[nn.Module], names: Iterable[str]) ->
         found.setdefault((id(holder), name), (holder, name))
 
     for cls in classes:
-        for name in {"forward", *names}:
+        # torch's layers do not look themselves up by the names of other code.
+        theirs = cls.__module__.startswith("torch.")
+        for name in {"forward"} if theirs else {"forward", *names}:
             plain = name.removeprefix(AS_TEXT)
             value = getattr(cls, plain, ABSENT)
             # A text may be that of `hasattr`: then what the class does not have counts too.
@@ -141,8 +144,13 @@ def names_of(ran: Scopes, modules: Iterable[nn.Module], names: Iterable[str]) ->
                     cells.append((_reader(cell), value, _inside(value)))
             values = {name: cell.cell_contents for name, cell in enclosing}
             for holder, name in references(code, scope, values):
-                add(holder, name)
-                functions.visit(getattr(holder, name, None))
+                if holder is scope:
+                    value = scope[name]
+                    cells.append((_reader_of_global(scope, name), value, _inside(value)))
+                    functions.visit(value)
+                else:
+                    add(holder, name)
+                    functions.visit(getattr(holder, name, None))
     entries = []
     for holder, name in found.values():
         value = getattr(holder, name, ABSENT)
@@ -196,3 +204,10 @@ def _reader(cell: types.CellType) -> Callable[[], Any]:
         return variable
 
     return types.FunctionType(read.__code__, globals(), "read", None, (cell,))
+
+
+def _reader_of_global(scope: Mapping[str, Any], name: str) -> Callable[[], Any]:
+    def read() -> Any:
+        return scope.get(name, ABSENT)
+
+    return read

@@ -173,7 +173,8 @@ def watching(observer: Observer) -> Iterator[None]:
             return
         if isinstance(frame.f_locals.get("self"), torch.nn.Module) and handles_exceptions(code):
             raise fault(_HANDLES)
-        if not _is_standard(frame) and asks_for_types(code):
+        standard = _is_standard(frame)
+        if not standard and asks_for_types(code):
             raise fault(_EXACT_TYPE)
         scope = frame.f_globals
         variables = (frame.f_locals.get(name) for name in code.co_freevars)
@@ -182,7 +183,7 @@ def watching(observer: Observer) -> Iterator[None]:
             raise fault("uses a generator that is outside of the module")
         seen.ran[code] = scope
         seen.names.update(code.co_names)
-        for constant in code.co_consts:
+        for constant in () if standard else code.co_consts:
             if isinstance(constant, str) and constant.isidentifier():
                 seen.names.add(AS_TEXT + constant)
 

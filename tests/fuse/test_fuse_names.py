@@ -152,6 +152,36 @@ def test_variables_of_enclosing_functions():
         torch.testing.assert_close(fused(images(0).float()), net(images(0).float()))
 
 
+CODE = """
+import torch.nn.functional as F
+
+SCALE = 1.0
+
+def scaled(y):
+    return y * SCALE
+
+class Made(Block):
+    def forward(self, x):
+        return scaled(F.relu(self.bn(self.conv(x))))
+"""
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_code_that_was_run_by_exec(backend):
+    scope = {"Block": Block, "__name__": "made"}
+    exec(CODE, scope)
+    net = scope["Made"]().eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert report.fused
+    assert graph_runs(fused)
+    run = fused if backend is None else torch.compile(fused, backend=backend, fullgraph=True)
+    x = images(0).float()
+    torch.testing.assert_close(run(x), net(x))
+    for name, value in (("SCALE", 3.0), ("scaled", twice)):
+        scope[name] = value
+        torch.testing.assert_close(run(x), net(x))
+
+
 class ImportsItself(Block):
     def forward(self, x):
         import torch.nn.functional as functional
