@@ -91,6 +91,18 @@ bool predicate_not(bool a) {
   return !a;
 }
 
+// The lowest `length` bits of a in place of those of b from `position` on; what goes beyond the width
+// is left out. Of both numbers a byte counts.
+template <typename T>
+T insert_bits(T a, T b, u32 position, u32 length) {
+  constexpr u32 kWidth = 8 * sizeof(T);
+  position &= 0xff;
+  length &= 0xff;
+  if (position >= kWidth || length == 0) return b;
+  const T ones = length >= kWidth ? static_cast<T>(-1) : static_cast<T>((T{1} << length) - 1);
+  return (b & ~(ones << position)) | (a & ones) << position;
+}
+
 // Shifts by the width or more leave nothing, or only the sign.
 template <typename T>
 T shift_left(T a, u32 by) {
@@ -145,6 +157,7 @@ void add_bits(std::vector<Kind>& kinds, const std::string& width) {
   add_operation<bit_or<Unsigned>>(kinds, "or.b" + width);
   add_operation<bit_xor<Unsigned>>(kinds, "xor.b" + width);
   add_operation<bit_not<Unsigned>>(kinds, "not.b" + width);
+  add_operation<insert_bits<Unsigned>>(kinds, "bfi.b" + width);
   add_operation<shift_left<Unsigned>>(kinds, "shl.b" + width);
   add_operation<shift_right<Unsigned>>(kinds, "shr.u" + width);
   add_operation<shift_right<Signed>>(kinds, "shr.s" + width);

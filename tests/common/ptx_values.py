@@ -238,6 +238,8 @@ def meaning(kind: str) -> Meaning | None:
         return Meaning((type_, type_), "pred", _compared(compare, name.endswith("u")))
     if name in ("shl", "shr"):
         return Meaning((type_, "u32"), type_, _left if name == "shl" else _right)
+    if name == "bfi":
+        return Meaning((type_, type_, "u32", "u32"), type_, _insert)
     if name == "mul.wide":
         return Meaning((type_, type_), f"{type_[0]}{2 * BITS[type_]}", operator.mul)
     if name in FLOATS:
@@ -275,6 +277,11 @@ def _left(a: int, by: int) -> int:
 
 def _right(a: int, by: int) -> int:
     return a >> min(by, 64)
+
+
+def _insert(a: int, b: int, position: int, length: int) -> int:
+    field = ((1 << (length & 255)) - 1) << (position & 255)
+    return (b & ~field) | (a << (position & 255) & field)
 
 
 def _conversion(rounding: list[str], result: str, operand: str) -> Meaning:

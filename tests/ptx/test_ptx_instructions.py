@@ -52,11 +52,11 @@ def computed() -> dict[str, list[tuple[tuple[int, ...], int]]]:
         found = meaning(kind)
         assert found is not None
         for j, type_ in enumerate(found.operands):
-            body += loaded(type_, j, f"[%rd10+{(3 * i + j) * THREADS * SLOT}]")
+            body += loaded(type_, j, f"[%rd10+{(4 * i + j) * THREADS * SLOT}]")
         operands = ", ".join(register(t, j) for j, t in enumerate(found.operands))
-        body += f"{kind} {register(found.result, 4)}, {operands};\n"
-        body += stored(found.result, 4, f"[%rd11+{i * THREADS * SLOT}]")
-        for j in range(3):
+        body += f"{kind} {register(found.result, 5)}, {operands};\n"
+        body += stored(found.result, 5, f"[%rd11+{i * THREADS * SLOT}]")
+        for j in range(4):
             given += [t[j] if j < len(t) else 0 for t in tuples[kind]]
     head = "mov.u32 %r10, %tid.x;\nmul.wide.u32 %rd12, %r10, 8;\n"
     head += "add.s64 %rd10, %rd10, %rd12;\nadd.s64 %rd11, %rd11, %rd12;\n"
