@@ -22,9 +22,9 @@ from build_support import BuildError, run_tool
 DEFAULT_ARCHS = ("7.5", "8.0+PTX", "9.0+PTX", "10.0", "12.0")
 ARM_ARCHS = ("11.0",)  # on chips with an aarch64 CPU only
 
-# In the default these are assembled from the PTX of 9.0: that saves a run of the optimiser for each,
-# and the sources do not distinguish between them (they ask for no __CUDA_ARCH__ above 900). 12.0 has
-# PTX of its own: from that of 9.0, CUDA 13.0 spills registers in four of the kernels.
+# In the default these are assembled from the PTX of 9.0, which saves a run of the optimiser for
+# each: the sources do not distinguish between them (they ask for no __CUDA_ARCH__ above 900). 12.0
+# has PTX of its own: from that of 9.0, CUDA 13.0 spills registers in four of the kernels.
 SHARED_PTX = (9, 0)
 SHARING = ("10.0", "11.0")
 
