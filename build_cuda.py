@@ -22,10 +22,11 @@ from build_support import BuildError, run_tool
 DEFAULT_ARCHS = ("7.5", "8.0+PTX", "9.0+PTX", "10.0", "12.0")
 ARM_ARCHS = ("11.0",)  # on chips with an aarch64 CPU only
 
-# From 9.0 on all GPUs of the default share their PTX, which is then assembled for each: that saves
-# a run of the optimiser for each, and the sources do not distinguish between them (they ask for no
-# __CUDA_ARCH__ above 900).
+# In the default these are assembled from the PTX of 9.0, which saves a run of the optimiser for
+# each: the sources do not distinguish between them (they ask for no __CUDA_ARCH__ above 900). 12.0
+# has PTX of its own: from that of 9.0, CUDA 13.0 spills registers in four of the kernels.
 SHARED_PTX = (9, 0)
+SHARING = ("10.0", "11.0")
 
 OLDEST_ARCH = (7, 5)  # that the kernels are written for
 
@@ -192,7 +193,7 @@ def arch_flags(plan: CudaPlan, of_list: Callable[[], list[str]]) -> list[str]:
     shares = plan.chosen_by == BY_DEFAULT and "9.0" in plan.toolkit.archs
     flags = []
     for arch in plan.archs:
-        virtual = min(number(arch), SHARED_PTX) if shares else number(arch)
+        virtual = SHARED_PTX if shares and arch in SHARING else number(arch)
         compute, real = ("{}{}".format(*pair) for pair in (virtual, number(arch)))
         flags.append(f"-gencode=arch=compute_{compute},code=sm_{real}")
         if arch.endswith("+PTX"):

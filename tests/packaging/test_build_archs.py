@@ -102,11 +102,12 @@ def gencode(compute: str, code: str) -> str:
     return f"-gencode=arch=compute_{compute},code={code}"
 
 
-def test_flags_of_the_default_share_ptx_from_9_0_on():
-    found = cuda.CudaPlan(CUDA_13, "", ("8.0+PTX", "9.0+PTX", "12.0"), cuda.BY_DEFAULT)
+def test_flags_of_the_default_share_ptx():
+    found = cuda.CudaPlan(CUDA_13, "", ("8.0+PTX", "9.0+PTX", "10.0", "12.0"), cuda.BY_DEFAULT)
     assert cuda.arch_flags(found, of_list) == [
         gencode("80", "sm_80"), gencode("80", "compute_80"),
-        gencode("90", "sm_90"), gencode("90", "compute_90"), gencode("90", "sm_120"),
+        gencode("90", "sm_90"), gencode("90", "compute_90"), gencode("90", "sm_100"),
+        gencode("120", "sm_120"),
     ]  # fmt: skip
 
 
