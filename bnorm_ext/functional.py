@@ -213,18 +213,20 @@ def _compiled(call: Arguments) -> Tensor:
     if call.residual is None:
         return _call_op(call)
     check_residual(call.input, call.residual)
-    normalised = _call_op(Arguments(*call[:9]))
+    normalised = _call_op(call, plain=True)
     return compose(normalised, call.residual, call.act, call.negative_slope)
 
 
-def _call_op(a: Arguments) -> Tensor:
+def _call_op(a: Arguments, plain: bool = False) -> Tensor:
+    """``plain``: without residual and activation."""
+    residual, act = (None, "identity") if plain else (a.residual, a.act)
     if a.training:
         return _training_op(
-            a.input, a.residual, a.weight, a.bias, a.running_mean, a.running_var,
-            a.num_batches_tracked, a.momentum, a.eps, a.act, a.negative_slope,
+            a.input, residual, a.weight, a.bias, a.running_mean, a.running_var,
+            a.num_batches_tracked, a.momentum, a.eps, act, a.negative_slope,
         )[0]  # fmt: skip
     return _inference_op(
-        a.input, a.residual, a.weight, a.bias, a.running_mean, a.running_var, a.eps, a.act,
+        a.input, residual, a.weight, a.bias, a.running_mean, a.running_var, a.eps, act,
         a.negative_slope,
     )[0]  # fmt: skip
 
@@ -265,7 +267,10 @@ def _native(call: Arguments) -> Tensor:
     recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if recorded and counter is not None:
         counter.add_(1)
-    output = F.batch_norm(*call[:6], momentum, call.eps)
+    # By name: torch.compile of torch 2.8 cannot slice a named tuple.
+    statistics = (call.running_mean, call.running_var)
+    affine = (call.weight, call.bias)
+    output = F.batch_norm(call.input, *statistics, *affine, call.training, momentum, call.eps)
     if counter is not None and not recorded:
         counter.add_(1)
     return compose(output, residual, call.act, call.negative_slope)

@@ -309,16 +309,24 @@ class Scaled(nn.Module):
         return self.layer(x) * self.scale
 
 
+class Unread(Scaled):
+    """Its graph would not show that it is parametrised."""
+
+    def forward(self, x):
+        return self.layer(x)
+
+
 class Twice(nn.Module):
     def forward(self, w):
         return 2 * w
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_parametrised_root(when):
+@pytest.mark.parametrize(("cls", "factor"), [(Scaled, 2), (Unread, 1)])
+def test_parametrised_root(cls, factor, when):
     parametrize = nn.utils.parametrize
-    plain = Scaled().double().eval()
-    expected = plain(images(0)) * 2
+    plain = cls().double().eval()
+    expected = plain(images(0)) * factor
     if when == "before":
         parametrize.register_parametrization(plain, "scale", Twice())
     fused, report = fuse_separately(plain)
@@ -327,9 +335,9 @@ def test_parametrised_root(when):
         parametrize.register_parametrization(fused, "scale", Twice())
     torch.testing.assert_close(fused(images(0)), expected, rtol=0, atol=1e-10)
     parametrize.remove_parametrizations(fused, "scale")
-    assert isinstance(fused, Scaled)
+    assert isinstance(fused, cls)
     torch.testing.assert_close(fused.scale.item(), 2.0)
     torch.testing.assert_close(fused(images(0)), expected, rtol=0, atol=1e-10)
     bnorm_ext.revert_batchnorm(fused)
-    assert type(fused) is Scaled
+    assert type(fused) is cls
     torch.testing.assert_close(fused(images(0)), expected, rtol=0, atol=1e-10)
