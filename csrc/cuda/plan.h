@@ -43,12 +43,12 @@ constexpr int64_t kMostGroupedPositions = int64_t{1} << 26;
 enum class Mapping : int8_t { ChannelsFirst, ChannelsLast, ChannelGroups };
 
 struct DeviceLimits {
-  bool beside_collectives = false;  // whether kernels of collectives may run at the same time
   int multiprocessors = 1;
   int shared_per_multiprocessor = 0;  // bytes
   int shared_per_block = 0;           // bytes, if the kernel opts in
   int max_cluster = 1;                // blocks; 1: no clusters
   bool cooperative = false;           // whether there are cooperative launches
+  bool beside_collectives = false;    // whether kernels of collectives may run at the same time
   int l2_bytes = 0;                   // 0: unknown
 };
 

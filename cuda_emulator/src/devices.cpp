@@ -37,6 +37,7 @@ Settings fresh_settings() {
 struct Numbered {
   const Device* device;
   int multiprocessors;
+  int l2_bytes;  // 0: the device's own
 };
 std::vector<Numbered>& numbered() {
   static std::vector<Numbered> all;
@@ -44,6 +45,19 @@ std::vector<Numbered>& numbered() {
 }
 bool is_numbered(int number) {
   return number > 0 && number <= static_cast<int>(numbered().size());
+}
+
+// The device that is set has this number from now on. Host code may ask a device once and remember
+// its limits, so devices that differ in one have different numbers.
+void number_device() {
+  Settings& set = settings();
+  auto& all = numbered();
+  const auto found = std::find_if(all.begin(), all.end(), [&](const auto& n) {
+    return n.device == set.device && n.multiprocessors == set.multiprocessors &&
+           n.l2_bytes == set.l2_bytes;
+  });
+  set.device_number = static_cast<int>(found - all.begin()) + 1;
+  if (found == all.end()) all.push_back({set.device, set.multiprocessors, set.l2_bytes});
 }
 
 std::vector<std::string>& call_lines() {
@@ -93,13 +107,7 @@ bool set_device(const std::string& architecture, int multiprocessors) {
 
 bool choose_device(const std::string& architecture, int multiprocessors) {
   if (!set_device(architecture, multiprocessors)) return false;
-  auto& all = detail::numbered();
-  const detail::Device* device = detail::settings().device;
-  const auto found = std::find_if(all.begin(), all.end(), [&](const auto& n) {
-    return n.device == device && n.multiprocessors == multiprocessors;
-  });
-  detail::settings().device_number = static_cast<int>(found - all.begin()) + 1;
-  if (found == all.end()) all.push_back({device, multiprocessors});
+  detail::number_device();
   return true;
 }
 
@@ -119,6 +127,7 @@ void set_shuffles_order_memory(bool order) {
 }
 void set_l2_bytes(int bytes) {
   detail::settings().l2_bytes = bytes;
+  if (detail::settings().device_number != 0) detail::number_device();
 }
 void set_profiled(bool on) {
   detail::settings().profiled = on;
@@ -217,6 +226,7 @@ cudaError_t cudaSetDevice(int device) {
   const auto& chosen = emulator::detail::numbered()[static_cast<std::size_t>(device - 1)];
   settings.device = chosen.device;
   settings.multiprocessors = chosen.multiprocessors;
+  settings.l2_bytes = chosen.l2_bytes;
   settings.device_number = device;
   return cudaSuccess;
 }
