@@ -18,13 +18,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1
-TORCH_CUDA ?= torch==2.11.0
-VENV_CUDA ?= .venv-cuda
 PYTEST_ARGS ?=
 PTX_ARGS ?=
 
 # On Linux torch's usual packages are CUDA builds. Beside an nvcc the CUDA kernels would then be
-# compiled, which takes many minutes and is of no use without a GPU (on WSL it is /dev/dxg).
+# compiled, which takes minutes and is of no use without a GPU (on WSL it is /dev/dxg).
 # `cuda-build` compiles them all the same.
 ifeq ($(wildcard /dev/nvidia[0-9]* /dev/dxg),)
 BNORM_EXT_CUDA ?= 0
@@ -94,18 +92,15 @@ format: $(STAMPS)/extra-dev
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(CXX_FILES)
 
-# A CUDA build of torch beside nvcc: compiles for two architectures, says what registers and shared
-# memory each kernel takes, imports and computes, GPU or not. Not editable and in an environment of
+# A CUDA build of torch beside nvcc: says what registers and shared memory each kernel takes on two
+# architectures, compiles the package for one, imports it and computes, GPU or not. Into a folder of
 # its own, so that the copy which `make test` compiled stays as it is.
-cuda-build: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0
-cuda-build:
-	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { echo "$(NO_VENV)" >&2; exit 1; }
-	test -x $(VENV_CUDA)/bin/python || $(PYTHON) -m venv $(VENV_CUDA)
-	$(VENV_CUDA)/bin/python -m pip install --quiet "$(TORCH_CUDA)" $(BUILD_TOOLS) numpy
-	$(VENV_CUDA)/bin/python .ci/check_kernels.py
-	BNORM_EXT_CUDA=1 $(VENV_CUDA)/bin/python -m pip install \
-	    --verbose --no-build-isolation --no-deps --force-reinstall .
-	$(VENV_CUDA)/bin/python .ci/check_install.py
+cuda-build: export TORCH_CUDA_ARCH_LIST ?= 9.0
+cuda-build: $(STAMPS)/torch
+	$(PY) .ci/check_kernels.py
+	rm -rf build/cuda
+	BNORM_EXT_CUDA=1 $(PY) -m pip install --verbose --no-build-isolation --no-deps --target build/cuda .
+	PYTHONPATH=$(CURDIR)/build/cuda $(PY) .ci/check_install.py build/cuda
 
 # The microbenchmarks; `python -m bench --help` for all that they can do.
 bench: build $(STAMPS)/extra-bench
@@ -149,7 +144,7 @@ else
 endif
 
 # bnorm_ext itself, editable, with the packages of one extra.
-$(STAMPS)/extra-%: $(STAMPS)/torch pyproject.toml setup.py build_support.py $(AGAIN)
+$(STAMPS)/extra-%: $(STAMPS)/torch pyproject.toml setup.py build_cuda.py build_support.py $(AGAIN)
 	$(PY) -m pip install --no-build-isolation -e ".[$*]"
 	@touch $@
 

@@ -9,11 +9,9 @@ import contextlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 MIN_TORCH = (2, 8)
@@ -29,12 +27,6 @@ INSTALL_COMMANDS = f"""\
 TORCH_COMMANDS = frozenset(
     {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
 )
-
-# The GPUs that the default covers, as far as the toolkit knows them.
-DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-
-# Where NVIDIA's installers link the toolkit; they do not put it on PATH.
-USUAL_TOOLKIT = "/usr/local/cuda"
 
 GIB = 1 << 30
 
@@ -69,113 +61,37 @@ def missing_torch_message(python: str) -> str:
     )
 
 
-# --- CUDA: in or out ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Toolkit:
-    home: str
-    version: str  # "13.0"
-    archs: tuple[str, ...]  # what nvcc can compile for: ("7.5", "8.0", ...)
-
-
-@dataclass(frozen=True)
-class CudaPlan:
-    toolkit: Toolkit | None  # None: CUDA is left out ...
-    reason: str  # ... for this reason
-    archs: tuple[str, ...] = ()
-
-    def line(self) -> str:
-        if self.toolkit is None:
-            return f"CUDA kernels: {self.reason}"
-        return f"CUDA kernels: toolkit {self.toolkit.version}, for {' '.join(self.archs)}"
-
-
-def _run(*command: str) -> str:
+def run_tool(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
-def find_toolkit(
-    environ: Mapping[str, str],
-    which: Callable[[str], str | None] = shutil.which,
-    run: Callable[..., str] = _run,
-    usual: str = USUAL_TOOLKIT,
-) -> Toolkit | str:
-    """The toolkit of CUDA_HOME, CUDA_PATH, else of the nvcc on PATH, else in the usual folder; or
-    why there is none. These are torch's own guesses, in its order."""
-    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
-    nvcc = os.path.join(home, "bin", "nvcc") if home else which("nvcc")
-    if nvcc is None and os.path.exists(os.path.join(usual, "bin", "nvcc")):
-        home, nvcc = usual, os.path.join(usual, "bin", "nvcc")
-    if nvcc is None:
-        return f"no nvcc was found through CUDA_HOME, CUDA_PATH, PATH or in {usual}"
-    release = re.search(r"release (\d+\.\d+)", run(nvcc, "--version")) if which(nvcc) else None
-    if release is None:
-        return f"{nvcc} is not a working nvcc"
-    if not home:
-        # The nvcc on PATH may be a link or a wrapper script anywhere: it knows its own home.
-        top = re.search(r"TOP=(.+)", run(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
-        home = top[1].strip() if top else os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
-    listed = re.findall(r"compute_(\d+)(\d)\b", run(nvcc, "--list-gpu-arch"))
-    archs = sorted((int(major), int(minor)) for major, minor in listed)
-    return Toolkit(os.path.normpath(home), release[1], tuple(f"{a}.{b}" for a, b in archs))
+# --- The C++ sources ------------------------------------------------------------------------------
 
 
-def default_archs(toolkit: Toolkit) -> tuple[str, ...]:
-    archs = [arch for arch in DEFAULT_ARCHS if arch in toolkit.archs]
-    if not archs:
-        raise BuildError(
-            f"CUDA {toolkit.version} knows none of the GPUs that bnorm_ext is for "
-            f"({' '.join(DEFAULT_ARCHS)}). Set TORCH_CUDA_ARCH_LIST, or BNORM_EXT_CUDA=0 to build "
-            "for the CPU only."
-        )
-    archs[-1] += "+PTX"  # newer GPUs compile it when they first load it
-    return tuple(archs)
+def merged(sources: list[str], folder: Path, root: Path) -> list[str]:
+    """The sources with two files in `folder` in place of all C++ sources, which they include.
 
-
-def plan_cuda(
-    environ: Mapping[str, str],
-    torch_version: str,
-    torch_cuda: str | None,
-    toolkit: Toolkit | str,
-    has_kernels: bool,
-) -> CudaPlan:
-    """Whether CUDA sources are compiled: what is installed decides, never which GPU is visible."""
-    wish = environ.get("BNORM_EXT_CUDA", "").strip().lower()
-    if wish not in ("", "auto", "0", "1"):
-        raise BuildError(f"BNORM_EXT_CUDA must be 0, 1 or unset, not {wish!r}.")
-    if wish == "0":
-        return CudaPlan(None, "left out (BNORM_EXT_CUDA=0)")
-
-    reason = ""
-    if torch_cuda is None:
-        reason = f"left out (the installed torch {torch_version} is no CUDA build)"
-    elif isinstance(toolkit, str):
-        reason = f"left out ({toolkit})"
-    elif toolkit.version.split(".")[0] != torch_cuda.split(".")[0]:
-        raise BuildError(
-            f"torch {torch_version} was built with CUDA {torch_cuda}, but the toolkit in "
-            f"{toolkit.home} is CUDA {toolkit.version}. The major versions must agree: install "
-            f"a CUDA {torch_cuda.split('.')[0]} toolkit and point CUDA_HOME to it, install a torch "
-            f"built with CUDA {toolkit.version.split('.')[0]}, or set BNORM_EXT_CUDA=0 to build "
-            "for the CPU only."
-        )
-    elif not has_kernels:
-        reason = "none in this source tree"
-    if reason:
-        if wish == "1":
-            raise BuildError(f"BNORM_EXT_CUDA=1 asks for CUDA kernels, but they are {reason}.")
-        return CudaPlan(None, reason)
-
-    assert isinstance(toolkit, Toolkit)
-    given = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    return CudaPlan(toolkit, "", tuple(given) or default_archs(toolkit))
+    Reading torch's headers takes a compiler longer than compiling most of the sources: read twice
+    instead of once for each source they take a third of the time. Names in unnamed namespaces must
+    differ, therefore; neighbours in the list are kept apart.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cpp = [name for name in sources if name.endswith(".cpp")]
+    result = [name for name in sources if not name.endswith(".cpp")]
+    for i in range(2):
+        path = folder / f"sources_{i}.cpp"
+        text = "".join(f'#include "{root / name}"\n' for name in cpp[i::2])
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        result.append(os.path.relpath(path, root))
+    return result
 
 
 # --- The CPU kernels, one object per instruction set ----------------------------------------------
 
 X86_ISA_FLAGS: dict[str, list[str]] = {
+    "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mavx2"),
@@ -186,10 +102,9 @@ X86_ISA_FLAGS: dict[str, list[str]] = {
 
 def isa_flags(machine: str = platform.machine()) -> dict[str, list[str]]:
     """Instruction sets to compile for -> flags. The host code asks the processor which to call."""
-    table: dict[str, list[str]] = {"baseline": []}
     if machine.lower() in ("x86_64", "amd64") and sys.maxsize > 2**32:
-        table.update(X86_ISA_FLAGS)
-    return table
+        return X86_ISA_FLAGS
+    return {"baseline": []}
 
 
 def outdated(target: Path, command: list[str], inputs: list[Path]) -> bool:

@@ -1,8 +1,8 @@
 """The build: torch's BuildExtension, and the CPU kernels once per instruction set beside it.
 
 Everything that can be said without code stands in pyproject.toml; what is decided here is decided
-by functions of build_support.py. Environment variables: BNORM_EXT_CUDA, BNORM_EXT_WERROR,
-CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX (see README.md).
+by functions of build_support.py and build_cuda.py. Environment variables: BNORM_EXT_CUDA,
+BNORM_EXT_LINEINFO, BNORM_EXT_WERROR, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX (README.md).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import setuptools
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a PEP 517 build does not run in this folder's name
 
+import build_cuda  # noqa: E402
 import build_support as support  # noqa: E402
 
 HEADERS = ("csrc/**/*.h", "csrc/**/*.inc", "csrc/**/*.cuh")
@@ -42,6 +43,10 @@ def sources(*patterns: str) -> list[str]:
     """Paths relative to setup.py, as setuptools wants them."""
     found = (path for pattern in patterns for path in ROOT.glob(pattern))
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def as_system(folders: list[str]) -> list[str]:
+    return [flag for folder in folders for flag in ("-isystem", folder)]
 
 
 def import_torch() -> Any:
@@ -82,12 +87,13 @@ def configure() -> dict[str, Any]:
     torch = import_torch()
     find_tools()
     cuda_sources = sources("csrc/cuda/*.cu")
-    plan = support.plan_cuda(
+    plan = build_cuda.plan_cuda(
         os.environ,
         torch.__version__,
         torch.version.cuda,
-        support.find_toolkit(os.environ),
+        build_cuda.find_toolkit(os.environ),
         bool(cuda_sources),
+        lambda: build_cuda.visible_gpus(torch),
     )
     print(f"bnorm_ext: torch {torch.__version__}; {plan.line()}", flush=True)
     jobs = support.max_jobs(
@@ -98,23 +104,27 @@ def configure() -> dict[str, Any]:
     from torch.utils import cpp_extension
 
     torch_includes = cpp_extension.include_paths()
+    # -isystem instead of CppExtension's -I: -Wall is for our code, not for torch's headers.
+    system_of_kernels = as_system(torch_includes)
     isas = support.isa_flags()
     define = ["-DBNORM_EXT_X86_KERNELS=1"] if "avx2" in isas else []
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     files = [name for name in files if not name.startswith("csrc/cpu/kernels_")]
     make_extension = cpp_extension.CppExtension
+    nvcc: list[str] = []
     if plan.toolkit is not None:
         # The module has looked for a toolkit at import, by guesses that a wrapper script defeats.
         cpp_extension.CUDA_HOME = plan.toolkit.home
-        # Without the list BuildExtension would ask the visible GPUs, and fail where there are none.
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.archs)
+        nvcc = build_cuda.nvcc_flags(
+            os.environ, plan.toolkit, len(plan.archs), jobs, len(cuda_sources)
+        )
+        nvcc += build_cuda.arch_flags(plan, cpp_extension._get_cuda_arch_flags)
         torch_includes = cpp_extension.include_paths("cuda")
         make_extension = cpp_extension.CUDAExtension
         files += cuda_sources + sources("csrc/cuda/*.cpp")
         define.append("-DBNORM_EXT_CUDA=1")
 
-    # -isystem instead of CppExtension's -I: -Wall is for our code, not for torch's headers.
-    system = [flag for path in torch_includes for flag in ("-isystem", path)]
+    system = as_system(torch_includes)
     # at::parallel_for is serial without -fopenmp. It is not given to the linker: torch has brought
     # its own OpenMP runtime into the process, and a second one must not join it.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
@@ -126,10 +136,7 @@ def configure() -> dict[str, Any]:
         depends=sources(*HEADERS),
         extra_compile_args={
             "cxx": [*COMMON_FLAGS, *openmp, *define, *system],
-            "nvcc": [
-                *("-O3", "-lineinfo", "-fmad=false", "-DNDEBUG", *define, *system),
-                "-Xcompiler=-Wall,-Wextra,-ffp-contract=off,-fvisibility=hidden",
-            ],
+            "nvcc": [*nvcc, *define, *system],
         },
     )
     extension.include_dirs = [d for d in extension.include_dirs if d not in torch_includes]
@@ -139,6 +146,7 @@ def configure() -> dict[str, Any]:
         "CUDA": plan.toolkit and plan.toolkit.version,
         "CUDA_LEFT_OUT": plan.reason or None,
         "CUDA_ARCHS": plan.archs,
+        "CUDA_ARCHS_FROM": plan.chosen_by or None,
         "COMPILER": compiler_name(compiler),
         "CPU_ISAS": tuple(isas),
     }
@@ -147,12 +155,17 @@ def configure() -> dict[str, Any]:
         def finalize_options(self) -> None:
             super().finalize_options()
             # `pip install -e` would compile in a temporary folder and so always everything. One
-            # folder per torch: ninja does not look at headers that came by -isystem.
+            # folder per torch: ninja does not look at headers that came by -isystem. Builds with
+            # and without CUDA have their own too, so that each finds its objects again; those of
+            # the CPU kernels are the same.
             tag = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
-            self.build_temp = str(ROOT / "build" / f"temp-{tag}")
+            self.kernels_temp = ROOT / "build" / f"temp-{tag}"
+            self.build_temp = f"{self.kernels_temp}{'-cuda' if plan.toolkit is not None else ''}"
 
         def build_extensions(self) -> None:
             self.extensions[0].extra_objects += self.compile_kernels()
+            if not self.is_developed:
+                extension.sources = support.merged(extension.sources, Path(self.build_temp), ROOT)
             super().build_extensions()
 
         def compile_kernels(self) -> list[str]:
@@ -162,10 +175,10 @@ def configure() -> dict[str, Any]:
             todo: list[tuple[list[str], Path]] = []
             for isa, flags in isas.items():
                 source = ROOT / "csrc" / "cpu" / f"kernels_{isa}.cpp"
-                target = Path(self.build_temp, f"kernels_{isa}.o")
+                target = self.kernels_temp / f"kernels_{isa}.o"
                 command = [*shlex.split(compiler), *self.compiler.compiler_so[1:], *COMMON_FLAGS]
-                command += ["-std=c++17", "-fno-math-errno", *flags, f"-I{ROOT / 'csrc'}", *system]
-                command += ["-c", str(source), "-o", str(target)]
+                command += ["-std=c++17", "-fno-math-errno", *flags, f"-I{ROOT / 'csrc'}"]
+                command += [*system_of_kernels, "-c", str(source), "-o", str(target)]
                 objects.append(target)
                 if support.outdated(target, command, [source, *inputs]):
                     print(f"compiling {source.name} with {' '.join(flags) or 'no ISA flags'}")
@@ -175,10 +188,13 @@ def configure() -> dict[str, Any]:
             return [str(path) for path in objects]
 
         def run(self) -> None:
+            # Whether the source tree is what will be imported, and compiled again after changes.
+            # Asked here, as setuptools resets self.inplace while it compiles.
+            self.is_developed = bool(self.inplace or getattr(self, "editable_mode", False))
             super().run()
             text = support.build_record({"VERSION": self.distribution.get_version(), **facts})
             folders = [Path(self.build_lib, "bnorm_ext")]
-            if self.inplace or getattr(self, "editable_mode", False):
+            if self.is_developed:
                 folders.append(ROOT / "bnorm_ext")
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +204,7 @@ def configure() -> dict[str, Any]:
 
 
 def compiler_name(command: str) -> str:
-    return support._run(*shlex.split(command), "--version").splitlines()[0].strip()
+    return support.run_tool(*shlex.split(command), "--version").splitlines()[0].strip()
 
 
 os.chdir(ROOT)

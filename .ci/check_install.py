@@ -1,6 +1,12 @@
-"""Run by a Python that has bnorm_ext installed, outside of the source tree: does it compute?"""
+"""Run by a Python that has bnorm_ext installed, outside of the source tree: does it compute?
+
+python .ci/check_install.py [FOLDER]    FOLDER: where the copy must be that is imported
+"""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import torch
 
@@ -12,6 +18,9 @@ def main() -> None:
     for key, value in info.items():
         print(f"{key:>15}: {value}")
     assert info["torch"] == torch.__version__, "loaded into another torch"
+    for folder in sys.argv[1:]:
+        assert Path(folder).resolve() in Path(bnorm_ext.__file__).resolve().parents
+    print(bnorm_ext.explain((64, 64, 56, 56), device="H100"))
 
     x = torch.randn(4, 6, 5, 3, dtype=torch.float64, requires_grad=True)
     ours = bnorm_ext.batch_norm(x, None, None, training=True)

@@ -8,7 +8,8 @@ each; the exit code is 0 if every step that could run passed. --install installs
 pip and what its tests need; without it everything has to be there, and no network is needed.
 
 GPU_CHECK_DRY=1 shows every step on a machine without a GPU: tests are collected, so that an empty
-selection fails, the filter of kernels is compared with the sources, other commands are printed.
+selection fails, the filter of kernels is compared with the sources, the code of the timings walks
+with a fake of torch.cuda, other commands are printed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ CUDA_TESTS = (
 # Small shapes, since the sanitizer slows kernels down by a factor of 10 to 100.
 SANITIZED = "test_results and (odd or blocks) or test_paths and 16x8x16x16"
 CAPTURED = "captured"
+TIMER_TESTS = "tests/bench/test_bench_graphs.py"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Step:
     seconds: int  #: after which the step is ended
     environment: Mapping[str, str] = field(default_factory=dict)
     tool: str | None = None  #: of compute-sanitizer
+    rehearsal: tuple[str, ...] = ()  #: a command that walks the step's code without a GPU
 
     @property
     def selects(self) -> bool:
@@ -82,12 +85,14 @@ def later_steps() -> list[Step]:
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     small = pytest(kernels, "-k", SANITIZED)
     timings = ("-m", "bench", "--device", "cuda", "--suite", "quick")
+    results = "bench/results/gpu-check.json"
+    walk = ("-m", "pytest", "-q", "-p", "no:cacheprovider", TIMER_TESTS)
     return [
         Step("CUDA tests", pytest(*CUDA_TESTS), 300),
         Step("memcheck", small, 150, uncached, "memcheck"),
         Step("memcheck, graphs", pytest(kernels, "-k", CAPTURED), 100, {}, "memcheck"),
         Step("racecheck", small, 150, uncached, "racecheck"),
-        Step("timings", (*timings, "--json", "bench/results/gpu-check.json"), 240),
+        Step("timings", (*timings, "--json", results), 240, rehearsal=walk),
     ]
 
 
@@ -183,6 +188,10 @@ def rehearsed(step: Step) -> tuple[str, str]:
     print("$", shlex.join([*(f"{k}={v}" for k, v in step.environment.items()), *command_of(step)]))
     if step.tool and (missed := kernels_beyond_filter()):
         return FAILED, f"the filter misses kernels: {', '.join(missed)}"
+    if step.rehearsal:
+        command = [sys.executable, *step.rehearsal]
+        state, note = judged(step, *run(command, step.environment, step.seconds))
+        return state, note or "walked with a fake of torch.cuda"
     if not step.selects:
         return PASSED, "printed"
     done = subprocess.run(
@@ -238,7 +247,7 @@ def main(arguments: Sequence[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     )
-    os.environ.update(PYTHONUNBUFFERED="1", BNORM_EXT_CUDA="1")
+    os.environ.update(PYTHONUNBUFFERED="1", BNORM_EXT_CUDA="1", BNORM_EXT_LINEINFO="1")
     # Before the first build, which then is the only one.
     os.environ["TORCH_CUDA_ARCH_LIST"] = (
         ";".join(archs) or os.environ.get("TORCH_CUDA_ARCH_LIST") or "9.0"

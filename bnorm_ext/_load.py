@@ -34,6 +34,7 @@ class BuildInfo(TypedDict):
     cuda_kernels: bool  #: whether the CUDA kernels were compiled
     cuda_left_out: str | None  #: why they were not; None: they were
     archs: list[str]  #: GPU architectures compiled for, in the form of TORCH_CUDA_ARCH_LIST
+    archs_from: str | None  #: what chose them: that variable, the visible GPUs, or the default
     compiler: str | None  #: name and version of the C++ compiler
     cpu_isas: list[str]  #: instruction sets that the CPU kernels were compiled for
     cpu_capability: str | None  #: the one in use on this machine: 'baseline', 'avx2' or 'avx512'
@@ -105,6 +106,7 @@ def build_info() -> BuildInfo:
         cuda_kernels=cuda is not None,
         cuda_left_out=getattr(build, "CUDA_LEFT_OUT", None),
         archs=list(getattr(build, "CUDA_ARCHS", ())),
+        archs_from=getattr(build, "CUDA_ARCHS_FROM", None),
         compiler=getattr(build, "COMPILER", None),
         cpu_isas=list(getattr(build, "CPU_ISAS", ())),
         cpu_capability=None if compiled is None else compiled.cpu_capability(),
@@ -112,6 +114,7 @@ def build_info() -> BuildInfo:
 
 
 _warned = os.environ.get("BNORM_EXT_WARN", "1").strip() == "0"
+_warned_of_code = _warned
 
 
 def warn_without_cuda_kernels() -> None:
@@ -131,4 +134,25 @@ def warn_without_cuda_kernels() -> None:
         f"folder of its setup.py:\n\n    BNORM_EXT_CUDA=1 {REBUILD}\n\n"
         "(BNORM_EXT_WARN=0 silences this.)",
         stacklevel=4,  # past this function, its caller and batch_norm
+    )
+
+
+def warn_without_code(gpu: str, capability: tuple[int, int]) -> None:
+    """Says once that the CUDA kernels are compiled for other GPUs than this one.
+
+    Called where its first tensor takes native's path. Silent under BNORM_EXT_WARN=0.
+    """
+    global _warned_of_code
+    if _warned_of_code:
+        return
+    _warned_of_code = True
+    major, minor = capability
+    archs = ", ".join(build_info()["archs"]) or "none"
+    warnings.warn(
+        f"bnorm_ext was compiled for GPUs of compute capability {archs}, but this one ({gpu}) has "
+        f"{major}.{minor}: torch's own batch norm runs on it. From 7.5 on, kernels for it can be "
+        "compiled; in the folder of bnorm_ext's setup.py:\n\n    "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor} BNORM_EXT_CUDA=1 {REBUILD}\n\n"
+        "(BNORM_EXT_WARN=0 silences this.)",
+        stacklevel=6,  # past this function, those that asked, and batch_norm
     )

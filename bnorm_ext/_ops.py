@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import register_fake
 
 from ._compat import suggest_memory_format
+from ._cuda import notice_processes
 from ._load import load
 from .activations import PIECEWISE
 
@@ -30,6 +31,9 @@ KERNEL_DEVICES: frozenset[str] = frozenset(
     if _compiled.has_cuda() and torch.version.cuda
     else ("cpu", "meta")
 )
+
+#: Those of them of which a device may have no code in this build: each is asked (`_cuda.has_code`).
+ASKED_DEVICES: frozenset[str] = KERNEL_DEVICES & {"cuda"}
 
 
 def _dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -164,7 +168,10 @@ def _register(name: str, fake: Callable[[SimpleNamespace], tuple[Tensor | None, 
     def by_name(*args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         # Torch leaves out arguments that have their default value.
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-        _same_device(given["x"] if "x" in given else given["mean"], given.values())
+        of = given["x"] if "x" in given else given["mean"]
+        _same_device(of, given.values())
+        if of.device.type in ASKED_DEVICES:
+            notice_processes()  # a graph is being compiled
         return fake(SimpleNamespace(**given))
 
     register_fake(f"bnorm_ext::{name}", by_name)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._cuda import processes as ranks
 from ._load import load
 
 _KB = 1024
@@ -69,6 +70,7 @@ def explain(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
     device: str | torch.device | None = None,
+    processes: int | None = None,
 ) -> str:
     """Describes how the CUDA kernels would run a batch norm in training.
 
@@ -79,6 +81,9 @@ def explain(
         device: name of a GPU (A100, H200, RTX 4090, ..., or as CUDA reports it: NVIDIA H100 80GB
             HBM3), or a CUDA device of this machine. Default: the device of the tensor, or the
             current CUDA device.
+        processes: how many train together in ``torch.distributed``. With more than one, no
+            cooperative grid is taken: it and the collectives would wait for each other. Default:
+            the ranks of this process's default group, or 1.
 
     Returns:
         A text that says for the forward and the backward pass which path is taken, its teams of
@@ -109,7 +114,7 @@ def explain(
     shape = "x".join(map(str, x.shape))
     lines: list[str] = []
     for name, tensors in (("forward", 1), ("backward", 2)):
-        plan = launch_plan(x, tensors, gpu)
+        plan = launch_plan(x, tensors, gpu, beside_collectives=(processes or ranks()) > 1)
         if not lines:
             layout = "channels last" if plan["channels_last"] else "channels first"
             major, minor = gpu.capability
@@ -122,13 +127,15 @@ def explain(
     return "\n".join(lines)
 
 
-def launch_plan(x: Tensor, tensors: int, gpu: _Device) -> dict[str, Any]:
+def launch_plan(
+    x: Tensor, tensors: int, gpu: _Device, *, beside_collectives: bool = False
+) -> dict[str, Any]:
     """The launch plan of the forward pass (`tensors` is 1: it keeps x on chip) or the backward pass
     (2: x and dy), as a dictionary."""
     compiled: Any = load()
     plan: dict[str, Any] = compiled.explain_plan(
         x, tensors, gpu.multiprocessors, gpu.shared_per_multiprocessor, gpu.shared_per_block,
-        gpu.clusters, aligned=True,
+        gpu.clusters, aligned=True, beside_collectives=beside_collectives,
     )  # fmt: skip
     return plan
 

@@ -20,8 +20,9 @@ from torch.nn import Parameter
 from . import _transforms
 from ._arguments import Arguments
 from ._compat import FORWARD_LEVEL, FORWARD_STATE, transforms_active
+from ._cuda import has_code, has_code_while_tracing
 from ._load import warn_without_cuda_kernels
-from ._ops import KERNEL_DEVICES
+from ._ops import ASKED_DEVICES, KERNEL_DEVICES
 from ._scalars import as_floats, counted, counts_apart
 from .activations import Activation, check_residual, compose, resolve
 
@@ -124,6 +125,10 @@ def batch_norm(
         native = (
             transforms_active()
             or input.device.type not in KERNEL_DEVICES
+            or (
+                input.device.type in ASKED_DEVICES
+                and not has_code_while_tracing(input.device.index)
+            )
             or type(input) not in (Tensor, Parameter)
             or torch.compiler.is_exporting()
             or (training and counts_apart(num_batches_tracked, input))
@@ -208,27 +213,32 @@ def _compiled(call: Arguments) -> Tensor:
     if call.residual is None:
         return _call_op(call)
     check_residual(call.input, call.residual)
-    normalised = _call_op(Arguments(*call[:9]))
+    normalised = _call_op(call, plain=True)
     return compose(normalised, call.residual, call.act, call.negative_slope)
 
 
-def _call_op(a: Arguments) -> Tensor:
+def _call_op(a: Arguments, plain: bool = False) -> Tensor:
+    """``plain``: without residual and activation."""
+    residual, act = (None, "identity") if plain else (a.residual, a.act)
     if a.training:
         return _training_op(
-            a.input, a.residual, a.weight, a.bias, a.running_mean, a.running_var,
-            a.num_batches_tracked, a.momentum, a.eps, a.act, a.negative_slope,
+            a.input, residual, a.weight, a.bias, a.running_mean, a.running_var,
+            a.num_batches_tracked, a.momentum, a.eps, act, a.negative_slope,
         )[0]  # fmt: skip
     return _inference_op(
-        a.input, a.residual, a.weight, a.bias, a.running_mean, a.running_var, a.eps, a.act,
+        a.input, residual, a.weight, a.bias, a.running_mean, a.running_var, a.eps, act,
         a.negative_slope,
     )[0]  # fmt: skip
 
 
 def _takes_native_path(input: Tensor) -> bool:
     """Whether there are no kernels for this kind of tensor, or it has no elements."""
-    if input.device.type not in KERNEL_DEVICES:
-        if input.device.type == "cuda":
+    kind = input.device.type
+    if kind not in KERNEL_DEVICES:
+        if kind == "cuda":
             warn_without_cuda_kernels()
+        return True
+    if kind in ASKED_DEVICES and not has_code(input):
         return True
     if input.layout is not torch.strided or input.dim() < 2 or input.numel() == 0:
         return True
@@ -257,7 +267,10 @@ def _native(call: Arguments) -> Tensor:
     recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if recorded and counter is not None:
         counter.add_(1)
-    output = F.batch_norm(*call[:6], momentum, call.eps)
+    # By name: torch.compile of torch 2.8 cannot slice a named tuple.
+    statistics = (call.running_mean, call.running_var)
+    affine = (call.weight, call.bias)
+    output = F.batch_norm(call.input, *statistics, *affine, call.training, momentum, call.eps)
     if counter is not None and not recorded:
         counter.add_(1)
     return compose(output, residual, call.act, call.negative_slope)

@@ -1,6 +1,6 @@
-// The elementwise activations and their derivatives, written once for scalars (CUDA) and for the
-// vectors of the CPU kernels. A vector type brings its own overloads of the primitives below
-// (csrc/cpu/vec.h, csrc/cpu/vec_activation.h).
+// The elementwise activations and their derivatives, written once for scalars and for the vectors of
+// the CPU kernels. Other types than scalars bring their own overloads of the primitives below
+// (csrc/cpu/vec.h, csrc/cpu/vec_activation.h; CUDA: csrc/cuda/reciprocal.cuh).
 //
 // With z the pre-activation, fma(x - mean, scale, shift) + residual in the accumulation type:
 //   relu         max(z, 0)
@@ -65,6 +65,21 @@ BNORM_HOST_DEVICE IfScalar<A> select(bool which, A a, A b) {
   return which ? a : b;
 }
 
+// Quotients, for every type that has an operator /. They have names because a GPU has no
+// instruction for a division: there it takes twenty, and a branch.
+template <typename V>
+BNORM_HOST_DEVICE V over_one_to_two(V a, V d) {  // a / d for 1 <= d <= 2
+  return a / d;
+}
+template <typename V>
+BNORM_HOST_DEVICE V over_three(V a) {
+  return a / constant(a, 3);
+}
+template <typename V>
+BNORM_HOST_DEVICE V product_over_six(V a, V b) {
+  return a * b / constant(a, 6);
+}
+
 // ---- Formulas ---------------------------------------------------------------------------------
 
 template <typename V>
@@ -88,9 +103,9 @@ BNORM_HOST_DEVICE_OUTLINE V smooth(Activation act, V z) {
   if (act == Activation::Silu) {
     const auto negative = greater(zero, z);
     const V t = exponential(select(negative, z, zero - z));
-    return select(negative, z * t, z) / (one + t);
+    return over_one_to_two(select(negative, z * t, z), one + t);
   }
-  return z * relu6(z + constant(z, 3)) / constant(z, 6);
+  return product_over_six(z, relu6(z + constant(z, 3)));
 }
 
 // The gradient of z from dy. Where hardswish is constant, it is 0 even if dy is infinite.
@@ -100,11 +115,11 @@ BNORM_HOST_DEVICE_OUTLINE V smooth_gradient(Activation act, V dy, V z) {
   if (act == Activation::Silu) {
     const auto negative = greater(zero, z);
     const V t = exponential(select(negative, z, zero - z));
-    const V near_one = one / (one + t), rest = t * near_one;
+    const V near_one = over_one_to_two(one, one + t), rest = t * near_one;
     const V s = select(negative, rest, near_one), one_less_s = select(negative, near_one, rest);
     return dy * (s * (one + z * one_less_s));
   }
-  const V between = dy * (z / three + constant(z, 0.5));
+  const V between = dy * (over_three(z) + constant(z, 0.5));
   return select(not_less_equal(z, zero - three), select(not_less_equal(three, z), between, dy),
                 zero);
 }

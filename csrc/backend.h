@@ -67,9 +67,10 @@ struct Backend {
 namespace cpu {
 const Backend& backend();
 }
-namespace cuda {
-const Backend& backend();  // where CUDA kernels are compiled in
-}
+namespace cuda {  // where CUDA kernels are compiled in
+const Backend& backend();
+bool has_code();  // whether they are compiled for the current device
+}  // namespace cuda
 
 // Registers every operator for the dispatch key of `m`, on tensors of this type of device. The key
 // is not always that of the device: the tests run the CUDA kernels on CPU tensors.

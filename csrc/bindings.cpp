@@ -11,12 +11,13 @@
 // per element only: with save_mask, forward returns these bits as `mask`, which backward then takes
 // instead of residual. Without, mask is empty. Its bit layout is device-specific. dresidual is the
 // gradient of z.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <vector>
 
 #include "backend.h"
+#include "collectives.h"
 #include "cpu/capability.h"
 #include "explain.h"
 
@@ -104,5 +105,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("explain_plan", &bnorm_ext::explain_plan, pybind11::arg("x"), pybind11::arg("tensors"),
         pybind11::arg("multiprocessors"), pybind11::arg("shared_per_multiprocessor"),
         pybind11::arg("shared_per_block"), pybind11::arg("clusters"), pybind11::arg("aligned"),
-        "The launch plan of x on a GPU of these limits.");
+        pybind11::arg("beside_collectives"), "The launch plan of x on a GPU of these limits.");
+  m.def(
+      "set_beside_collectives", [](bool beside) { bnorm_ext::beside_collectives = beside; },
+      "Whether kernels of collectives may run at the same time, from now on.");
+#ifdef BNORM_EXT_CUDA
+  m.def("has_code", &bnorm_ext::cuda::has_code,
+        "Whether the CUDA kernels are compiled for the current GPU.");
+#endif
 }

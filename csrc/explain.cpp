@@ -8,7 +8,7 @@ namespace bnorm_ext {
 
 pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessors,
                             int shared_per_multiprocessor, int shared_per_block, bool clusters,
-                            bool aligned) {
+                            bool aligned, bool beside_collectives) {
   check_input("explain", "input", x);
   const Input in = resolve(x);
   cuda::DeviceLimits device;
@@ -17,6 +17,7 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   device.shared_per_block = shared_per_block;
   device.max_cluster = clusters ? cuda::kLargestCluster : 1;
   device.cooperative = true;
+  device.beside_collectives = beside_collectives;
   const int bytes = static_cast<int>(x.element_size());
   const cuda::ResidentPlan plan =
       cuda::plan_resident(in.shape, bytes, aligned, tensors, device, cuda::ByLimits{device});
@@ -27,6 +28,8 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   pybind11::dict found;
   found["path"] = kNames[static_cast<int>(plan.path)];
   found["reason"] = plan.reason;
+  constexpr const char* kMappings[] = {"channels_first", "channels_last", "channel_groups"};
+  found["mapping"] = kMappings[static_cast<int>(walk.mapping)];
   found["channels_last"] = in.shape.layout == Layout::ChannelsLast;
   found["tiles"] = walk.tiles;
   found["team"] = walk.chunks;

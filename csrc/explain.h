@@ -1,13 +1,14 @@
 // The launch plan of a tensor on a GPU with these limits, by name; x may be a meta tensor.
 #pragma once
 
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 namespace bnorm_ext {
 
-// tensors: that stay on chip, 1 forward, 2 backward. Bytes are of shared memory.
+// tensors: that stay on chip, 1 forward, 2 backward. Bytes are of shared memory. beside_collectives:
+// as in DeviceLimits.
 pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessors,
                             int shared_per_multiprocessor, int shared_per_block, bool clusters,
-                            bool aligned);
+                            bool aligned, bool beside_collectives);
 
 }  // namespace bnorm_ext

@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import functools
 import statistics
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,3 +83,50 @@ def clocks_of(device: torch.device) -> Clocks | None:
     with contextlib.suppress(OSError, AttributeError):  # AttributeError: no uuid, another NVML
         return Clocks(str(torch.cuda.get_device_properties(device).uuid))
     return None
+
+
+EVERY = 0.5  # seconds between the samples of `sampling`
+
+
+@contextlib.contextmanager
+def sampling(device: torch.device) -> Iterator[None]:
+    """Samples from another thread, for programs that wait for the device after each step."""
+    found = clocks_of(device)
+    if found is None:
+        yield
+        return
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(EVERY):
+            found.sample()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def record(header: dict[str, Any], device: torch.device) -> None:
+    """Writes the clocks of the run into the header of its results."""
+    found = clocks_of(device)
+    if found is not None:
+        header["machine"]["gpu"]["clocks"] = found.summary()
+
+
+def sentence(header: dict[str, Any]) -> str:
+    """The clocks in a header as a line; empty if there are none."""
+    found = header.get("machine", {}).get("gpu", {}).get("clocks")
+    if not found or not found["samples"]:
+        return ""
+    parts = [
+        f"{name} {found[key][1]:g} MHz ({found[key][0]} to {found[key][2]})"
+        for name, key in (("SM", "sm_mhz"), ("memory", "memory_mhz"))
+        if key in found
+    ]
+    why = [f"{reason} in {100 * share:.0f} %" for reason, share in found["throttled"].items()]
+    lowered = f"; lowered by {', '.join(why)} of {found['samples']} samples" if why else ""
+    return f"clocks while measuring: {', '.join(parts)}{lowered}"

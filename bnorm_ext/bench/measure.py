@@ -59,6 +59,7 @@ class Work:
     name: str
     call: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+    repeats: bool = True  #: whether a call may follow another one without `prepare`
 
 
 @dataclass(frozen=True)

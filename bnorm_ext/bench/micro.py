@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import cases, compare, machine, measure, packages, providers, report, run
-from .clocks import clocks_of
+from . import cases, clocks, compare, graphs, machine, measure, packages, providers, report, run
 from .options import (
     DAY,
     Parser,
@@ -27,6 +26,7 @@ from .options import (
 )
 
 DESCRIPTION = "Times batch norm against torch's, other packages' and the copy ceiling."
+METHOD = f"{measure.METHOD}\n{graphs.METHOD}"
 BATCH = 32
 QUICK_SECONDS = 75.0
 SECONDS_PER_CASE = 3.0
@@ -41,7 +41,7 @@ def parser(command: str) -> Parser:
         prog=command,
         description=DESCRIPTION,
         epilog="Other programs: train, profile, cost_model, compare, plots, each with a --help.\n\n"
-        "How it is measured.\n\n" + measure.METHOD,
+        "How it is measured.\n\n" + METHOD,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument
@@ -188,17 +188,17 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     header = machine.header(device, command, arguments)
     header["providers"] = _versions()
     header["suite"] = None if options.shape else options.suite or "quick"
-    header["method"] = measure.METHOD
+    header["method"] = METHOD
     load = header["machine"]["load_average_at_start"]
     if device.type == "cpu" and load is not None and load > BUSY:
         print(f"other work is running (load average {load:.1f}): noisy times", file=sys.stderr)
     rows: list[run.Row] = []
     problem = _measure(planned, chosen, device, caches, seconds, rows)
     header["interrupted"] = problem is not None
-    clocks = clocks_of(device)
-    if clocks is not None:
-        header["machine"]["gpu"]["clocks"] = clocks.summary()
+    clocks.record(header, device)
     print(report.title(header), report.table(rows), sep="\n\n")
+    if line := clocks.sentence(header):
+        print(line)
     for name, version in header["providers"].items():
         if version.startswith("unavailable") and options.provider is None:
             print(f"{name}: {version}")

@@ -50,6 +50,11 @@ def _cell(row: Row | None, notes: dict[str, str]) -> str:
     return number(row["median_us"]) + ("~" if row["noisy"] else "")
 
 
+def _graph_cell(row: Row | None) -> str:
+    us = row.get("graph_us") if row and row["correct"] else None
+    return "-" if us is None else number(us)
+
+
 def subject(rows: Sequence[Row]) -> str:
     """The provider whose GB/s, fraction and ratio the table shows: the first but the baseline."""
     found = columns(rows)
@@ -67,7 +72,9 @@ def table(rows: Sequence[Row]) -> str:
     reasons = [r["reason"] for r in rows if r["reason"] and r["provider"] in shown]
     notes = {text: f"[{i}]" for i, text in enumerate(dict.fromkeys(reasons), 1)}
     names = ["shape", "dtype", "layout", "op", "pass", "cache", *(f"{p}, us" for p in shown)]
-    lines = [[*names, "copy, us", "GB/s", "% of copy", "ratio"]]
+    in_graphs = any(r.get("graph_us") for r in rows)
+    last = [*(f"{p}, graph us" for p in shown), "graph ratio"] if in_graphs else []
+    lines = [[*names, "copy, us", "GB/s", "% of copy", "ratio", *last]]
     for key, found in cases.items():
         shape, _, cache, dtype, layout, op, pass_ = key
         copy, mine = found.get(COPY), found.get(chosen)
@@ -81,6 +88,10 @@ def table(rows: Sequence[Row]) -> str:
             line.append(ratio + ("~" if mine["noisy"] else ""))
         else:
             line += ["-"] * 3
+        if in_graphs:
+            line += [_graph_cell(found.get(p)) for p in shown]
+            short = mine and mine.get("graph_ratio")
+            line.append(f"{short:.2f}" if short else "-")
         lines.append(line)
     text = [*aligned(lines, left=6), "", f"GB/s, % of copy and ratio are {chosen}'s."]
     text += ["", *_means(rows, shown)]
@@ -123,6 +134,8 @@ def _legend(rows: Sequence[Row], notes: dict[str, str]) -> list[str]:
     if any(r["launch_gaps"] for r in rows):
         gaps = {case_key(r) for r in rows if r["launch_gaps"]}
         lines.append(f"in {len(gaps)} cases the host was too slow: gaps between launches are timed")
+    if any(r.get("graph_us") for r in rows):
+        lines.append("graph us: a call's share of a CUDA graph of many, warm whatever cache says")
     lines += [f"{mark} {text}" for text, mark in notes.items()]
     shown = columns(rows)
     absent: dict[str, str] = {}

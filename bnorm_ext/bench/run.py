@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine
+from . import graphs, machine
 from .cases import DTYPES, Case, bytes_floor, ceiling, ceiling_bytes
 from .correct import CHECKED, Inputs, Results, make_inputs, reference, wrong
 from .measure import CpuTimer, CudaTimer, Sampled, Stats, Timer, Work, sample, within_noise
@@ -21,6 +21,8 @@ from .options import first_line
 from .providers import BASELINE, Layer, Provider, Unavailable
 
 COPY = "copy"  #: the name of the copy ceiling, in place of a provider's
+SHORT_SHARE = 0.25  #: of the seconds of a case: so many more, where its calls are timed in graphs
+NOT_GRAPHED = graphs.Graphed()
 Row = dict[str, Any]
 
 
@@ -82,7 +84,7 @@ def work(provider: Provider, case: Case, i: Inputs) -> Work:
     """The call that is timed."""
     layer = provider.layer(case, i)
     x, r = _leaves(i, gradients=case.training)
-    given = x
+    given, repeats = x, not layer.consumes_input
 
     def refresh() -> None:
         nonlocal given
@@ -94,16 +96,16 @@ def work(provider: Provider, case: Case, i: Inputs) -> Work:
             with torch.no_grad():
                 return layer.forward(given, r)
 
-        return Work(provider.name, inference, refresh)
+        return Work(provider.name, inference, refresh, repeats)
     if case.pass_ == "fwd":
-        return Work(provider.name, lambda: layer.forward(given, r), refresh)
+        return Work(provider.name, lambda: layer.forward(given, r), refresh, repeats)
     if case.pass_ == "fwd+bwd":
 
         def step() -> tuple[Tensor, Any]:
             y = layer.forward(given, r)
             return y, _gradients(layer, y, x, r, i.dy, False)
 
-        return Work(provider.name, step, refresh)
+        return Work(provider.name, step, refresh, repeats)
     y = layer.forward(_given(layer, x), r)
 
     def again() -> None:
@@ -111,7 +113,7 @@ def work(provider: Provider, case: Case, i: Inputs) -> Work:
         if layer.consumes_input:  # then backward overwrites what forward has saved
             y = layer.forward(_given(layer, x), r)
 
-    return Work(provider.name, lambda: _gradients(layer, y, x, r, i.dy, True), again)
+    return Work(provider.name, lambda: _gradients(layer, y, x, r, i.dy, True), again, repeats)
 
 
 def copy_work(case: Case, i: Inputs) -> Work:
@@ -142,6 +144,7 @@ def make_row(
     verdict: Verdict,
     sampled: Sampled,
     base: Stats | None,
+    graphed: graphs.Graphed = NOT_GRAPHED,
 ) -> Row:
     """One row of the results. `base`: the times of the baseline; None if its results are wrong."""
     stats, copy = sampled.stats.get(provider), sampled.stats.get(COPY)
@@ -162,6 +165,8 @@ def make_row(
         **dict.fromkeys(("ratio", "noisy", "first_half_us", "second_half_us", "rounds")),
         "page_faults": sampled.faults.get(provider),
         "launch_gaps": sampled.gaps,
+        **dict.fromkeys(("graph_us", "graph_p10_us", "graph_p90_us", "graph_ratio")),
+        "graph_reason": graphed.reasons.get(provider),
         "count": case.count,
         "layer": case.layer,
     }
@@ -179,8 +184,15 @@ def make_row(
     }
     if copy is not None:
         row["copy_fraction"] = _round(gbps / (ceiling_bytes(case) / copy.median / 1e3))
+    short = graphed.stats.get(provider)
+    if short is not None:
+        times = {"": short.median, "_p10": short.p10, "_p90": short.p90}
+        row |= {f"graph{name}_us": _round(us, 6) for name, us in times.items()}
     if verdict.correct:
         row |= compared(stats, base, provider)
+        short_base = graphed.stats.get(BASELINE)
+        if base is not None and short is not None and short_base is not None:
+            row["graph_ratio"] = _round(short_base.median / short.median)
     return row
 
 
@@ -219,25 +231,41 @@ def measure(
             members = list(group)
             inputs, verdicts = _gated(members, providers, device)
             for case in members:
-                works = [copy_work(case, inputs)]
-                for p in providers:
-                    key = case.pass_, p.name
-                    if verdicts[key].correct is None:
-                        continue
-                    try:
-                        works.append(_tried(work(p, case, inputs)))
-                    except Exception as why:  # it may fail although the gate has passed
-                        verdicts[key] = Verdict(None, first_line(why))
-                timed = sample(works, timer, (end - time.perf_counter()) / left)
+                share = (end - time.perf_counter()) / left
+                with graphs.own_stream(device):
+                    timed, graphed = _timed(case, inputs, providers, verdicts, timer, share, device)
                 left -= 1
                 right = verdicts.get((case.pass_, BASELINE), Verdict(None)).correct
                 base = timed.stats.get(BASELINE) if right else None
-                rows = [make_row(case, where, COPY, Verdict(None), timed, base)]
+                rows = [make_row(case, where, COPY, Verdict(None), timed, base, graphed)]
                 for p in providers:
                     said = verdicts[case.pass_, p.name]
-                    rows.append(make_row(case, where, p.name, said, timed, base))
-                del works
+                    rows.append(make_row(case, where, p.name, said, timed, base, graphed))
                 yield case, rows
+
+
+def _timed(
+    case: Case,
+    inputs: Inputs,
+    providers: Sequence[Provider],
+    verdicts: dict[tuple[str, str], Verdict],
+    timer: Timer,
+    seconds: float,
+    device: torch.device,
+) -> tuple[Sampled, graphs.Graphed]:
+    """The times of the copy and of the providers that the gate lets through. One that fails here
+    gets another verdict."""
+    works = [copy_work(case, inputs)]
+    for p in providers:
+        key = case.pass_, p.name
+        if verdicts[key].correct is None:
+            continue
+        try:
+            works.append(_tried(work(p, case, inputs)))
+        except Exception as why:  # it may fail although the gate has passed
+            verdicts[key] = Verdict(None, first_line(why))
+    timed = sample(works, timer, seconds)
+    return timed, graphs.sample_short(works, timed.stats, device, SHORT_SHARE * seconds)
 
 
 def _tried(w: Work) -> Work:

@@ -3,9 +3,12 @@
 Variants: native (nn.BatchNorm2d), converted (bnorm_ext.convert_batchnorm), fused (activation and
 addition taken into it too). All start from the same weights and take the same step in turn, so
 that whatever else the machine does slows all alike. images/s: batch over the median step. Peak
-memory: what tensors hold in one step, over what was there before it. Share: of batch norm (and what
-is fused with it) in the time of the operators of one profiled step, forward and backward; on CUDA,
-of kernels.
+memory: what tensors hold in one step, over what was there before it. Batch norm: its own time (and
+that of what is fused with it) in the operators of one profiled step, forward and backward, and its
+share; on CUDA, of kernels. Faults: minor page faults of the process in a step.
+
+With --processes N, each variant runs N times in a process of its own. The processes alternate, and
+the ratios are those of processes of the same round: medians and quartiles.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +31,7 @@ from torch.nn import functional as F
 
 import bnorm_ext
 
-from . import machine, nets, report
+from . import clocks, machine, nets, processes, report
 from .measure import Stats, describe, within_noise
 from .options import (
     DAY,
@@ -39,7 +44,7 @@ from .options import (
     threads,
     whole,
 )
-from .profiled import peak_bytes, share
+from .profiled import peak_bytes, times
 from .providers import Unavailable
 
 WARM_UP, MIN_STEPS = 2, 5
@@ -70,6 +75,8 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     share: float | None = None
+    batch_norm_us: float | None = None
+    faults: list[int] = field(default_factory=list)  # page faults of each timed step
 
 
 def make_step(
@@ -104,7 +111,8 @@ def warm_up(runs: list[Run], device: torch.device, reasons: dict[str, str]) -> N
             for _ in range(WARM_UP):
                 run.step()
             run.peak_bytes = peak_bytes(run.step, device)
-            run.share = share(run.step, device)
+            mine, everything = times(run.step, device)
+            run.batch_norm_us, run.share = mine, mine / everything if everything else 0.0
             print(f"{run.name}: warmed up", file=sys.stderr)
         except Exception as why:  # no compiler, not enough memory, ...
             reasons[run.name] = first_line(why)
@@ -117,9 +125,11 @@ def measure(runs: Sequence[Run], seconds: float) -> None:
     while len(runs[0].seconds) < MIN_STEPS or time.perf_counter() < end:
         # The order alternates, so that no run is always first.
         for run in runs if len(runs[0].seconds) % 2 == 0 else list(reversed(runs)):
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             start = time.perf_counter()
             run.step()
             run.seconds.append(time.perf_counter() - start)
+            run.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
 
 
 def rows(
@@ -146,8 +156,12 @@ def rows(
                 "ratio": round(base.median / s.median, 4) if base else None,
                 "noisy": within_noise(s, base) if base and s is not base else None,
                 "peak_bytes": run.peak_bytes,
+                "faults_per_step": statistics.median(run.faults),
                 # Unknown after compiling: batch norm is in one kernel with its neighbours.
                 "batch_norm_share": None if compiled or run.share is None else round(run.share, 4),
+                "batch_norm_us": None
+                if compiled or run.batch_norm_us is None
+                else round(run.batch_norm_us, 1),
                 "reason": None,
             }
         )
@@ -187,6 +201,8 @@ def parser(command: str) -> Parser:
     add("--threads", type=threads, metavar="K", help="of the CPU; default: torch's")
     add("--time-budget", type=positive(DAY), default=60.0, metavar="SECONDS",
         help="of timed steps; default: 60")  # fmt: skip
+    add("--processes", type=whole(1, 1000), metavar="N",
+        help="each variant in N processes of its own, each with the time budget")  # fmt: skip
     add("--json", type=Path, metavar="FILE")
     return p
 
@@ -197,6 +213,40 @@ def check(model: str, batch: int, size: int, device: torch.device) -> None:
     # A lower bound: input and output of each batch norm in float32.
     what = f"{model} with {batch} images of {size}x{size}"
     machine.check_memory(what, 2 * 4 * kept, device)
+
+
+def written(file: Path | None, header: dict[str, Any], found: Any, command: str) -> bool:
+    """Writes the results, if a file was asked for; False where that fails."""
+    if file is None:
+        return True
+    try:
+        report.write_json(file, header, found)
+    except OSError as error:  # such as a full disk: the table was printed already
+        print(f"{command}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def alternate(
+    o: Any, chosen: list[str], device: torch.device, batch: int, arguments: list[str], command: str
+) -> int:
+    """--processes: the same measurement in processes that alternate."""
+    passed = ["--model", o.model, "--device", device.type, "--batch", str(batch)]
+    passed += ["--size", str(o.size), "--time-budget", str(o.time_budget)]
+    passed += [] if o.threads is None else ["--threads", str(o.threads)]
+    switches = {"--amp": o.amp, "--channels-last": o.channels_last, "--compile": o.compile}
+    passed += [option for option, given in switches.items() if given]
+    found = processes.rounds(chosen, passed, o.processes)
+    interrupted = len(found) < o.processes or len(found[-1]) < len(chosen)
+    rows = processes.summary(chosen, found)
+    header = machine.header(device, command, arguments)
+    header |= {"model": o.model, "batch": batch, "size": o.size, "processes": o.processes}
+    header |= {"method": __doc__, "interrupted": interrupted, "rounds": found}
+    print(f"{o.model}, {batch} images of {o.size}x{o.size}\n{report.title(header)}\n")
+    print(processes.table(rows))
+    if not written(o.json, header, rows, command):
+        return 1
+    return 130 if interrupted else 0 if any(r["reason"] is None for r in rows) else 1
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:
@@ -212,6 +262,8 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         check(o.model, batch, o.size, device)
     except ValueError as error:
         p.error(str(error))
+    if o.processes is not None:
+        return alternate(o, chosen, device, batch, arguments, command)
     if o.threads is not None:
         torch.set_num_threads(o.threads)
     torch.manual_seed(0)
@@ -232,21 +284,22 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     try:
         warm_up(runs, device, reasons)
         if runs:
-            measure(runs, o.time_budget)
+            with clocks.sampling(device):
+                measure(runs, o.time_budget)
     except KeyboardInterrupt:
         interrupted = True
     found = rows(runs, reasons, batch, o.compile)
+    shown = f"{o.model} ({source}), {batch} images of {o.size}x{o.size}"
     header = machine.header(device, command, arguments)
     header |= {"model": o.model, "net_from": source, "batch": batch, "size": o.size}
     header |= {"method": __doc__, "interrupted": interrupted}
-    print(f"{o.model} ({source}), {batch} images of {o.size}x{o.size}\n{report.title(header)}\n")
+    clocks.record(header, device)
+    print(f"{shown}\n{report.title(header)}\n")
     print(table(found))
-    if o.json is not None:
-        try:
-            report.write_json(o.json, header, found)
-        except OSError as error:  # such as a full disk: the table was printed already
-            print(f"{command}: {error}", file=sys.stderr)
-            return 1
+    if line := clocks.sentence(header):
+        print(line)
+    if not written(o.json, header, found, command):
+        return 1
     return 130 if interrupted else 0 if runs else 1
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import _refusals
 from .._arguments import Arguments
 from .._compat import BatchNormBase
+from .._cuda import has_code, has_code_while_tracing
 from .._load import warn_without_cuda_kernels
-from .._ops import KERNEL_DEVICES
+from .._ops import ASKED_DEVICES, KERNEL_DEVICES
 from .._scalars import as_floats, counted, counts_apart
 from ..activations import Activation, check_residual, resolve
 from ..functional import raise_as_native
@@ -82,9 +83,7 @@ class _SyncMixin(_BatchNormActMixin):
         layer = self.layer_name or type(self).__name__
         tensors = (input, residual, weight, bias)
         epilogue = (named, negative_slope)
-        if input.device.type not in KERNEL_DEVICES:
-            if input.device.type == "cuda" and not torch.compiler.is_compiling():
-                warn_without_cuda_kernels()
+        if not _has_kernels(input):
             y = composite.training_step(*tensors, buffers, eps, *epilogue, layer, group)
         else:
             with torch.no_grad():
@@ -129,6 +128,17 @@ class _SyncMixin(_BatchNormActMixin):
             0.0,
             self.eps,
         )
+
+
+def _has_kernels(input: Tensor) -> bool:
+    kind, tracing = input.device.type, torch.compiler.is_compiling()
+    if kind not in KERNEL_DEVICES:
+        if kind == "cuda" and not tracing:
+            warn_without_cuda_kernels()
+        return False
+    if kind not in ASKED_DEVICES:
+        return True
+    return bool(has_code_while_tracing(input.device.index)) if tracing else has_code(input)
 
 
 def _check(

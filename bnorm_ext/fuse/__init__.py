@@ -1,10 +1,11 @@
 """Fusing batch norms with the additions and activations that follow them, by ``torch.fx``.
 
-The steps, and where they are: trace the modules (``trace.py``, ``tracer.py``, ``proxy.py``; what a
-forward changes: ``state.py``, ``watch.py``), find chains of batch norm, addition and activation in
-the graphs and replace them (``chains.py``, ``patterns.py``, ``shapes.py``, ``aliasing.py``,
-``call.py``), and make the modules run the graphs (``program.py``, ``guards.py``,
-``fused_module.py``).
+The steps, and where they are: trace the modules (``trace.py``, ``tracer.py``, ``proxy.py``), and
+see what their forwards change or ask for (``watch.py``, ``bytecode.py``, ``outside.py``,
+``process_state.py``, ``state.py``); find chains of batch norm, addition and activation in the
+graphs and replace them (``chains.py``, ``patterns.py``, ``shapes.py``, ``aliasing.py``,
+``call.py``); make the modules run the graphs (``program.py``, ``guards.py``, ``names.py``,
+``contents.py``, ``fused_module.py``).
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import convert
 from .._compat import AnyBatchNorm
 from .._compat.modules import children_of, is_compiled
+from .call import batch_norm_add_act
 from .chains import Fused, Refused, Unit, Usage, fuse_unit, may_do_more
 from .copying import copy_with_same_tensors
 from .fused_module import FusedModule, Fusion, be_undoable, run_graph, unfuse
 from .guards import make_guard
-from .leaves import has_forward, is_layer
+from .leaves import asks_for_exact_types, has_forward, is_layer
+from .names import Names, names_of
 from .program import Program
 from .trace import Traced, trace
 
@@ -47,7 +50,8 @@ class FusionReport:
     not_called: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.fused)} batch norms fused"]
+        count = len(self.fused)
+        lines = [f"{count} batch norm{'' if count == 1 else 's'} fused"]
         for name, act, residual in self.fused:
             parts = (["addition"] if residual else []) + ([act] if act != "identity" else [])
             lines.append(f"  {name}: with {' and '.join(parts)}")
@@ -85,19 +89,25 @@ def fuse_batchnorm_act(
     them; do that before you change the dtype or device of one. ``model`` itself is not changed.
 
     **What is not fused.** A module keeps its own forward, and only its children are fused, if the
-    forward cannot be traced, differs between training and evaluation, draws random numbers, changes
-    the module or something outside of it, switches gradients or modes, asks whether gradients or
-    autocast are on, enters autocast, checkpoints, handles exceptions, uses autograd functions, asks
-    for the type of its input, or takes optional arguments. A module with hooks is traced by itself.
-    A call with arguments that are neither tensors nor lists or tuples of them runs the module's own
-    forward. A chain is refused, and named in the report, if an intermediate value
-    has several users; a hook sees the batch norm or the activation; the addition broadcasts,
-    promotes, or writes into a tensor that may be used elsewhere; or the input of the batch norm is
-    changed in place before the addition.
+    forward cannot be traced, differs between training and evaluation, draws or seeds random
+    numbers, changes the module or something outside of it, switches gradients or modes, asks
+    whether gradients or autocast are on, enters autocast, checkpoints, handles exceptions, uses
+    autograd functions, asks for the type of its input or whether the result of a module is None,
+    reads the clock, environment or context variables, or takes optional arguments. A module with
+    hooks is traced by itself. A module whose forward asks for exact types (``type(child) is
+    Block``), and those in it, keep theirs and are not fused; such a model gets no method
+    ``unfuse``. A call with arguments that are neither tensors nor lists, tuples or dictionaries of
+    them runs the module's own forward. A chain is refused, and named in the report, if an
+    intermediate value has several users; a hook sees the batch norm or the activation; the addition
+    broadcasts, promotes, or writes into a tensor that may be used elsewhere; or the input of the
+    batch norm is changed in place before the addition.
 
-    **What is not seen.** A graph does not see that functions, classes or global variables which a
-    forward uses were replaced after fusing, nor environment variables, context variables and the
-    clock. Call ``unfuse`` and fuse again after such a change.
+    **What is not seen.** Functions, classes and constants that a forward reads from Python modules,
+    classes or enclosing functions may be replaced after fusing: the module's own forwards run
+    then. Some changes a graph does not see: of what only torch's own functions use; inside of
+    arrays, of objects without ``__dict__``, and of global objects that hold more than 100 values;
+    None as a result of a module whose forward has it from another function. Call ``unfuse`` and
+    fuse again after such a change.
 
     Shapes and dtypes are those of :class:`bnorm_ext.BatchNormAct1d`, ``2d`` and ``3d``; the method
     is that of Ioffe & Szegedy 2015, arXiv:1502.03167.
@@ -148,8 +158,10 @@ def fuse_batchnorm_act(
             program = Program(unit.graph, dict(unit.root.named_modules()))
             called = {path: index for index, path in enumerate(program.modules)}
             guard = make_guard(unit.root, guarded, called, traced.names)
+            guard.outside = _names_outside(unit, traced)
             run_graph(unit.root, Fusion(program, guard))
-    be_undoable(copied)
+    if not asks_for_exact_types(copied):
+        be_undoable(copied)
     named = {name for name, _ in refused}
     for cls, names in left.items():
         refused += [(name, may_do_more(cls)) for name in names if name not in named]
@@ -189,6 +201,21 @@ def _around(unit: Unit) -> set[str]:
     return {".".join(names[:end]) for names in parts for end in range(1, len(names))}
 
 
+def _names_outside(unit: Unit, traced: Traced) -> Names:
+    """What the code that the graph of ``unit`` stands for names outside of the modules."""
+    modules = [unit.root.get_submodule(path) for path in sorted(traced.inlined)]
+    ran = dict(traced.ran)
+    for node in unit.graph.nodes:
+        if node.target is batch_norm_add_act and len(node.args) > 4:  # with an activation
+            act = node.args[4]
+            if isinstance(act, fx.Node):
+                module = unit.root.get_submodule(str(act.target))
+                modules.append(module)
+                forward: Any = type(module).forward
+                ran[forward.__code__] = forward.__globals__
+    return names_of(ran, modules, traced.names)
+
+
 def _names(model: nn.Module) -> dict[int, list[str]]:
     """The names under which each module is registered, by id; those in a shared container count
     once."""
@@ -212,8 +239,13 @@ class _Units:
         self._seen: set[int] = set()
 
     def visit(
-        self, module: nn.Module, path: str, example_inputs: tuple[Any, ...] | None = None
+        self,
+        module: nn.Module,
+        path: str,
+        example_inputs: tuple[Any, ...] | None = None,
+        asking: str | None = None,
     ) -> None:
+        """``asking``: the path of a module around this one whose forward asks for exact types."""
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
@@ -223,7 +255,12 @@ class _Units:
             return
         traced = None
         if any(module.children()) and has_forward(module) and not is_layer(module):
-            traced = trace(module, self.kept)
+            if asking is None:
+                traced = trace(module, self.kept)
+            else:
+                self.kept[id(module)] = f"{asking} asks for exact types, which fusing would change"
+            if asks_for_exact_types(module):
+                asking = asking or path or "(root)"
         if id(module) in self.kept:
             self.not_traced.append((path or "(root)", self.kept[id(module)]))
         if traced is None:
@@ -234,4 +271,4 @@ class _Units:
             targets = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
             inside = [(target, module.get_submodule(target)) for target in targets]
         for name, child in inside:
-            self.visit(child, f"{path}.{name}".strip("."))
+            self.visit(child, f"{path}.{name}".strip("."), asking=asking)

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from .._compat.modules import change_class, has_global_module_hooks
 from .copying import copy_with_same_tensors
@@ -88,18 +89,17 @@ def _fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
     if hasattr(cls, "unfuse"):  # the model's own
         body["unfuse"] = cls.unfuse
     if runs_graph:
-        own_forward = cls.forward
 
-        @functools.wraps(own_forward)
+        @functools.wraps(cls.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             fusion = self.__dict__.get(_FUSION)
             if fusion is None or has_global_module_hooks() or _is_traced(args, kwargs):
-                return own_forward(self, *args, **kwargs)
+                return cls.forward(self, *args, **kwargs)
             if not _are_tensors(args) or not _are_tensors(kwargs.values()):
-                return own_forward(self, *args, **kwargs)
+                return cls.forward(self, *args, **kwargs)
             called: list[Any] = [None] * len(fusion.program.modules)
             if not fusion.guard.check(self, called):
-                return own_forward(self, *args, **kwargs)
+                return cls.forward(self, *args, **kwargs)
             return fusion.program.run(self, *called, *args, **kwargs)
 
         body["forward"] = forward
@@ -126,12 +126,18 @@ def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _are_tensors(values: Iterable[Any]) -> bool:
-    """Whether all are tensors, alone or in lists and tuples, as they were in tracing. A forward may
-    have asked whether one of them is None."""
-    return all(
-        isinstance(value, Tensor) or (type(value) in (list, tuple) and _are_tensors(value))
-        for value in values
-    )
+    """Whether all are tensors, alone or in lists, tuples and dictionaries, as they were in tracing.
+    A forward may have asked whether one of them is None."""
+    for value in values:
+        if isinstance(value, Tensor):
+            continue
+        kind = type(value)
+        if kind is list or kind is tuple:
+            if not _are_tensors(value):
+                return False
+        elif not (kind is dict and _are_tensors(value.values())):
+            return False
+    return True
 
 
 def run_graph(module: nn.Module, fusion: Fusion) -> None:
@@ -142,8 +148,9 @@ def run_graph(module: nn.Module, fusion: Fusion) -> None:
 
 def be_undoable(module: nn.Module) -> None:
     """Gives ``module`` the method ``unfuse``, if it has none."""
-    # The class of a GraphModule is made for that one object.
-    if not isinstance(module, FusedModule | torch.jit.ScriptModule | fx.GraphModule):
+    # The class of a GraphModule or of a parametrised module is made for that one object.
+    one_object = isinstance(module, fx.GraphModule) or parametrize.is_parametrized(module)
+    if not one_object and not isinstance(module, FusedModule | torch.jit.ScriptModule):
         change_class(module, fused_class(type(module), False))
 
 

@@ -1,8 +1,9 @@
 """Guards: whether modules are still what they were when their forwards became part of a graph.
 
 A graph does the work of several forwards. It is right as long as nothing that these forwards depend
-on has changed: the children of each module, the attributes that its forward reads, and that there
-are no hooks, which a call would run and a graph would not.
+on has changed: the children of each module, the attributes that its forward reads, the functions,
+classes and constants that it names, and that there are no hooks, which a call would run and a graph
+would not.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .._compat.modules import INTERNALS, children_of, is_hooked, tensors_of
+from .contents import ABSENT, BY_VALUE, contents
+from .names import Names
 from .watch import AS_TEXT
-
-_ABSENT = "(absent)"
-# Values of these types are compared by value, all others by identity.
-_SIMPLE = (bool, int, float, str, tuple)
 
 
 @dataclass
@@ -42,6 +41,7 @@ class Guard:
     traits: tuple[Any, ...] | None
     #: Whether the code asks for a module's mode: then all must be in the same one; of a root alone
     one_mode: bool
+    outside: Names | None = None  #: what the code names outside of the modules; of a root alone
 
     def check(self, module: nn.Module, called: list[Any]) -> bool:
         """Whether nothing has changed in ``module``. Puts the modules that the graph calls into
@@ -50,17 +50,19 @@ class Guard:
         children = children_of(module)
         if tuple(children) != self.children:
             return False
-        for name, value, contents in self.attributes:
-            now = state.get(name, _ABSENT)
-            if now is not value and not (type(now) in _SIMPLE and now == value):
+        for name, value, inside in self.attributes:
+            now = state.get(name, ABSENT)
+            if now is not value and not (type(now) in BY_VALUE and now == value):
                 return False
-            if contents is not None and _contents(now) != contents:
+            if inside is not None and contents(now) != inside:
                 return False
         if self.one_mode and any(m.training is not module.training for m in module.modules()):
             return False
         if _own_tensors(module) != self.tensors:
             return False
         if self.traits is not None and _traits(module) != self.traits:
+            return False
+        if self.outside is not None and not self.outside.unchanged():
             return False
         for name, index in self.called:
             called[index] = children[name]
@@ -69,30 +71,6 @@ class Guard:
             if type(child) is not guard.cls or is_hooked(child) or not guard.check(child, called):
                 return False
         return True
-
-
-def _contents(value: Any, depth: int = 4) -> Any:
-    """What a list, a dictionary or an object of somebody's class holds, to be compared by value;
-    None for anything else."""
-    if depth == 0 or isinstance(value, nn.Module | Tensor | type | types.ModuleType):
-        return None
-    if isinstance(value, list | tuple):
-        return tuple(_held(item, depth) for item in value)
-    if isinstance(value, dict):
-        return tuple((key, _held(item, depth)) for key, item in value.items())
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
-        return None
-    held = getattr(value, "__dict__", None)
-    return None if not held else _contents(dict(held), depth - 1)
-
-
-def _held(value: Any, depth: int) -> Any:
-    if type(value) in _SIMPLE and type(value) is not tuple:
-        return value
-    contents = _contents(value, depth - 1)
-    # What holds nothing that can be compared counts by what it is. Modules and tensors that are in
-    # a container are not copied with the identity that they had.
-    return type(value).__name__ if contents is None else contents
 
 
 _TRAITS = frozenset({"dtype", "device", "requires_grad"})
@@ -127,7 +105,7 @@ def make_guard(
     """
     state = vars(module)
     attributes = [
-        (name, state.get(name, _ABSENT), _contents(state.get(name)))
+        (name, state.get(name, ABSENT), contents(state.get(name)))
         for name in sorted({name.removeprefix(AS_TEXT) for name in names})
         if name not in INTERNALS
         and not name.startswith("__")

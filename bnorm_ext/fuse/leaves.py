@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
 from torch import fx, nn
 
 from .._compat.modules import has_own_call, hooks_of, is_compiled
 from ..modules import is_ours
+from .bytecode import asks_for_types, enclosing_cells, looked_up, references
+from .outside import is_library
+
+_MAX_FUNCTIONS = 300
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -26,3 +33,30 @@ def is_leaf(module: nn.Module) -> bool:
         or "forward" in vars(module)
         or has_own_call(type(module))
     )
+
+
+def asks_for_exact_types(module: nn.Module) -> bool:
+    """Whether the forward of the module, or a function or method that it names, asks for the exact
+    class of something. It might be that of a module inside."""
+    cls = type(module)
+    functions: list[Any] = [cls.forward]
+    seen: set[types.CodeType] = set()
+    while functions and len(seen) < _MAX_FUNCTIONS:
+        function = functions.pop()
+        function = getattr(function, "__wrapped__", function)
+        if not isinstance(function, types.FunctionType) or is_library(function.__module__):
+            continue
+        functions += [cell.cell_contents for _, cell in enclosing_cells(function)]
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            if code in seen:
+                continue
+            seen.add(code)
+            if asks_for_types(code):
+                return True
+            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+            functions += [getattr(cls, name, None) for name in code.co_names]
+            named = references(code, function.__globals__, {})
+            functions += [looked_up(holder, name) for holder, name in named]
+    return False

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from .._compat.modules import hooks_of
 from ..activations import MODULE_NAMES
+from .aliasing import is_torchs_function
 
 # How an addition is written, as in the keys of ``call.ADDITIONS``, with its operands left open.
 _ADD_FUNCTIONS: dict[Any, str] = {
@@ -74,6 +75,8 @@ def as_act(node: fx.Node, root: nn.Module, operand: fx.Node) -> Act | None:
             reason = f"the activation {node.target} has {hooks_of(module)}"
         elif "forward" in vars(module):
             reason = f"the forward of the activation {node.target} was replaced on the instance"
+        elif not is_torchs_function(type(module).forward):
+            reason = f"the forward of {type(module).__name__} was replaced"
         slope = getattr(module, "negative_slope", _DEFAULT_SLOPE)
     else:
         names = {"call_function": _FUNCTIONS, "call_method": _METHODS}.get(node.op, {})

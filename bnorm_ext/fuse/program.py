@@ -13,6 +13,9 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+#: Names that torch.fx defines for the code that it generates. An argument would hide them.
+CODE_NAMES = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"})
+
 _numbers = itertools.count()
 _OPERATORS = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))
 
@@ -76,8 +79,11 @@ def _with_modules(graph: fx.Graph, modules: tuple[str, ...]) -> fx.Graph:
     """``graph`` with its modules as additional inputs, before its own. Looking them up by name
     would cost as much host time as a small layer."""
     made = fx.Graph()
+    inputs = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
     # Numbered, because the name of a module need not be a Python identifier.
-    place = {path: made.placeholder(f"module_{i}") for i, path in enumerate(modules)}
+    free = (name for i in itertools.count() if (name := f"module_{i}") not in inputs)
+    names = itertools.islice(free, len(modules))
+    place = {path: made.placeholder(name) for path, name in zip(modules, names, strict=True)}
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.target not in place or node.op not in ("call_module", "get_attr"):

@@ -18,8 +18,11 @@ _OWN_NAMES = ("tracer", "node", "root", "attr", "_node")
 _KNOWN_ATTRIBUTES = frozenset({*dir(Tensor), *dir(list), *dir(dict)})
 
 
-class Unfit(Exception):
-    """A forward does something that a graph cannot reproduce; the text says what."""
+class Unfit(BaseException):
+    """A forward does something that a graph cannot reproduce; the text says what.
+
+    No ``Exception``, so that hardly any forward handles it and goes on: a side effect that follows
+    might not be noticed."""
 
 
 def _asked_by_torch() -> bool:

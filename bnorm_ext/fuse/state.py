@@ -1,9 +1,4 @@
-"""Detecting, and undoing, what a forward has changed besides computing its result.
-
-A forward may count its calls, keep its input, or append to a list of the Python module that defines
-it. A graph would do none of that, so such a forward must not become part of a graph. Tracing has to
-run it to find out; what the run has changed outside of the traced copy is restored here.
-"""
+"""Values of any kind, before and after a forward ran: whether they changed, and undoing it."""
 
 from __future__ import annotations
 
@@ -12,22 +7,14 @@ import copy
 import random
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Packages whose functions and classes are not searched, because they hold no state of one model.
-_LIBRARIES = frozenset({"torch", "torchvision", "numpy", "bnorm_ext", *sys.stdlib_module_names})
-_MAX_FUNCTIONS = 300
-_MUTABLE = (list, dict, set, bytearray, collections.deque)
-_ABSENT: Any = object()
-
-
-def _is_library(name: str | None) -> bool:
-    # __main__ is a user's script, although it is a name of the standard library too.
-    return name is not None and name != "__main__" and name.split(".")[0] in _LIBRARIES
+_CONTAINERS = (list, dict, set, bytearray, collections.deque)
+_IMMUTABLE = (tuple, frozenset, bytes, str, types.FunctionType, type, types.ModuleType)
 
 
 def is_array(value: Any) -> bool:
@@ -82,7 +69,7 @@ def _same(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[int, int]]) -
             mine = {k: v for k, v in mine.items() if k not in ignored}
             theirs = {k: v for k, v in theirs.items() if k not in ignored}
         return _same(mine, theirs, ignored, seen)
-    if isinstance(a, (*_MUTABLE, tuple)):
+    if isinstance(a, (*_CONTAINERS, tuple)):
         return True
     return _same_by_pickling(a, b, ignored, seen)
 
@@ -112,127 +99,114 @@ def _same_by_pickling(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[i
     return _same(lists(mine), lists(theirs), ignored, seen)
 
 
-class Outside:
-    """The state that the code of a model can reach outside of the model: globals of Python modules,
-    attributes of classes, variables in closures. A copy of the model shares it with the model."""
+class Snapshot:
+    """A value, and what it and everything in it was like at first."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._cells: list[tuple[types.CellType, Any, Any]] = []  # cell, value, copy of the value
-        self._names: list[tuple[Any, str, Any, Any]] = []  # holder, name, value, copy of the value
-        self._seen: set[int] = set()
-        self._left = _MAX_FUNCTIONS
-        for cls in {type(module) for module in model.modules()}:
-            self._visit_class(cls)
-
-    def _visit_class(self, cls: type) -> None:
-        for base in cls.__mro__:
-            if id(base) in self._seen or _is_library(base.__module__):
-                continue
-            self._seen.add(id(base))
-            for name, value in list(vars(base).items()):
-                if isinstance(value, staticmethod | classmethod):
-                    value = value.__func__
-                if isinstance(value, property):
-                    value = value.fget
-                if isinstance(value, types.FunctionType):
-                    self._visit_function(value)
-                elif not name.startswith("__"):
-                    self._keep(base, name, value)
-
-    def _visit_function(self, function: types.FunctionType) -> None:
-        if id(function) in self._seen or self._left == 0 or _is_library(function.__module__):
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.then = value
+        #: Pairs of the objects in the value and their copies.
+        self.pairs: list[tuple[Any, Any]] = []
+        memo: dict[int, Any] = {}
+        try:
+            self.then = copy.deepcopy(value, memo)
+        except Exception:  # something in it cannot be copied: changes inside of that are not seen
+            if isinstance(value, _CONTAINERS):
+                self.then = copy.copy(value)
+                self.pairs = [(value, self.then)]
             return
-        self._seen.add(id(function))
-        self._left -= 1
-        names = set(_names(function.__code__))
-        for name in sorted(names & function.__globals__.keys()):
-            self._visit(function.__globals__, name, function.__globals__[name], names)
-        for cell in function.__closure__ or ():
-            try:
-                value = cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
-            if isinstance(value, types.FunctionType):
-                self._visit_function(value)
-            elif not isinstance(value, type | nn.Module):
-                self._cells.append((cell, value, _copied(value)))
-        for value in function.__defaults__ or ():
-            if isinstance(value, _MUTABLE) or is_array(value):
-                self._names.append((None, "", value, _copied(value)))
+        kept = memo.get(id(memo), ())  # deepcopy keeps the originals alive in there
+        self.pairs = [(held, memo[id(held)]) for held in kept if id(held) in memo]
 
-    def _visit(self, holder: Any, name: str, value: Any, names: set[str]) -> None:
-        if isinstance(value, types.FunctionType):
-            self._visit_function(value)
-        elif isinstance(value, type):
-            self._visit_class(value)
-        elif isinstance(value, types.ModuleType):
-            if id(value) not in self._seen and not _is_library(value.__name__):
-                self._seen.add(id(value))
-                for inner in sorted(names & vars(value).keys()):
-                    self._visit(vars(value), inner, vars(value)[inner], names)
-        else:
-            self._keep(holder, name, value)
+    def changed(self) -> bool:
+        return not same(self.value, self.then)
 
-    def _keep(self, holder: Any, name: str, value: Any) -> None:
-        self._names.append((holder, name, value, _copied(value)))
+    def put_back(self) -> Any:
+        """Gives all objects in the value their contents back, in place. What cannot be changed in
+        place, such as an iterator, is replaced by its copy.
 
-    def restore(self) -> list[str]:
-        """Restores what has changed; returns the names of it."""
-        changed = []
-        for cell, value, then in self._cells:
-            if cell.cell_contents is not value:
-                cell.cell_contents = value
-                changed.append("a variable of an enclosing function")
-            if not same(value, then):
-                _put_back(value, then)
-                changed.append("a variable of an enclosing function")
-        for holder, name, value, then in self._names:
-            now = value if holder is None else _held(holder, name)
-            if now is not value:
-                changed.append(name)
-                if isinstance(holder, dict):
-                    holder[name] = value
-                else:
-                    setattr(holder, name, value)
-            if not same(value, then):
-                _put_back(value, then)
-                changed.append(name or "a default argument")
-        return changed
+        Returns:
+            The value, or its copy.
+        """
+        originals = {id(then): now for now, then in self.pairs if _has_contents(now)}
+
+        def original(then: Any) -> Any:
+            return originals.get(id(then), then)
+
+        for now, then in self.pairs:
+            _put_back(now, then, original)
+        if id(self.then) in originals or self.then is self.value:
+            return self.value
+        return copy.deepcopy(self.then)  # of which the forward may change another one
 
 
-def _held(holder: Any, name: str) -> Any:
-    return (holder if isinstance(holder, dict) else vars(holder)).get(name, _ABSENT)
+def _slots(value: Any) -> Iterator[str]:
+    for cls in type(value).__mro__:
+        names = vars(cls).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__"):
+                hidden = name.startswith("__") and not name.endswith("__")
+                yield f"_{cls.__name__.lstrip('_')}{name}" if hidden else name
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+def _numpys(value: Any, name: str) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, getattr(numpy.random, name))
 
 
-def _copied(value: Any) -> Any:
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # it cannot be copied: changes inside of it are not seen
-        return value
+def _has_contents(value: Any) -> bool:
+    """Whether ``_put_back`` can change the value, or there is nothing of its own to change."""
+    kinds = (*_CONTAINERS, *_IMMUTABLE, Tensor, torch.Generator, random.Random)
+    return (
+        isinstance(value, kinds)
+        or is_array(value)
+        or _numpys(value, "Generator")  # it holds a BitGenerator
+        or _numpys(value, "BitGenerator")
+        or _numpys(value, "RandomState")
+        or hasattr(value, "__dict__")
+        or any(True for _ in _slots(value))
+    )
 
 
-def _put_back(value: Any, then: Any) -> None:
-    """Gives ``value`` the contents of its copy ``then``, in place."""
-    if isinstance(value, list | bytearray):
-        value[:] = then
-    elif isinstance(value, dict | set):
-        value.clear()
-        value.update(then)
-    elif isinstance(value, collections.deque):
-        value.clear()
-        value.extend(then)
-    elif is_array(value):
-        value[...] = then
-    elif isinstance(value, Tensor):
-        with torch.no_grad():
-            value.copy_(then)
-    if hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
-        vars(value).clear()
-        vars(value).update(vars(then))
+def _put_back(now: Any, then: Any, original: Callable[[Any], Any]) -> None:
+    """Gives the object ``now`` the contents of its copy ``then``.
+
+    ``original``: the object of which something in ``then`` is a copy.
+    """
+    if isinstance(now, list):
+        now[:] = map(original, then)
+    elif isinstance(now, dict):
+        pairs = [(original(key), original(value)) for key, value in then.items()]
+        now.clear()
+        now.update(pairs)
+    elif isinstance(now, set):
+        now.clear()
+        now.update(map(original, then))
+    elif isinstance(now, collections.deque):
+        now.clear()
+        now.extend(map(original, then))
+    elif isinstance(now, bytearray):
+        now[:] = then
+    elif is_array(now):
+        now[...] = then
+    elif isinstance(now, Tensor):
+        if not _same_tensors(now, then):
+            with torch.no_grad():
+                now.copy_(then)
+    elif isinstance(now, torch.Generator):
+        now.set_state(then.get_state())
+    elif isinstance(now, random.Random):
+        now.setstate(then.getstate())
+    elif _numpys(now, "BitGenerator"):
+        now.state = then.state
+    elif _numpys(now, "RandomState"):
+        now.set_state(then.get_state())
+    if isinstance(now, _IMMUTABLE):
+        return
+    if hasattr(now, "__dict__"):
+        held = {key: original(value) for key, value in vars(then).items()}
+        vars(now).clear()
+        vars(now).update(held)
+    for name in _slots(now):
+        if hasattr(then, name):
+            object.__setattr__(now, name, original(getattr(then, name)))

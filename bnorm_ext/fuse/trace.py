@@ -16,23 +16,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from .._compat.modules import INTERNALS, children_of, why_uncaught
 from .compare import compare
 from .copying import copy_with_same_tensors
 from .leaves import is_leaf
-from .state import Outside, same
+from .names import Scopes
+from .outside import Outside
+from .program import CODE_NAMES
+from .proxy import Unfit
+from .state import same
 from .tracer import Tracer
 
 ResultT = TypeVar("ResultT")
 
 
 def _unfit_signature(module: nn.Module) -> str | None:
-    parameters = inspect.signature(type(module).forward).parameters.values()
+    _, *parameters = inspect.signature(type(module).forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return "its forward takes any number of arguments"
     names = [p.name for p in parameters if p.default is not p.empty]
+    taken = sorted(parameter.name for parameter in parameters if parameter.name in CODE_NAMES)
+    if taken:
+        return f"its forward has an argument {taken[0]}, a name that the graph's code uses"
     if not names:
         return None
     return f"its forward takes optional arguments ({', '.join(names)}), which tracing would decide"
@@ -44,6 +53,7 @@ class Traced:
 
     graph: fx.Graph
     names: frozenset[str]  #: all names in the code that ran, attribute names included
+    ran: Scopes  #: the code that ran, with its global variables
     inlined: frozenset[str]  #: paths of the modules whose forward is part of the graph
 
 
@@ -56,6 +66,9 @@ def trace(root: nn.Module, kept: dict[int, str]) -> Traced | None:
             here are added, ``root`` among them where the result is None.
     """
     reason = why_uncaught() or _unfit_signature(root)
+    if parametrize.is_parametrized(root):
+        # Removing the parametrisation looks for its class as the module's own.
+        reason = "it is parametrised (torch.nn.utils.parametrize), which replaces its class"
     if isinstance(root, fx.GraphModule):
         reason = "it is a graph of torch.fx: fuse the model that it was made from"
     if "forward" in vars(root):
@@ -116,7 +129,7 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
         tracer = Tracer(leaves, outside)
         try:
             tracer.trace(copied)
-        except Exception as error:
+        except (Exception, Unfit) as error:
             if not tracer.faults:
                 text = f"its forward cannot be traced: {_one_line(error)}"
                 unfit[tracer.culprit or copied] = text
@@ -133,10 +146,11 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
             break
     else:
         compare(traced[0].running[0], traced[1].running[0], {}, unfit)
-    names = frozenset().union(*(tracer.names for tracer in traced))
+    names = frozenset().union(*(tracer.seen.names for tracer in traced))
+    ran = {code: scope for tracer in traced for code, scope in tracer.seen.ran.items()}
     inlined = frozenset(tracer.submodule_paths[m] for m in tracer.running[0].modules())
     reasons = {original[module]: reason for module, reason in unfit.items()}
-    return Traced(tracer.graph, names, inlined), reasons
+    return Traced(tracer.graph, names, ran, inlined), reasons
 
 
 def _check_state(
@@ -146,6 +160,8 @@ def _check_state(
     that such an attribute refers to."""
     ran = {tracer.submodule_paths[module]: module for module in tracer.running[0].modules()}
     for module, before in original.items():
+        if isinstance(module, torch.jit.ScriptModule):  # its state is in C++
+            continue
         children, children_before = children_of(module), children_of(before)
         same_children = list(children) == list(children_before) and all(
             child is None or original.get(child) is children_before[name]

@@ -18,9 +18,12 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from .._compat.modules import catch_calls, release_calls
+from .bytecode import Questions, may_return_none
+from .leaves import is_layer
+from .outside import Outside
+from .process_state import DRAWS, RANDOM_FUNCTIONS, ProcessState
 from .proxy import Unfit, Value
-from .state import Outside
-from .watch import RANDOM_FUNCTIONS, NumpyRandom, watching
+from .watch import Seen, is_watched, unwatched, watching
 
 # The attributes and methods of a tensor that describe it without reading its values.
 _DESCRIBING = frozenset(
@@ -71,9 +74,9 @@ class Tracer(fx.Tracer):
     def __init__(self, leaves: set[nn.Module], outside: Outside) -> None:
         super().__init__()
         self.outside = outside
-        self.numpy_random = NumpyRandom()
+        self.process = ProcessState()
         self.leaves = leaves  # the modules that the graph calls
-        self.names: set[str] = set()  # all names in the code that ran
+        self.seen = Seen()
         self.faults: dict[nn.Module, str] = {}  # the first fault of each module, as text
         self.culprit: nn.Module | None = None  # the innermost module whose forward raised
         self.running: list[Call] = []  # the stack of forwards, outermost first
@@ -90,21 +93,77 @@ class Tracer(fx.Tracer):
         self.tensor_attrs = {}
         self.running = [Call(root)]
         forward, args = self.create_args_for_root(type(root).forward, True)
-        with self._calls_caught(root), _Tensors(self), watching(self.fault, self.names):
-            self.running[0].result = forward(*args)
-            self._check_outside()
+        try:
+            with self._calls_caught(root), _Tensors(self), watching(self):
+                self.running[0].result = forward(*args)
+                self._check_outside()
+        finally:
+            # Where the forward raised, or ignored a fault.
+            left = self._restore(watched=not self.faults)
+            if left is not None and not self.faults:
+                self.faults[self.culprit or root] = f"its forward {left}"
+        for fault in self.faults.values():
+            raise Unfit(fault)
         self.create_node("output", "output", (self.create_arg(self.running[0].result),), {})
         for node in self.graph.nodes:
             node.type = None  # an annotation of the forward, which may not be picklable
         return self.graph
 
     def _check_outside(self) -> None:
-        drawn = self.numpy_random.was_used(self.names)
-        if drawn is not None:
-            raise self.fault(drawn)
+        watched = is_watched()
+        with unwatched():
+            did = self._restore(watched)
+        if did is not None:
+            raise self.fault(did)
+
+    def _restore(self, watched: bool) -> str | None:
+        """Restores what the forward has changed besides the module; returns what it did, as text.
+
+        ``watched``: whether the profiler hook was there all the time.
+        """
+        did = self.process.restore(self.seen.names, watched)
         changed = self.outside.restore()
         if changed:
-            raise self.fault(f"changes {changed[0]}, outside of the module")
+            did = did or f"changes {changed[0]}, outside of the module"
+        return did
+
+    def answers(self, asked: Questions, variables: dict[str, Any]) -> None:
+        """Refuses to decide of what class a value is, and whether the result of a module that the
+        graph calls is None."""
+        for name in asked.types:
+            if isinstance(variables.get(name), fx.Proxy):
+                raise self.fault("asks for the exact type of a value, which tracing would decide")
+        for name in asked.none:
+            value = variables.get(name)
+            if isinstance(value, fx.Proxy) and self._may_be_none(value.node):
+                raise self.fault(f"asks whether {name} is None, which tracing would decide")
+        events = self.running[-1].events
+        if asked.none_of_results and any(
+            isinstance(event, fx.Node) and self._may_be_none(event) for event in events
+        ):
+            raise self.fault("asks whether a result is None, which tracing would decide")
+
+    def _may_be_none(self, node: fx.Node) -> bool:
+        """Whether the value may be None, or may be made of one: the function that asks may have
+        gone on with it."""
+        nodes, seen = [node], set()
+        while nodes:
+            node = nodes.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node.op == "call_module":
+                module = self.root.get_submodule(str(node.target))
+                code = getattr(type(module).forward, "__code__", None)
+                if "forward" in vars(module) or code is None:
+                    return True
+                if not is_layer(module) and may_return_none(code):
+                    return True
+            elif node.op == "call_method" and node.target in ("get", "pop", "setdefault"):
+                return True  # of a dictionary
+            elif node.op in ("call_method", "call_function"):
+                nodes += node.all_input_nodes
+        return False
 
     @contextlib.contextmanager
     def _calls_caught(self, root: nn.Module) -> Iterator[None]:
@@ -198,7 +257,11 @@ class _Tensors(TorchFunctionMode):
         super().__init__()
         self.tracer = tracer
         root = tracer.root
-        self.own = {id(t) for t in (*root.parameters(), *root.buffers())}
+        own = [*root.parameters(), *root.buffers()]
+        for module in root.modules():  # results of autograd: the copy has the very same
+            held = [t for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
+            own += held
+        self.own = {id(tensor) for tensor in own}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -214,8 +277,8 @@ class _Tensors(TorchFunctionMode):
             if name == "__set__":
                 raise self.tracer.fault(f"assigns to the attribute {attribute} of a tensor")
             return getattr(self._value(args[0]), attribute)
-        if name in RANDOM_FUNCTIONS:
-            raise self.tracer.fault("draws random numbers that tracing would freeze")
+        if name.partition(".")[0] in RANDOM_FUNCTIONS:  # an operator's name is `rand.default`
+            raise self.tracer.fault(DRAWS)
         if name in _DESCRIBING:
             return func(*args, **kwargs)
         if any(id(tensor) in self.own for tensor in _tensors([args, kwargs])):

@@ -126,14 +126,15 @@ class GradientWriter {
   using Vector = Values<T, V::kWidth>;
   using Iterator = TileIterator<V::kWidth, V::kMapping>;
 
-  // mean_dy(k), proj_scale(k): of channel it.channel_of(k)
+  // mean_dy(k), proj_scale(k): of channel it.channel_of(k). evict_first: as Values::store
   template <typename Params, typename MeanDy, typename ProjScale>
   __device__ __forceinline__ GradientWriter(const Params& p, bool constant_statistics,
-                                            const Iterator& it, MeanDy mean_dy,
+                                            bool evict_first, const Iterator& it, MeanDy mean_dy,
                                             ProjScale proj_scale)
       : dx_(static_cast<T*>(p.dx)),
         dresidual_(static_cast<T*>(p.dresidual)),
         constant_statistics_(constant_statistics),
+        evict_first_(evict_first),
         mean_dy_(it.split_of_vector(), mean_dy),
         proj_scale_(it.split_of_vector(), proj_scale) {}
 
@@ -145,7 +146,7 @@ class GradientWriter {
     if (dresidual_ != nullptr) {
 #pragma unroll
       for (int v = 0; v < V::kWidth; ++v) rounded.set(v, g[v]);
-      rounded.store(dresidual_ + offset);
+      rounded.store(dresidual_ + offset, evict_first_);
     }
     if (dx_ == nullptr) return;
 #pragma unroll
@@ -157,13 +158,13 @@ class GradientWriter {
       }
       rounded.set(v, d * affines[k].scale);
     }
-    rounded.store(dx_ + offset);
+    rounded.store(dx_ + offset, evict_first_);
   }
 
  private:
   T* dx_;
   T* dresidual_;
-  bool constant_statistics_;
+  bool constant_statistics_, evict_first_;
   PerChannel<A, Iterator> mean_dy_, proj_scale_;
 };
 

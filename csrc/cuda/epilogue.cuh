@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "../activation.h"
 #include "affine.cuh"
+#include "reciprocal.cuh"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -62,7 +62,7 @@ __device__ __forceinline__ unsigned epilogue_forward(const EpilogueParams& e, bo
       if (is_piecewise(act.value) && with_bits) {
         mask_bits |= static_cast<unsigned>(passes_gradient(act.value, z[v])) << v;
       }
-      vec.set(v, activate(act.value, z[v], slope));
+      vec.set(v, activate<decltype(act)::value>(z[v], slope));
     }
   });
   return mask_bits;
@@ -91,7 +91,9 @@ __device__ __forceinline__ void epilogue_backward(const EpilogueParams& e, bool 
     z_of(affines, x, e.residual != nullptr, residual, g);
     with_activation(e.act, [&](auto act) {
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) g[v] = activation_backward(act.value, dy[v], g[v], slope);
+      for (int v = 0; v < kWidth; ++v) {
+        g[v] = activation_backward<decltype(act)::value>(dy[v], g[v], slope);
+      }
     });
   }
 }

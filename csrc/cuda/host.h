@@ -4,10 +4,10 @@
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "../epilogue.h"
+#include "device.h"
 #include "kernels.h"
 #include "semaphores.h"
 
@@ -18,23 +18,6 @@ using at::Tensor;
 
 inline cudaStream_t stream() {
   return c10::cuda::getCurrentCUDAStream();
-}
-
-// Of the current device. The driver answers from its cache.
-inline DeviceLimits limits() {
-  const int device = c10::cuda::current_device();
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
-    return value;
-  };
-  DeviceLimits limits;
-  limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  limits.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  limits.max_cluster = attribute(cudaDevAttrClusterLaunch) != 0 ? kLargestCluster : 1;
-  limits.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
-  return limits;
 }
 
 template <typename... Pointers>
@@ -49,14 +32,15 @@ class StagingMemory {
     if (plan.chunks == 1) return;
     const int64_t bytes = partials_of(plan) * static_cast<int64_t>(sizeof(Pair));
     partials_ = at::empty({bytes}, in.tensor.options().dtype(at::kByte));
-    semaphores_ = semaphores(plan.tiles, in.tensor.options());
-    staging_ = {static_cast<Pair*>(partials_.data_ptr()),
-                reinterpret_cast<unsigned*>(semaphores_.data_ptr<int32_t>())};
+    semaphores_ = SemaphoreMemory(plan.tiles, in.tensor.options());
+    staging_.partials = static_cast<Pair*>(partials_.data_ptr());
+    staging_.semaphores = semaphores_.words();
   }
   const Staging& operator*() const { return staging_; }
 
  private:
-  Tensor partials_, semaphores_;
+  Tensor partials_;
+  SemaphoreMemory semaphores_;
   Staging staging_;
 };
 

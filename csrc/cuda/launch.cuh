@@ -5,7 +5,10 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <atomic>
+
 #include "params.h"
+#include "per_device.h"
 #include "platform.cuh"
 
 namespace bnorm_ext {
@@ -65,83 +68,95 @@ cudaError_t launch(void (*kernel)(Params), const Params& params, int64_t blocks,
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-constexpr int kSharedWithoutOptIn = 48 * 1024;
-constexpr int kPortableCluster = 8;  // blocks
-
-// The configuration of a launch of teams. Attributes of the kernel are set before every launch:
-// caching that they are set would need one cache per CUDA context.
-class TeamLaunch {
+// A kernel whose blocks work in teams: its launches, and how many of them the device has room for.
+// One static object for each kernel.
+template <typename Params>
+class TeamKernel {
  public:
-  template <typename Params>
-  TeamLaunch(void (*kernel)(Params), Path path, int team, int shared_bytes, int64_t blocks) {
-    config_.gridDim = dim3(static_cast<unsigned>(blocks));
-    config_.blockDim = dim3(kThreads);
-    config_.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-    if (shared_bytes > kSharedWithoutOptIn) {
-      error_ =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    }
-    if (path == Path::Cluster) {
-      attribute_.id = cudaLaunchAttributeClusterDimension;
-      attribute_.val.clusterDim.x = static_cast<unsigned>(team);
-      attribute_.val.clusterDim.y = attribute_.val.clusterDim.z = 1;
-      if (team > kPortableCluster && error_ == cudaSuccess) {
-        error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-      }
-    } else if (path == Path::Grid) {
-      attribute_.id = cudaLaunchAttributeCooperative;
-      attribute_.val.cooperative = 1;
-    } else {
-      return;
-    }
-    config_.attrs = &attribute_;
-    config_.numAttrs = 1;
-  }
-  TeamLaunch(const TeamLaunch&) = delete;
-  TeamLaunch& operator=(const TeamLaunch&) = delete;
+  using Kernel = void (*)(Params);
+  explicit TeamKernel(Kernel kernel) : kernel_(kernel) {}
 
-  cudaError_t error() const { return error_; }
-  cudaLaunchConfig_t& config() { return config_; }
+  cudaError_t launch(const Params& params, cudaStream_t stream) {
+    const ResidentPlan& plan = params.plan;
+    if (plan.blocks() > INT32_MAX) return cudaErrorInvalidConfiguration;
+    int device = 0;
+    const cudaError_t error = prepare(&device);
+    if (error != cudaSuccess) return error;
+    Config config(plan.path, static_cast<int>(plan.tile_plan.chunks), plan.shared_bytes,
+                  plan.blocks());
+    config.launch.stream = stream;
+    return cudaLaunchKernelEx(&config.launch, kernel_, params);
+  }
+
+  // How many blocks, or clusters of `team` blocks, the current device holds at once; 0 where it
+  // cannot say.
+  int64_t co_resident(Path path, int team, int shared_bytes) {
+    int count = 0, device = 0, multiprocessors = 1;
+    cudaError_t error = prepare(&device);
+    if (error == cudaSuccess && path == Path::Cluster) {
+      const Config config(path, team, shared_bytes, team);
+      error = cudaOccupancyMaxActiveClusters(&count, kernel_, &config.launch);
+    } else if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel_, kThreads,
+                                                            static_cast<size_t>(shared_bytes));
+      if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      }
+    }
+    if (error == cudaSuccess) return int64_t{count} * multiprocessors;
+    cudaGetLastError();  // clears the error, which the next caller would see
+    return 0;
+  }
 
  private:
-  cudaError_t error_ = cudaSuccess;
-  cudaLaunchAttribute attribute_ = {};
-  cudaLaunchConfig_t config_ = {};
-};
+  struct Config {
+    cudaLaunchConfig_t launch = {};
+    cudaLaunchAttribute attribute = {};
 
-template <typename Params>
-cudaError_t launch_teams(void (*kernel)(Params), const Params& params, cudaStream_t stream) {
-  const ResidentPlan& plan = params.plan;
-  if (plan.blocks() > INT32_MAX) return cudaErrorInvalidConfiguration;
-  TeamLaunch launch(kernel, plan.path, static_cast<int>(plan.tile_plan.chunks), plan.shared_bytes,
-                    plan.blocks());
-  if (launch.error() != cudaSuccess) return launch.error();
-  launch.config().stream = stream;
-  return cudaLaunchKernelEx(&launch.config(), kernel, params);
-}
-
-// How many blocks of the kernel, or clusters of `team` blocks, the current device holds at once; 0
-// where it cannot say.
-template <typename Params>
-int64_t co_resident(void (*kernel)(Params), Path path, int team, int shared_bytes) {
-  TeamLaunch launch(kernel, path, team, shared_bytes, team);
-  int count = 0, device = 0, multiprocessors = 0;
-  cudaError_t error = launch.error();
-  if (error == cudaSuccess && path == Path::Cluster) {
-    error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config());
-    multiprocessors = 1;
-  } else if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, kThreads,
-                                                          static_cast<size_t>(shared_bytes));
-    if (error == cudaSuccess) error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    Config(Path path, int team, int shared_bytes, int64_t blocks) {
+      launch.gridDim = dim3(static_cast<unsigned>(blocks));
+      launch.blockDim = dim3(kThreads);
+      launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+      if (path == Path::Cluster) {
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = static_cast<unsigned>(team);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      } else if (path == Path::Grid) {
+        attribute.id = cudaLaunchAttributeCooperative;
+        attribute.val.cooperative = 1;
+      } else {
+        return;
+      }
+      launch.attrs = &attribute;
+      launch.numAttrs = 1;
     }
+    Config(const Config&) = delete;
+    Config& operator=(const Config&) = delete;
+  };
+
+  // Once on each device: lets the kernel have all the shared memory that a block can have, and
+  // clusters of more than the 8 blocks that every device grants. Always the most, never what a
+  // launch needs: the limits belong to the kernel, and other threads launch it meanwhile.
+  cudaError_t prepare(int* device) {
+    cudaError_t error = cudaGetDevice(device);
+    if (error != cudaSuccess || prepared_[*device].load(std::memory_order_acquire)) return error;
+    int shared_bytes = 0, clusters = 0;
+    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, *device);
+    if (error != cudaSuccess) return error;
+    error =
+        cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+    error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, *device);
+    if (error == cudaSuccess && clusters != 0) {
+      error = cudaFuncSetAttribute(kernel_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
+    if (error == cudaSuccess) prepared_[*device].store(true, std::memory_order_release);
+    return error;
   }
-  if (error == cudaSuccess) return int64_t{count} * multiprocessors;
-  cudaGetLastError();  // clears the error, which the next caller would see
-  return 0;
-}
+
+  Kernel kernel_;
+  std::atomic<bool> prepared_[kMostDevices] = {};
+};
 
 }  // namespace cuda
 }  // namespace bnorm_ext

@@ -43,15 +43,20 @@ constexpr int64_t kMostGroupedPositions = int64_t{1} << 26;
 enum class Mapping : int8_t { ChannelsFirst, ChannelsLast, ChannelGroups };
 
 struct DeviceLimits {
+  bool beside_collectives = false;  // whether kernels of collectives may run at the same time
   int multiprocessors = 1;
   int shared_per_multiprocessor = 0;  // bytes
   int shared_per_block = 0;           // bytes, if the kernel opts in
   int max_cluster = 1;                // blocks; 1: no clusters
   bool cooperative = false;           // whether there are cooperative launches
+  int l2_bytes = 0;                   // 0: unknown
 };
 
 struct TilePlan {
   Mapping mapping = Mapping::ChannelsFirst;
+  // Whether what is written gives way first in the L2: then the input of a second pass stays there
+  // that the first one read last. Where a tensor fits, the next operator finds the output instead.
+  bool evict_first = false;
   int width = 1;             // elements per access: 16 bytes' worth, or 1
   int columns = 1;           // a power of two, except in ChannelGroups
   int rows = kThreads;       // kThreads / columns
@@ -186,6 +191,8 @@ inline int64_t filling(const TilePlan& plan, int64_t blocks) {
 inline TilePlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
                               const DeviceLimits& device) {
   TilePlan plan = plan_tiles(shape, element_bytes, aligned);
+  plan.evict_first =
+      device.l2_bytes > 0 && shape.N * shape.C * shape.S > device.l2_bytes / element_bytes;
   // Several times as many blocks as are resident at once, so that little of the device is idle when
   // the last ones run.
   constexpr int kPerMultiprocessor = 32;

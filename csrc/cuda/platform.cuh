@@ -15,6 +15,8 @@
 
 #include <cstdint>
 
+// Beside each PTX instruction stands the guarantee of the PTX ISA that the kernels rely on.
+
 namespace bnorm_ext {
 namespace cuda {
 
@@ -40,6 +42,13 @@ __device__ __forceinline__ Shared<T> dynamic_shared(int byte_offset) {
 // again after it.
 __device__ __forceinline__ void forget_loads() {
   asm volatile("" ::: "memory");
+}
+
+// The same number, of which the compiler knows nothing: it and what is computed from it are computed
+// here, rather than earlier and kept in registers.
+__device__ __forceinline__ int computed_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // ---- Vector accesses to tensors ---------------------------------------------------------------
@@ -82,10 +91,57 @@ __device__ __forceinline__ void store_bytes(void* p, Bytes<kBytes> value) {
   }
 }
 
+// The same for what nobody reads soon: of the lines in the L2, these give way first. Guarantee: .cs
+// changes how a line is cached ("likely accessed once"), not what is stored.
+template <int kBytes>
+__device__ __forceinline__ void store_bytes_evict_first(void* p, Bytes<kBytes> value) {
+  if constexpr (kBytes == 16) {
+    __stcs(static_cast<uint4*>(p),
+           make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
+  } else if constexpr (kBytes == 8) {
+    __stcs(static_cast<uint2*>(p), make_uint2(value.word[0], value.word[1]));
+  } else if constexpr (kBytes == 4) {
+    __stcs(static_cast<unsigned*>(p), value.word[0]);
+  } else if constexpr (kBytes == 2) {
+    __stcs(static_cast<unsigned short*>(p), value.word[0]);
+  } else {
+    __stcs(static_cast<unsigned char*>(p), value.word[0]);
+  }
+}
+
+// ---- Arithmetic -------------------------------------------------------------------------------
+
+// 1 / d for 1 <= d <= 2, or NaN for NaN. Guarantee: rcp.approx is off by at most a unit in the last
+// place. .ftz flushes subnormal numbers, of which there are none here, and saves their handling.
+__host__ __device__ __forceinline__ float reciprocal_estimate(float d) {
+#if defined(__CUDA_ARCH__)
+  float estimate;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(d));
+  return estimate;
+#else
+  return 1.0f / d;  // for the compiler: the formulas of the activations are host functions too
+#endif
+}
+
+// ---- Synchronisation between blocks -----------------------------------------------------------
+
+// Reads a word that other blocks change by atomics. Guarantee: an acquire load that sees a value
+// which was written after a __threadfence orders all that came before that fence before all that
+// comes after this load, at the scope of the device; __syncthreads extends it to the other threads
+// of the block. It is not served from a stale line of the L1, so that a loop over it ends. Unlike
+// an atomic it writes nothing: blocks that wait do not queue behind each other in the L2.
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
 // ---- Asynchronous copies (sm_80 and newer) -----------------------------------------------------
 
 // Starts a copy of 16 bytes into shared memory; both addresses must be multiples of 16. This thread
 // may read the bytes after async_wait, the other threads of the block after a barrier that follows.
+// Guarantee: cp.async writes all 16 bytes before the wait_group of its group returns, and is a weak
+// access: nothing orders it before that. .cg leaves no copy in the L1.
 template <typename T>
 __device__ __forceinline__ void async_copy16(Shared<T> to, const void* from) {
 #if __CUDA_ARCH__ >= 800
@@ -96,14 +152,16 @@ __device__ __forceinline__ void async_copy16(Shared<T> to, const void* from) {
 #endif
 }
 
-// Closes the current group of this thread's copies.
+// Closes the current group of this thread's copies. Guarantee: the group has all copies that the
+// thread started since the last one, perhaps none.
 __device__ __forceinline__ void async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits until at most kPending of this thread's newest groups are still in flight.
+// Waits until at most kPending of this thread's newest groups are still in flight. Guarantee: the
+// groups before them are complete, and their writes are visible to this thread.
 template <int kPending>
 __device__ __forceinline__ void async_wait() {
 #if __CUDA_ARCH__ >= 800

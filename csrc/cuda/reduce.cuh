@@ -14,13 +14,25 @@ namespace cuda {
 
 static_assert(sizeof(Pair) == kPairBytes, "plan.h reserves room for these");
 
+// Where the sum of channel i of a tile lies in shared memory, counted in pairs. A warp serves eight
+// lanes at a time where they access 16 bytes each; their pairs fill the 32 banks once if the places
+// differ modulo 8. Lanes write channels k, kChannels + k, 2 * kChannels + k, ...: at their own places
+// all eight would take turns in the same banks. Lanes read neighbouring channels. Both have places
+// that differ where the index within kChannels is flipped by the number of the eight channels.
+template <int kChannels>
+__device__ __forceinline__ int sum_place(int i) {
+  static_assert((kChannels & (kChannels - 1)) == 0 && kChannels <= 8, "");
+  return i ^ (i >> 3 & (kChannels - 1));
+}
+
 // Sums value[k] over the rows of the block. Thread i < columns * kChannels returns the total of
 // channel i of the tile, the others return zeros. Every thread must call, and there must be a
 // barrier between two calls.
 template <int kChannels>
 __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns) {
-  const int t = static_cast<int>(threadIdx.x), lane = t % kWarp, warp = t / kWarp;
-  const Shared<Pair> of_warp = dynamic_shared<Pair>(0);  // [kWarps, columns * kChannels]
+  // Kept in a register from an earlier use on, it would make the statistics kernel spill.
+  const int t = computed_here(static_cast<int>(threadIdx.x)), lane = t % kWarp, warp = t / kWarp;
+  const Shared<Pair> of_warp = dynamic_shared<Pair>(0);  // [kWarps, columns * kChannels places]
   // Lanes of the same column are `columns` apart.
   for (int apart = kWarp / 2; apart >= columns; apart /= 2) {
 #pragma unroll
@@ -32,13 +44,15 @@ __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns)
   const int channels = columns * kChannels;
   if (lane < columns) {
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) of_warp[warp * channels + lane * kChannels + k] = value[k];
+    for (int k = 0; k < kChannels; ++k) {
+      of_warp[warp * channels + sum_place<kChannels>(lane * kChannels + k)] = value[k];
+    }
   }
   __syncthreads();
   Pair total = {0, 0};
   if (t < channels) {
     for (int w = 0; w < kWarps; ++w) {
-      const Pair part = of_warp[w * channels + t];
+      const Pair part = of_warp[w * channels + sum_place<kChannels>(t)];
       total.a += part.a;
       total.b += part.b;
     }

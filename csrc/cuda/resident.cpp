@@ -1,10 +1,14 @@
 #include "resident.h"
 
+#include <c10/cuda/CUDAFunctions.h>
+
 #include <cstdlib>
 #include <map>
 #include <mutex>
-#include <string>
+#include <string_view>
 #include <tuple>
+
+#include "../collectives.h"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -13,7 +17,7 @@ namespace {
 Wanted wanted_path() {
   const char* name = std::getenv("BNORM_EXT_CUDA_PATH");
   if (name == nullptr || *name == '\0') return {};
-  const std::string path = name;
+  const std::string_view path = name;
   if (path == "two_pass") return {false, Path::TwoPass};
   if (path == "block") return {false, Path::Block};
   if (path == "cluster") return {false, Path::Cluster};
@@ -25,27 +29,36 @@ Wanted wanted_path() {
 using CountBlocks = int64_t (*)(DType, const TilePlan&, Path, int, int);
 
 ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks count_blocks) {
-  const DeviceLimits device = limits();
   const Wanted wanted = wanted_path();
+  const bool beside = beside_collectives.load(std::memory_order_relaxed);
   const Shape& s = in.shape;
-  const auto key = std::make_tuple(static_cast<int>(c10::cuda::current_device()), tensors, s.N, s.C,
-                                   s.S, s.layout, in.dtype, is_aligned, wanted.any, wanted.path,
-                                   device.multiprocessors, device.shared_per_multiprocessor,
-                                   device.max_cluster, device.cooperative);
-  static std::map<decltype(key), ResidentPlan> kept;
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = kept.find(key);
-  if (found != kept.end()) return found->second;
+  // All that a plan depends on; the limits follow from the device.
+  const auto key =
+      std::make_tuple(s.N, s.C, s.S, s.layout, in.dtype, is_aligned, tensors, wanted.any,
+                      wanted.path, beside, static_cast<int>(c10::cuda::current_device()));
+  // Never destroyed: threads may still run at exit.
+  static auto* kept = new std::map<decltype(key), ResidentPlan>();
+  static auto* mutex = new std::mutex();
+  {
+    const std::lock_guard<std::mutex> lock(*mutex);
+    const auto found = kept->find(key);
+    if (found != kept->end()) return found->second;
+  }
+  DeviceLimits device = limits();
+  device.beside_collectives = beside;
+  // Without the lock: CUDA may have to load the kernel.
+  const ResidentPlan plan = plan_resident(
+      s, element_bytes(in), is_aligned, tensors, device,
+      [&](const TilePlan& tile_plan, Path path, int team, int shared_bytes) {
+        return count_blocks(in.dtype, tile_plan, path, team, shared_bytes);
+      },
+      wanted);
   // Bounded, because a program with varying batches makes new shapes all the time.
   constexpr size_t kMost = 4096;
-  if (kept.size() >= kMost) kept.clear();
-  return kept[key] = plan_resident(
-             s, element_bytes(in), is_aligned, tensors, device,
-             [&](const TilePlan& tile_plan, Path path, int team, int shared_bytes) {
-               return count_blocks(in.dtype, tile_plan, path, team, shared_bytes);
-             },
-             wanted);
+  const std::lock_guard<std::mutex> lock(*mutex);
+  if (kept->size() >= kMost) kept->clear();
+  (*kept)[key] = plan;
+  return plan;
 }
 
 }  // namespace
@@ -63,13 +76,13 @@ TeamMemory::TeamMemory(const ResidentPlan& plan, const Input& in, bool counts_ti
   if (teams > 0) {
     const int64_t pairs = 2 * plan.blocks() * channels_per_tile(plan.tile_plan);
     partials_ = at::empty({pairs * kPairBytes}, options.dtype(at::kByte));
-    phases_ = semaphores(teams, options, SemaphoreUse::Phases);
+    phases_ = SemaphoreMemory(teams, options, SemaphoreUse::Phases);
     staging_.partials = static_cast<Pair*>(partials_.data_ptr());
-    staging_.phases = reinterpret_cast<unsigned*>(phases_.data_ptr<int32_t>());
+    staging_.phases = phases_.words();
   }
   if (teams + counts_tiles == 0) return;
-  semaphores_ = semaphores(teams + counts_tiles, options);
-  staging_.semaphores = reinterpret_cast<unsigned*>(semaphores_.data_ptr<int32_t>());
+  semaphores_ = SemaphoreMemory(teams + counts_tiles, options);
+  staging_.semaphores = semaphores_.words();
   if (counts_tiles) tiles_done_ = staging_.semaphores + teams;
 }
 

@@ -20,7 +20,8 @@ class TeamMemory {
   unsigned* tiles_done() const { return tiles_done_; }
 
  private:
-  Tensor partials_, semaphores_, phases_;
+  Tensor partials_;
+  SemaphoreMemory semaphores_, phases_;
   Staging staging_;
   unsigned* tiles_done_ = nullptr;
 };

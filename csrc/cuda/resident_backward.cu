@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kThreads, kShares)
     // These two in registers; the constants of z are read from the table at each use, for which
     // this loop leaves enough shared memory bandwidth.
     const GradientWriter<V> gradients(
-        p, p.constant_statistics, start(), [&](int k) { return table.get(kMeanDy, k); },
+        p, p.constant_statistics, /*evict_first=*/false, start(),
+        [&](int k) { return table.get(kMeanDy, k); },
         [&](int k) { return table.get(kProjScale, k); });
     for_each([&](int, const A(&g)[V::kWidth], const Vector& x_vec,
                  int64_t at) { gradients.write(affines, g, x_vec, at); },
@@ -119,11 +120,17 @@ __global__ void __launch_bounds__(kThreads, kShares)
   if (p.plan.path == Path::Cluster) cluster_sync();
 }
 
+template <typename V>
+TeamKernel<ResidentBackwardParams>& team_kernel() {
+  static TeamKernel<ResidentBackwardParams> kernel(resident_backward_kernel<V>);
+  return kernel;
+}
+
 }  // namespace
 
 cudaError_t launch_resident_backward(const ResidentBackwardParams& p, cudaStream_t stream) {
   return with_variant<kWidestOnChip>(p.dtype, p.plan.tile_plan, [&](auto variant) {
-    return launch_teams(resident_backward_kernel<decltype(variant)>, p, stream);
+    return team_kernel<decltype(variant)>().launch(p, stream);
   });
 }
 
@@ -131,7 +138,7 @@ int64_t resident_backward_blocks(DType dtype, const TilePlan& tile_plan, Path pa
                                  int shared_bytes) {
   int64_t count = 0;
   with_variant<kWidestOnChip>(dtype, tile_plan, [&](auto variant) {
-    count = co_resident(resident_backward_kernel<decltype(variant)>, path, team, shared_bytes);
+    count = team_kernel<decltype(variant)>().co_resident(path, team, shared_bytes);
     return cudaSuccess;
   });
   return count;

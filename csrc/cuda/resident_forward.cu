@@ -195,11 +195,17 @@ __global__ void __launch_bounds__(kThreads, kShares)
   if (p.plan.path == Path::Cluster) cluster_sync();
 }
 
+template <typename V>
+TeamKernel<ResidentForwardParams>& team_kernel() {
+  static TeamKernel<ResidentForwardParams> kernel(resident_forward_kernel<V>);
+  return kernel;
+}
+
 }  // namespace
 
 cudaError_t launch_resident_forward(const ResidentForwardParams& p, cudaStream_t stream) {
   return with_variant<kWidestOnChip>(p.dtype, p.plan.tile_plan, [&](auto variant) {
-    return launch_teams(resident_forward_kernel<decltype(variant)>, p, stream);
+    return team_kernel<decltype(variant)>().launch(p, stream);
   });
 }
 
@@ -207,7 +213,7 @@ int64_t resident_forward_blocks(DType dtype, const TilePlan& tile_plan, Path pat
                                 int shared_bytes) {
   int64_t count = 0;
   with_variant<kWidestOnChip>(dtype, tile_plan, [&](auto variant) {
-    count = co_resident(resident_forward_kernel<decltype(variant)>, path, team, shared_bytes);
+    count = team_kernel<decltype(variant)>().co_resident(path, team, shared_bytes);
     return cudaSuccess;
   });
   return count;

@@ -9,7 +9,8 @@
 //   Cluster  a tile stays in the shared memory of a team of blocks, a thread block cluster, which
 //            exchange partial sums through it (sm_90 and newer)
 //   Grid     a tile stays in the shared memory of a team of blocks of a cooperative launch, which
-//            exchange partial sums through global memory; each team takes one tile after the other
+//            exchange partial sums through global memory; each team takes one tile after the other;
+//            not beside collectives
 #pragma once
 
 #include "plan.h"
@@ -141,6 +142,15 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
   }
   if (!device.cooperative || !wanted.may_be(Path::Grid)) {
     return refuse("a tile does not fit into the shared memory of a block or a cluster");
+  }
+  // A cooperative launch cannot end before all its blocks have started. While kernels of a
+  // collective hold multiprocessors, it waits for them; meanwhile they, and whatever the other
+  // ranks do after them, wait for it. Fewer blocks would not help for certain: the device spreads
+  // them over all multiprocessors, and how much of one a collective's block needs is not known.
+  if (device.beside_collectives && wanted.any) {
+    return refuse(
+        "a cooperative grid and the collectives of other processes would wait for each "
+        "other");
   }
   for (const int64_t share : shares) {
     const int64_t vectors =

@@ -79,6 +79,11 @@ struct Team {
         size(static_cast<int>(plan.tile_plan.chunks)) {}
 };
 
+// How long a block that waits for its team sleeps between two looks, in ns: a fraction of the time
+// that a barrier takes, so that the multiprocessor's other block has the issue slots meanwhile. Not
+// yet measured.
+constexpr unsigned kSleep = 64;
+
 // A barrier of all threads of a team's blocks, which must all be resident at once; orders their
 // accesses to global memory. The last block to arrive wraps the semaphore around to 0 and begins
 // the next phase, for which the others wait.
@@ -87,16 +92,15 @@ __device__ __forceinline__ void team_barrier(const Staging& staging, const Team&
   if (threadIdx.x == 0) {
     unsigned* phase = staging.phases + team.number;
     const unsigned highest = static_cast<unsigned>(team.size - 1);
-    const unsigned before = atomicAdd(phase, 0u);
+    const unsigned before = load_acquire(phase);
+    // The block's sums are out, and the phase is read, before it arrives and perhaps ends the phase.
     __threadfence();
     if (atomicInc(staging.semaphores + team.number, highest) == highest) {
       __threadfence();
       atomicAdd(phase, 1u);
     } else {
-      while (atomicAdd(phase, 0u) == before) {
-      }
+      while (load_acquire(phase) == before) __nanosleep(kSleep);
     }
-    __threadfence();
   }
   __syncthreads();
 }
@@ -114,10 +118,11 @@ __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
             t = static_cast<int>(threadIdx.x);
   if (plan.path == Path::Cluster) {
     const Shared<Pair> mine = dynamic_shared<Pair>(shared.team);
-    if (t < channels) mine[t] = own;
+    constexpr int kChannels = Iterator::kGrouped ? 1 : Iterator::kChannels;  // of a column
+    if (t < channels) mine[sum_place<kChannels>(t)] = own;
     cluster_sync();
     return sum_of_parts<Iterator>(team.size, plan.tile_plan, [&](int64_t rank, int i) -> Pair {
-      return in_block(mine, static_cast<unsigned>(rank))[i];
+      return in_block(mine, static_cast<unsigned>(rank))[sum_place<kChannels>(i)];
     });
   }
   // Two buffers in turn: a block may write the next round's sums while others read this round's.

@@ -92,8 +92,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
 //            means [C]; mask: mask.h
 // Mapping    plan.h, blocks in reverse order: what the reducing kernel read last is still in L2
 // Bytes      reads dy, x and the residual or, in its place, the mask; writes dx and dresidual, as
-//            asked for. Where the statistics are constants x is read for z alone, which neither a
-//            mask nor the identity needs.
+//            asked for, where plan.evict_first so that they do not drive dy and x out of the L2.
+//            Where the statistics are constants x is read for z alone, which neither a mask nor the
+//            identity needs.
 // Numerics   in the accumulation type, each result rounded once
 // Requires   a mask only with a piecewise linear act
 template <typename V>
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApp
   MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
   const AffineInRegisters<V> affines(p, it);
   const GradientWriter<V> gradients(
-      p, constant_statistics, it,
+      p, constant_statistics, p.plan.evict_first, it,
       [&](int k) -> A {
         return constant_statistics ? 0
                                    : load_one(static_cast<const A*>(p.mean_dy) + it.channel_of(k));

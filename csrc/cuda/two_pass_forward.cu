@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(kThreads, 2) statistics_kernel(StatisticsParam
 //            for, its bits are passes_gradient(act, z)
 // Shapes     x, y, residual [N, C, S] in one layout; statistics, weight and bias [C]; mask: mask.h
 // Mapping    plan.h, blocks in reverse order: what the statistics kernel read last is still in L2
-// Bytes      reads x and residual, writes y and the mask, an eighth of a byte per element
+// Bytes      reads x and residual, writes y (where plan.evict_first so that it does not drive x out
+//            of the L2) and the mask, an eighth of a byte per element
 // Numerics   in the accumulation type, rounded once
 // Requires   a mask only with a piecewise linear act
 template <typename V>
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_kernel(NormaliseParams 
       if (u >= valid) break;
       mask_bits |= epilogue_forward(p.epilogue, writes_mask, affines, vec[u], residual_vec[u])
                    << (u * kByteBits);
-      vec[u].store(y + at[u]);
+      vec[u].store(y + at[u], p.plan.evict_first);
     }
     if (writes_mask) mask.write(mask_bits, valid);
   };

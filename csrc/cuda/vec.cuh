@@ -25,7 +25,14 @@ class Values {
     bytes_ = {{all.x, all.y, all.z, all.w}};
   }
   __device__ __forceinline__ void take(const Bytes<kWidth * sizeof(T)>& all) { bytes_ = all; }
-  __device__ __forceinline__ void store(T* p) const { store_bytes<kWidth * sizeof(T)>(p, bytes_); }
+  // evict_first: what is stored gives way first in the L2
+  __device__ __forceinline__ void store(T* p, bool evict_first = false) const {
+    if (evict_first) {
+      store_bytes_evict_first<kWidth * sizeof(T)>(p, bytes_);
+    } else {
+      store_bytes<kWidth * sizeof(T)>(p, bytes_);
+    }
+  }
 
   __device__ __forceinline__ Acc<T> operator[](int v) const {
     if constexpr (kPacked) {

@@ -125,6 +125,32 @@ __global__ void spins(Params p) {
   }
 }
 
+// An acquire load, which needs no fence behind it, sees only what a fence has released.
+__device__ void wait_for_flag(Params p, bool release, bool acquire) {
+  if (threadIdx.x != 0 || blockIdx.x > 1) return;
+  if (blockIdx.x == 0) {
+    p.partial[0] = 1.0;
+    if (release) __threadfence();
+    atomicExch(p.semaphore, 1u);
+  } else {
+    while ((acquire ? bnorm_ext::cuda::load_acquire(p.semaphore) : atomicAdd(p.semaphore, 0u)) ==
+           0) {
+      __nanosleep(64);
+    }
+    const double v = p.partial[0];
+    static_cast<void>(v);
+  }
+}
+__global__ void acquired(Params p) {
+  wait_for_flag(p, true, true);
+}
+__global__ void acquired_but_not_released(Params p) {
+  wait_for_flag(p, false, true);
+}
+__global__ void released_but_not_acquired(Params p) {
+  wait_for_flag(p, true, false);
+}
+
 // ---- Asynchronous copies ----
 
 __global__ void missing_wait(Params p) {
@@ -213,6 +239,9 @@ void add_broken_order(std::vector<Case>& cases) {
   ADD(missing_grid_sync, cooperative);
   ADD(grid_sync_plain, {});
   ADD(spins, {});
+  ADD(acquired, cooperative);
+  ADD(acquired_but_not_released, cooperative);
+  ADD(released_but_not_acquired, cooperative);
   ADD(missing_wait, {});
   ADD(short_wait, {});
   ADD(wait_without_barrier, {});

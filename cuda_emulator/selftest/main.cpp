@@ -112,6 +112,7 @@ int main(int argc, char** argv) {
   add_broken_order(cases);
   add_broken_calls(cases);
   add_limits(cases);
+  add_profiles(cases);
   if (argc < 3) {
     for (const Case& c : cases) std::puts(c.name.c_str());
     std::printf("fibers: %s\n", emulator::fibers());

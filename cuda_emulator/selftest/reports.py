@@ -67,6 +67,14 @@ BROKEN = {
         r"threads run, but none of them gets anywhere; "
         r"block \(1,0,0\): thread 0 ready to run, threads 1-127 exited",
     ),
+    "acquired_but_not_released": (
+        "race",
+        rf"{of(0, 1)} reads 8 bytes at 'partials' \+0, which {of(0, 0)} wrote; nothing orders",
+    ),
+    "released_but_not_acquired": (
+        "race",
+        rf"{of(0, 1)} reads 8 bytes at 'partials' \+0, which {of(0, 0)} wrote; nothing orders",
+    ),
     "missing_wait": (
         "async",
         r"(block \(\d,0,0\) thread \(\d+,0,0\)) reads 4 bytes at shared memory \+\d+, "

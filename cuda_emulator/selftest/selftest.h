@@ -60,3 +60,4 @@ void add_exchanges(std::vector<Case>& cases);
 void add_broken_order(std::vector<Case>& cases);
 void add_broken_calls(std::vector<Case>& cases);
 void add_limits(std::vector<Case>& cases);
+void add_profiles(std::vector<Case>& cases);

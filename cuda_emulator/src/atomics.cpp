@@ -2,7 +2,8 @@
 //
 // A fence of thread A, an atomic of A on F, an atomic of B on F that sees it (directly or through a
 // chain of atomics on F), a fence of B: after its fence B knows what A knew at its own. An atomic
-// alone orders nothing.
+// alone orders nothing. An acquire load by B does for F what an atomic and a fence would do.
+#include <cstring>
 #include <unordered_map>
 
 #include "machine.h"
@@ -26,6 +27,13 @@ bool own_shared(Place place) {
 std::uintptr_t address_of(Place place) {
   return place.owner == nullptr ? place.at
                                 : reinterpret_cast<std::uintptr_t>(place.owner->shared) + place.at;
+}
+
+Flag& flag_of(Place place) {
+  Flag& flag = flags[address_of(place)];
+  const std::uint32_t generation = place.owner == nullptr ? 0 : place.owner->generation;
+  if (flag.generation != generation) flag = Flag{generation, nullptr};
+  return flag;
 }
 
 }  // namespace
@@ -61,13 +69,31 @@ void atomic_end(Place place, std::size_t bytes, bool wrote) {
   record(place.owner, place.at, bytes, Access::kAtomic, Epoch{self.key, self.clock},
          fence != nullptr ? fence->clock : 0);
 
-  Flag& flag = flags[address_of(place)];
-  const std::uint32_t generation = place.owner == nullptr ? 0 : place.owner->generation;
-  if (flag.generation != generation) flag = Flag{generation, nullptr};
+  Flag& flag = flag_of(place);
   auto& pending = own ? extra.pending_block : extra.pending;
   pending = join(pending, flag.released);
   if (wrote && fence != nullptr) flag.released = join(flag.released, as_known(*fence, self));
   ++self.clock;
+  yield();
+}
+
+unsigned load_acquire(const unsigned* p) {
+  unsigned value = 0;
+  const Place place{nullptr, reinterpret_cast<std::uintptr_t>(p)};
+  const void* memory = atomic_begin(place, sizeof(value));
+  if (memory == nullptr) return value;
+  std::memcpy(&value, memory, sizeof(value));
+  Thread& self = *current;
+  const auto& fence = self.more().fence;
+  record(nullptr, place.at, sizeof(value), Access::kAtomic, Epoch{self.key, self.clock},
+         fence != nullptr ? fence->clock : 0);
+  self.known = join(self.known, flag_of(place).released);
+  ++self.clock;
+  yield();
+  return value;
+}
+
+void sleep() {
   yield();
 }
 

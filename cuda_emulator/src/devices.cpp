@@ -1,7 +1,9 @@
 // Devices and their limits per compute capability, from the CUDA programming guide.
 #include <algorithm>
+#include <vector>
 
 #include "machine.h"
+#include "profile.h"
 #include "settings.h"
 
 namespace emulator {
@@ -10,6 +12,7 @@ namespace {
 
 constexpr int kKilo = 1024;
 const Device kDevices[] = {
+    {"sm_70", 7, 0, 96 * kKilo, 96 * kKilo, 0, 256, 2048, 32, 6144 * kKilo, false, false},
     {"sm_75", 7, 5, 64 * kKilo, 64 * kKilo, 0, 256, 1024, 16, 4096 * kKilo, false},
     {"sm_80", 8, 0, 164 * kKilo, 163 * kKilo, kKilo, 128, 2048, 32, 40960 * kKilo, false},
     {"sm_86", 8, 6, 100 * kKilo, 99 * kKilo, kKilo, 128, 1536, 16, 6144 * kKilo, false},
@@ -17,13 +20,42 @@ const Device kDevices[] = {
     {"sm_120", 12, 0, 100 * kKilo, 99 * kKilo, kKilo, 128, 1536, 24, 98304 * kKilo, true},
 };
 
+const Device* find_device(const std::string& name) {
+  for (const Device& device : kDevices) {
+    if (name == device.name) return &device;
+  }
+  return nullptr;
+}
+
 Settings fresh_settings() {
   Settings s;
-  s.device = &kDevices[1];
+  s.device = find_device("sm_80");
   return s;
 }
 
+// The devices that have a number, from 1 on.
+struct Numbered {
+  const Device* device;
+  int multiprocessors;
+};
+std::vector<Numbered>& numbered() {
+  static std::vector<Numbered> all;
+  return all;
+}
+bool is_numbered(int number) {
+  return number > 0 && number <= static_cast<int>(numbered().size());
+}
+
+std::vector<std::string>& call_lines() {
+  static std::vector<std::string> all;
+  return all;
+}
+
 }  // namespace
+
+void note_call(const std::string& line) {
+  call_lines().push_back(line);
+}
 
 Settings& settings() {
   static Settings current_settings = fresh_settings();
@@ -32,22 +64,50 @@ Settings& settings() {
 
 }  // namespace detail
 
-void reset() {
+void start_case() {
   detail::settings() = detail::fresh_settings();
+  detail::forget_captures();
   detail::forget_regions();
-  detail::forget_functions();
+  detail::register_symbols();
+  cudaGetLastError();
   clear_reports();
   clear_launches();
+  clear_calls();
+  detail::forget_profiles();
+}
+
+void reset() {
+  detail::forget_symbols();
+  detail::forget_functions();
+  detail::numbered().clear();
+  start_case();
 }
 
 bool set_device(const std::string& architecture, int multiprocessors) {
-  for (const detail::Device& device : detail::kDevices) {
-    if (architecture != device.name) continue;
-    detail::settings().device = &device;
-    detail::settings().multiprocessors = multiprocessors;
-    return true;
-  }
-  return false;
+  const detail::Device* device = detail::find_device(architecture);
+  if (device == nullptr) return false;
+  detail::settings().device = device;
+  detail::settings().multiprocessors = multiprocessors;
+  return true;
+}
+
+bool choose_device(const std::string& architecture, int multiprocessors) {
+  if (!set_device(architecture, multiprocessors)) return false;
+  auto& all = detail::numbered();
+  const detail::Device* device = detail::settings().device;
+  const auto found = std::find_if(all.begin(), all.end(), [&](const auto& n) {
+    return n.device == device && n.multiprocessors == multiprocessors;
+  });
+  detail::settings().device_number = static_cast<int>(found - all.begin()) + 1;
+  if (found == all.end()) all.push_back({device, multiprocessors});
+  return true;
+}
+
+const std::vector<std::string>& calls() {
+  return detail::call_lines();
+}
+void clear_calls() {
+  detail::call_lines().clear();
 }
 
 void set_seed(std::uint64_t seed) {
@@ -56,6 +116,12 @@ void set_seed(std::uint64_t seed) {
 }
 void set_shuffles_order_memory(bool order) {
   detail::settings().shuffles_order_memory = order;
+}
+void set_l2_bytes(int bytes) {
+  detail::settings().l2_bytes = bytes;
+}
+void set_profiled(bool on) {
+  detail::settings().profiled = on;
 }
 void set_patience(std::uint64_t steps) {
   detail::settings().patience = steps;
@@ -73,9 +139,10 @@ const char* fibers() {
 }  // namespace emulator
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
   const auto& settings = emulator::detail::settings();
+  if (device != settings.device_number) return cudaErrorInvalidDevice;
   const auto& d = *settings.device;
+  emulator::detail::note_call("cudaDeviceGetAttribute");
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock:
     case cudaDevAttrMaxBlockDimX:
@@ -106,7 +173,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = settings.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
-      *value = d.l2_bytes;
+      *value = settings.l2_bytes != 0 ? settings.l2_bytes : d.l2_bytes;
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
       *value = d.threads_per_sm;
@@ -140,13 +207,20 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::detail::settings().device_number;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+  auto& settings = emulator::detail::settings();
+  if (device == settings.device_number) return cudaSuccess;
+  if (!emulator::detail::is_numbered(device)) return cudaErrorInvalidDevice;
+  const auto& chosen = emulator::detail::numbered()[static_cast<std::size_t>(device - 1)];
+  settings.device = chosen.device;
+  settings.multiprocessors = chosen.multiprocessors;
+  settings.device_number = device;
+  return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = static_cast<int>(emulator::detail::numbered().size()) + 1;
   return cudaSuccess;
 }

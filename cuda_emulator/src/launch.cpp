@@ -5,6 +5,7 @@
 
 #include "engine.h"
 #include "machine.h"
+#include "profile.h"
 #include "settings.h"
 
 namespace emulator {
@@ -15,9 +16,12 @@ struct Function {
   int shared_limit = kSharedWithoutOptIn;
   bool wide_clusters = false;
 };
-std::map<const void*, Function>& functions() {
-  static std::map<const void*, Function> all;
+std::map<const Device*, std::map<const void*, Function>>& functions_of_devices() {
+  static std::map<const Device*, std::map<const void*, Function>> all;
   return all;
+}
+std::map<const void*, Function>& functions() {
+  return functions_of_devices()[settings().device];
 }
 std::vector<LaunchRecord>& records() {
   static std::vector<LaunchRecord> all;
@@ -99,6 +103,7 @@ cudaError_t take(cudaError_t& refusal) {
 
 cudaError_t check(const Launch& launch, const Function& function) {
   if (launch.body == nullptr) return cudaErrorInvalidDeviceFunction;
+  if (!settings().device->has_code) return cudaErrorNoKernelImageForDevice;
   cudaError_t error = check_shape(launch, function);
   if (error == cudaSuccess) error = check_cluster(launch, function);
   if (error == cudaSuccess && launch.clustered) error = take(settings().refuse_cluster);
@@ -124,12 +129,14 @@ void set_engine(Engine chosen) {
 }
 
 void forget_functions() {
-  functions().clear();
+  functions_of_devices().clear();
   last_error = cudaSuccess;
 }
 
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   Function& function = functions()[kernel];
+  note_call("cudaFuncSetAttribute " + name_of_kernel(kernel) + " " +
+            std::to_string(static_cast<int>(attribute)) + " " + std::to_string(value));
   switch (attribute) {
     case cudaFuncAttributeMaxDynamicSharedMemorySize:
       if (value < 0 || value > settings().device->shared_per_block) {
@@ -147,7 +154,9 @@ cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribu
 }
 
 cudaError_t get_function_attributes(cudaFuncAttributes* attributes, const void* kernel) {
+  note_call("cudaFuncGetAttributes");
   *attributes = cudaFuncAttributes{};
+  if (!settings().device->has_code) return remember(cudaErrorNoKernelImageForDevice);
   attributes->maxThreadsPerBlock = kThreadsPerBlock;
   attributes->numRegs = 32;
   attributes->maxDynamicSharedSizeBytes = functions()[kernel].shared_limit;
@@ -155,6 +164,7 @@ cudaError_t get_function_attributes(cudaFuncAttributes* attributes, const void* 
 }
 
 cudaError_t max_active_blocks(int* blocks, const void* kernel, int threads, std::size_t shared) {
+  note_call("cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   if (threads <= 0) return remember(cudaErrorInvalidValue);
   const bool fits = threads <= kThreadsPerBlock &&
                     shared <= static_cast<std::size_t>(settings().device->shared_per_block) &&
@@ -174,6 +184,7 @@ static Launch describe_launch(const cudaLaunchConfig_t& config) {
 
 cudaError_t max_active_clusters(int* clusters, const void* kernel,
                                 const cudaLaunchConfig_t* config) {
+  note_call("cudaOccupancyMaxActiveClusters");
   const Launch launch = describe_launch(*config);
   const Function& function = functions()[kernel];
   *clusters = 0;
@@ -199,7 +210,9 @@ cudaError_t launch(const cudaLaunchConfig_t* config, const void* kernel, void (*
   if (error != cudaSuccess) return remember(error);
   Settings& s = settings();
   ++s.launches;
+  begin_profile(launch.kernel);
   run_launch(launch, s.seed * 1000003u + s.launches, resident_clusters(launch));
+  end_profile();
   // A real launch fails later, at the next call that synchronises with it.
   if (launch.aborted) error = cudaErrorLaunchFailure;
   running = &launch;

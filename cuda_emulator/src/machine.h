@@ -26,6 +26,7 @@ struct Warp {
   int bytes = 0;
   bool alike = true;
   std::uint64_t full[32] = {};  // the lanes' clocks at the last meeting of all 32
+  std::uint64_t meetings = 0;   // of all 32, shuffles and votes included
 };
 
 struct AsyncCopy {

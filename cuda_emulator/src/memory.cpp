@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "profile.h"
 #include "settings.h"
 
 namespace emulator {
@@ -171,6 +172,7 @@ void check_shared_offset(std::ptrdiff_t offset, std::size_t alignment) {
 }
 
 void shared_read(Block* owner, std::ptrdiff_t offset, void* to, std::size_t bytes) {
+  profile_shared(owner, offset, bytes, __builtin_return_address(0));
   maybe_yield();
   if (!check_shared(owner, offset, bytes, Access::kRead)) {
     poison(static_cast<unsigned char*>(to), bytes);
@@ -181,6 +183,7 @@ void shared_read(Block* owner, std::ptrdiff_t offset, void* to, std::size_t byte
 }
 
 void shared_write(Block* owner, std::ptrdiff_t offset, const void* from, std::size_t bytes) {
+  profile_shared(owner, offset, bytes, __builtin_return_address(0));
   maybe_yield();
   if (!check_shared(owner, offset, bytes, Access::kWrite)) return;
   moved_on();
@@ -238,7 +241,13 @@ void tensor_read(const void* from, void* to, std::size_t bytes) {
   std::memcpy(to, from, bytes);
 }
 
+void tensor_write_evict_first(void* to, const void* from, std::size_t bytes) {
+  profile_evict_first();
+  tensor_write(to, from, bytes);
+}
+
 void tensor_write(void* to, const void* from, std::size_t bytes) {
+  profile_store();
   maybe_yield();
   const auto at = reinterpret_cast<std::uintptr_t>(to);
   if (!check_alignment(at, bytes, bytes, Access::kWrite) ||

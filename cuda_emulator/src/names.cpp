@@ -119,6 +119,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     EMULATOR_ERROR(cudaErrorInvalidDevice);
     EMULATOR_ERROR(cudaErrorNoKernelImageForDevice);
     EMULATOR_ERROR(cudaErrorInvalidResourceHandle);
+    EMULATOR_ERROR(cudaErrorUnsupportedPtxVersion);
     EMULATOR_ERROR(cudaErrorNotReady);
     EMULATOR_ERROR(cudaErrorIllegalAddress);
     EMULATOR_ERROR(cudaErrorLaunchOutOfResources);

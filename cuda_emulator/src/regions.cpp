@@ -23,6 +23,15 @@ std::vector<std::unique_ptr<Region>>& regions() {  // sorted by address
 }
 Region* last_found = nullptr;
 
+struct Symbol {
+  void* pointer;
+  std::size_t bytes;
+};
+std::vector<Symbol>& symbols() {
+  static std::vector<Symbol> all;
+  return all;
+}
+
 // The guards are poisoned for the address sanitizer too: plain accesses to them end the program.
 void close_guard(const void* at, std::size_t bytes) {
 #ifdef EMULATOR_ASAN
@@ -136,6 +145,29 @@ void forget_regions() {
   regions().clear();
   last_found = nullptr;
   forget_global_shadow();
+}
+
+cudaError_t symbol_address(void** pointer, const void* symbol, std::size_t bytes) {
+  *pointer = nullptr;
+  if (!settings().device->has_code) return cudaErrorNoKernelImageForDevice;
+  *pointer = const_cast<void*>(symbol);
+  const auto is_known = [&](const Symbol& s) { return s.pointer == symbol; };
+  if (std::any_of(symbols().begin(), symbols().end(), is_known)) return cudaSuccess;
+  symbols().push_back({*pointer, bytes});
+  add_region("__device__ variable", *pointer, bytes, Role::kWorkspace);
+  return cudaSuccess;
+}
+
+// As when the code is loaded.
+void register_symbols() {
+  for (const Symbol& s : symbols()) {
+    std::memset(s.pointer, 0, s.bytes);
+    add_region("__device__ variable", s.pointer, s.bytes, Role::kWorkspace);
+  }
+}
+
+void forget_symbols() {
+  symbols().clear();
 }
 
 }  // namespace detail

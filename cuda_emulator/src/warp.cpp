@@ -172,6 +172,7 @@ __attribute__((noinline)) void complete(Thread& self) {
   if (where == Where::kSyncwarp || settings().shuffles_order_memory) {
     exchange_knowledge(self, mask);
   }
+  if (mask == ~0u) ++self.warp->meetings;
   self.warp->waiting &= ~mask;
   for (int i = 0; i < 32; ++i) {
     if ((mask >> i & 1) == 0) continue;

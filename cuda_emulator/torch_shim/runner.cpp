@@ -5,6 +5,7 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -18,12 +19,13 @@ namespace {
 
 struct Session {
   bool active = false;
-  bool capturing = false;
   std::uintptr_t stream = 0;
   int allocations = 0;
   emulator::Role role = emulator::Role::kInOut;
   std::vector<int64_t> output_bytes;  // sizes of tensors that an operator writes once
   std::vector<void*> freed;
+  bool pooling = false;
+  std::vector<void*> pool;  // data of living blocks
   std::string answer;
 };
 
@@ -53,6 +55,7 @@ class Allocator final : public c10::Allocator {
     char* block = static_cast<char*>(std::aligned_alloc(kGuard, all));
     std::memset(block, kPoison, all);
     emulator::register_region(name, block + kGuard, bytes, role);
+    if (s.pooling) s.pool.push_back(block + kGuard);
     return {block + kGuard, block, release, c10::Device(c10::DeviceType::CPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override {
@@ -66,6 +69,8 @@ class Allocator final : public c10::Allocator {
  private:
   static void release(void* block) {
     Session& s = session();
+    void* data = static_cast<char*>(block) + kGuard;
+    s.pool.erase(std::remove(s.pool.begin(), s.pool.end(), data), s.pool.end());
     s.active ? s.freed.push_back(block) : std::free(block);
   }
   c10::Allocator* ordinary_ = c10::GetDefaultCPUAllocator();
@@ -78,35 +83,31 @@ const char* answer(std::string text) {
 
 }  // namespace
 
-bool is_capturing() {
-  return session().capturing;
-}
-
 cudaStream_t current_stream() {
   return reinterpret_cast<cudaStream_t>(session().stream);
 }
 
 extern "C" {
 
-#define RUNNER_API __attribute__((visibility("default")))
-
 RUNNER_API bool runner_begin(const char* architecture, int multiprocessors, uint64_t seed,
                              bool capturing) {
   static Allocator allocator;
   c10::SetCPUAllocator(&allocator, /*priority=*/100);
-  emulator::reset();
+  emulator::start_case();
   emulator::set_seed(seed);
   emulator::set_shuffles_order_memory(false);  // only what CUDA guarantees
   Session& s = session();
   for (void* block : s.freed) std::free(block);
   s.freed.clear();
-  s.stream += 16;
-  s.capturing = capturing;
+  s.stream = 0;
+  s.pooling = false;
+  s.pool.clear();
   s.allocations = 0;
   s.role = emulator::Role::kInOut;
   s.output_bytes.clear();
   s.active = true;
-  return emulator::set_device(architecture, multiprocessors);
+  if (capturing) cudaStreamBeginCapture(current_stream(), cudaStreamCaptureModeThreadLocal);
+  return emulator::choose_device(architecture, multiprocessors);
 }
 
 // The role of tensors that are allocated from now on: a kernel never writes an "input", and may do
@@ -125,10 +126,75 @@ RUNNER_API void runner_end() {
   session().active = false;
 }
 
+// ---- Streams, captures, pools: tests/common/emulated_host.py ----
+
+RUNNER_API void runner_stream(int number) {
+  session().stream = static_cast<std::uintptr_t>(number) * 16;
+}
+
+RUNNER_API void runner_begin_capture() {
+  cudaStreamBeginCapture(current_stream(), cudaStreamCaptureModeThreadLocal);
+}
+
+// The current stream's capture goes on in the stream of this number too.
+RUNNER_API void runner_capture_also(int number) {
+  emulator::capture_also(current_stream(),
+                         reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(number) * 16));
+}
+
+RUNNER_API void* runner_end_capture() {
+  cudaGraph_t graph = nullptr;
+  cudaStreamEndCapture(current_stream(), &graph);
+  return graph;
+}
+
+RUNNER_API void runner_destroy_graph(void* graph) {
+  cudaGraphDestroy(static_cast<cudaGraph_t>(graph));
+}
+
+// What torch allocates from now on is in a graph's pool, or is not.
+RUNNER_API void runner_pool(bool pooling) {
+  session().pooling = pooling;
+}
+
+// The addresses of the pool's living blocks, one a line.
+RUNNER_API const char* runner_pool_blocks() {
+  std::ostringstream text;
+  for (const void* block : session().pool) text << block << '\n';
+  return answer(text.str());
+}
+
+// The calls of CUDA's runtime that host code has made in this session, one a line.
+RUNNER_API const char* runner_calls() {
+  std::string text;
+  for (const std::string& line : emulator::calls()) text += line + '\n';
+  return answer(text);
+}
+
+// ---- What happened ----
+
 // The device refuses the next launch with clusters, and the next cooperative one.
 RUNNER_API void runner_refuse() {
   emulator::refuse_next_cluster_launch();
   emulator::refuse_next_cooperative_launch();
+}
+
+// How launches use memory is recorded from now on. l2_bytes: of the L2; 0: the device's own.
+RUNNER_API void runner_profile(int l2_bytes) {
+  emulator::set_profiled(true);
+  emulator::set_l2_bytes(l2_bytes);
+}
+
+// A line for each launch since: kernel, stores, those that evict first, and the worst bank conflict
+// of accesses of 1, 2, 4, 8 and 16 bytes (emulator::Profile).
+RUNNER_API const char* runner_profiles() {
+  std::ostringstream text;
+  for (const auto& p : emulator::profiles()) {
+    text << p.kernel << ' ' << p.stores << ' ' << p.evict_first;
+    for (const int ways : p.ways) text << ' ' << ways;
+    text << '\n';
+  }
+  return answer(text.str());
 }
 
 // Kernels run as the PTX in this folder; empty: their source. Returns what is wrong with it, or "".

@@ -9,10 +9,8 @@
 
 namespace runner {
 
-bool is_capturing();
-
-// A different stream in each session, because the memory that the host files keep per stream is
-// freed with the session.
 cudaStream_t current_stream();
 
 }  // namespace runner
+
+#define RUNNER_API __attribute__((visibility("default")))

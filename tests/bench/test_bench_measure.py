@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnorm_ext.bench import clocks, machine, measure
 from bnorm_ext.bench.measure import Work, describe, percentile, sample, within_noise
+from tests.common.fake_cuda import FakeCuda
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 GLIBC = platform.libc_ver()[0] == "glibc"
@@ -119,47 +120,6 @@ def test_large_outputs_are_fresh_in_a_cold_run_and_used_again_in_a_warm_one():
     assert faults["cold"] >= 3
     if "[always]" not in (machine._text("/sys/kernel/mm/transparent_hugepage/enabled") or ""):
         assert faults["cold"] >= x.nbytes / page
-
-
-class FakeCuda:
-    """A device on which each `call` of n takes n microseconds, and a host that takes its time."""
-
-    def __init__(self, monkeypatch, queueing):
-        self.now, self.host, self.queueing, self.slept = 0.0, 0.0, queueing, []
-        fake = self
-
-        class Event:
-            def __init__(self, enable_timing=False):
-                self.at = None
-
-            def record(self):
-                fake.host += fake.queueing
-                self.at = fake.now = max(fake.now, fake.host)
-
-            def query(self):
-                return fake.host >= self.at
-
-            def elapsed_time(self, other):
-                return (other.at - self.at) * 1e3
-
-        cuda = measure.torch.cuda
-        monkeypatch.setattr(cuda, "Event", Event)
-        monkeypatch.setattr(cuda, "_sleep", self.sleep)
-        monkeypatch.setattr(cuda, "synchronize", self.synchronize)
-        monkeypatch.setattr(
-            cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 20)
-        )
-        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.host)
-
-    def sleep(self, cycles):
-        self.slept.append(cycles / 1e9)
-        self.now = max(self.now, self.host) + cycles / 1e9
-
-    def synchronize(self, device=None):
-        self.host = self.now = max(self.now, self.host)
-
-    def run(self, microseconds):
-        return lambda: setattr(self, "now", self.now + microseconds * 1e-6)
 
 
 @pytest.mark.parametrize("queueing", [1e-6, 1e-3])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bnorm_ext.bench import __main__ as cli
-from bnorm_ext.bench import nets, packages, profile, profiled, report, run, train
+from bnorm_ext.bench import nets, packages, processes, profile, profiled, report, run, train
 from tests.common.bench_programs import QUICKLY
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
@@ -111,7 +111,62 @@ def test_training_measures_each_variant(tmp_path, monkeypatch, capsys, more):
     for r in rows:
         assert r["images_per_second"] == pytest.approx(2e6 / r["median_us"], rel=1e-2)
         assert 0 < r["batch_norm_share"] < 1
+        assert r["batch_norm_us"] > 0
+        assert r["faults_per_step"] >= 0
     assert rows[0]["ratio"] == 1
+
+
+def test_processes_alternate_and_are_compared_by_round(tmp_path, monkeypatch, capsys):
+    # Each process is slower than the one before, as on a machine that gets busier.
+    order = []
+
+    def one(variant, arguments):
+        order.append(variant)
+        if variant == "fused":
+            return {"variant": variant, "reason": "there is nothing to fuse in this model"}
+        step = (2 if variant == "native" else 1) * 1000.0 * len(order)
+        own = {"batch_norm_us": step / 4, "batch_norm_share": 0.25}
+        return {"variant": variant, "reason": None, "median_us": step, "faults_per_step": 7,
+                "peak_bytes": None, **own}  # fmt: skip
+
+    monkeypatch.setattr(processes, "_one", one)
+    file = tmp_path / "a.json"
+    arguments = ["--batch", "2", "--size", "32", "--device", "cpu", "--processes", "2"]
+    assert train.main([*arguments, "--json", str(file)]) == 0
+    assert order == ["native", "converted", "fused", "fused", "converted", "native"]
+    written = json.loads(file.read_text())
+    native, converted, fused = written["rows"]
+    # Steps of 2 and 12 ms against 2 and 5 ms.
+    assert (native["median_us"], converted["median_us"]) == (7000, 3500)
+    assert (
+        converted["ratio"] == converted["batch_norm_ratio"] == pytest.approx((2 / 2 + 12 / 5) / 2)
+    )
+    assert converted["ratio_quartiles"] == [pytest.approx(1.35), pytest.approx(2.05)]
+    assert fused["reason"] == "there is nothing to fuse in this model"
+    assert [set(r) for r in written["header"]["rounds"]] == [{"native", "converted", "fused"}] * 2
+    out = capsys.readouterr().out
+    assert "fused: there is nothing to fuse" in out
+    assert "1.700" in out
+
+
+def test_a_process_that_ends_early_has_its_last_line_as_reason(capfd):
+    row = processes._one("native", ["--model", "resnet18", "--batch", "1", "--size", "32"])
+    assert "resnet18 cannot be trained on 1 image" in row["reason"]
+
+
+def test_an_interruption_keeps_the_rounds_before(monkeypatch, capsys):
+    def one(variant, arguments):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(variant)
+        return {"variant": variant, "reason": None, "median_us": 1000.0, "faults_per_step": 0,
+                "peak_bytes": 1, "batch_norm_us": 1.0, "batch_norm_share": 0.1}  # fmt: skip
+
+    done = []
+    monkeypatch.setattr(processes, "_one", one)
+    arguments = ["--batch", "2", "--size", "32", "--device", "cpu", "--processes", "2"]
+    assert train.main([*arguments, "--variant", "native,converted"]) == 130
+    assert "converted" in capsys.readouterr().out
 
 
 def test_the_share_counts_what_lies_within_a_batch_norm_once():
@@ -124,9 +179,9 @@ def test_the_share_counts_what_lies_within_a_batch_norm_once():
     outer = event("aten::batch_norm", 1)
     inner = event("aten::native_batch_norm", 3, outer)
     events = [outer, inner, event("aten::empty", 1, inner), event("aten::conv2d", 15)]
-    assert profiled.share_of(events, on_device=False) == pytest.approx(0.25)
+    assert profiled.times_of(events, on_device=False) == (5, 20)
     events.append(event("batch_norm_kernel", 100, device="CUDA"))
-    assert profiled.share_of(events, on_device=True) == pytest.approx(0.25)
+    assert profiled.times_of(events, on_device=True) == (10, 40)
 
 
 def test_peak_is_of_what_is_held_at_once():

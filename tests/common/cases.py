@@ -123,15 +123,21 @@ def case(
     return Case(x, dy, **{n: t if t is None else t.to(kind) for n, t in given.items()}, **kwargs)
 
 
-def run(function: Callable[..., Tensor], c: Case) -> Results:
-    """Forward and backward on copies; everything that came out, by name."""
-    leaves = {"x": c.x, "weight": c.weight, "bias": c.bias}
+def run(
+    function: Callable[..., Tensor], c: Case, residual: Tensor | None = None, **options: Any
+) -> Results:
+    """Forward and backward on copies; everything that came out, by name. ``options`` are passed on,
+    and so is a copy of the residual where there is one."""
+    leaves = {"x": c.x, "residual": residual, "weight": c.weight, "bias": c.bias}
     # Not clone(): the strides of x are part of the case.
     given = {n: t.detach().requires_grad_() for n, t in leaves.items() if t is not None}
     buffers = [t if t is None else t.clone() for t in (c.running_mean, c.running_var)]
+    if residual is not None:
+        options["residual"] = given["residual"]
     y = function(
-        given["x"], *buffers, given.get("weight"), given.get("bias"), c.training, c.momentum, c.eps
-    )
+        given["x"], *buffers, given.get("weight"), given.get("bias"), c.training, c.momentum, c.eps,
+        **options,
+    )  # fmt: skip
     gradients = torch.autograd.grad(y, list(given.values()), c.dy)
     names = [f"d{name}" for name in given]
     results = {"y": y.detach(), **dict(zip(names, gradients, strict=True))}

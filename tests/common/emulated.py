@@ -121,7 +121,12 @@ def library() -> Any:
         ctypes.c_uint64,
         ctypes.c_bool,
     ]
-    for function in (loaded.runner_reports, loaded.runner_launches, loaded.runner_ptx):
+    for function in (
+        loaded.runner_reports,
+        loaded.runner_launches,
+        loaded.runner_profiles,
+        loaded.runner_ptx,
+    ):
         function.restype = ctypes.c_char_p
     use_ptx(loaded)
     return loaded
@@ -138,6 +143,22 @@ def use_ptx(loaded: Any) -> None:
     loaded.runner_approximation_error(int(os.environ.get("BNORM_EXT_EMULATED_EXP2_ERROR", "0")))
     if prefix := os.environ.get("BNORM_EXT_EMULATED_PTX_COVERAGE"):
         atexit.register(loaded.runner_ptx_coverage, f"{prefix}.{os.getpid()}".encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """How a launch has used memory (emulator::Profile in harness.h)."""
+
+    kernel: str
+    stores: int
+    evict_first: int  #: of them
+    ways: dict[int, int]  #: by the bytes of an access to shared memory: its worst bank conflict
+
+
+def _profile(line: str) -> Profile:
+    kernel, stores, evict_first, *ways = line.rsplit(" ", 7)
+    found = {1 << i: int(n) for i, n in enumerate(ways) if n != "0"}
+    return Profile(kernel, int(stores), int(evict_first), found)
 
 
 class Session:
@@ -164,6 +185,13 @@ class Session:
     def refuse(self) -> None:
         """The device refuses the next launch with clusters, and the next cooperative one."""
         self._library.runner_refuse()
+
+    def profile(self, l2_bytes: int = 0) -> None:
+        """From now on `profiles` has an entry for each launch. l2_bytes: of the L2, if not 0."""
+        self._library.runner_profile(l2_bytes)
+
+    def profiles(self) -> list[Profile]:
+        return [_profile(line) for line in self._library.runner_profiles().decode().splitlines()]
 
     def call(self, name: str, *arguments: Any, outputs: Sequence[Tensor | int] = ()) -> Any:
         """The operator; what it allocates of the sizes of `outputs` has to be written once."""
@@ -272,15 +300,20 @@ def run(
     epilogue: Epilogue = Epilogue(),  # noqa: B008  never changed
     *,
     launches: Callable[[str], None] = lambda line: None,
+    profiles: Callable[[Profile], None] | None = None,
+    l2_bytes: int = 0,
     **where: Any,
 ) -> Results:
     """Forward and backward of one case in the emulator; everything that came out, by name.
 
-    launches: called with a line for each launch.
+    launches: called with a line for each launch. profiles: called with how each launch has used
+    memory, on a device with an L2 of l2_bytes, or its own.
     """
     e = epilogue
     is_plain = e.act == "identity" and e.residual is None
     with session(**where) as s:
+        if profiles is not None:
+            s.profile(l2_bytes)
         x, dy, weight, bias = (s.copy(t) for t in (c.x, c.dy, c.weight, c.bias))
         residual = s.copy(e.residual)
         running = [s.copy(t, inout=True) for t in (c.running_mean, c.running_var)]
@@ -320,6 +353,8 @@ def run(
         found = {"y": y, "dx": dx, "dresidual": dresidual, "dweight": dweight, "dbias": dbias}
         found |= dict(zip(("running_mean", "running_var"), running, strict=True))
         found["mask"] = mask if save_mask else None
+        for profile in s.profiles() if profiles is not None else ():
+            profiles(profile)
     for line in s.launches:
         launches(line)
     return {name: t.clone() for name, t in found.items() if t is not None}

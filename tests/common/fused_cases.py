@@ -24,6 +24,7 @@ from torch import Tensor
 
 import bnorm_ext
 from bnorm_ext.reference import batch_norm_backward_reference, batch_norm_reference
+from tests.common import cases
 from tests.common.cases import Case, Results, case, normal, per_channel, unit_roundoff
 
 ACTS = ["identity", "relu", "relu6", "leaky_relu", "silu", "hardswish"]
@@ -47,12 +48,12 @@ class Fused:
     act: str
 
 
-def native(x: Tensor, *given: Any, residual: Tensor | None, act: str) -> Tensor:
+def native(x: Tensor, *given: Any, act: str, residual: Tensor | None = None) -> Tensor:
     y = F.batch_norm(x, *given)
     return activate(y if residual is None else y + residual, act)
 
 
-def ours(x: Tensor, *given: Any, residual: Tensor | None, act: str) -> Tensor:
+def ours(x: Tensor, *given: Any, act: str, residual: Tensor | None = None) -> Tensor:
     return bnorm_ext.batch_norm(x, *given, residual=residual, act=act, negative_slope=SLOPE)
 
 
@@ -92,21 +93,7 @@ def pre_activation(f: Fused) -> Tensor:
 
 def run(function: Callable[..., Tensor], f: Fused) -> Results:
     """Forward and backward on copies; everything that came out, by name."""
-    c = f.c
-    leaves = {"x": c.x, "residual": f.residual, "weight": c.weight, "bias": c.bias}
-    given = {n: t.detach().requires_grad_() for n, t in leaves.items() if t is not None}
-    buffers = [t if t is None else t.clone() for t in (c.running_mean, c.running_var)]
-    y = function(
-        given["x"], *buffers, given.get("weight"), given.get("bias"), c.training, c.momentum, c.eps,
-        residual=given.get("residual"), act=f.act,
-    )  # fmt: skip
-    gradients = torch.autograd.grad(y, list(given.values()), c.dy)
-    names = [f"d{name}" for name in given]
-    results = {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
-    for name, buffer in zip(("running_mean", "running_var"), buffers, strict=True):
-        if buffer is not None:
-            results[name] = buffer
-    return results
+    return cases.run(function, f.c, f.residual, act=f.act)
 
 
 def slope_of(z: Tensor, act: str) -> Tensor:

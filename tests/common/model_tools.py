@@ -1,30 +1,17 @@
-"""Tools of torch, torchvision and timm that meet batch norms: each one applied to a net, and what
-the result then computes. `test_tools.py` holds the table of what comes of it."""
+"""Tools of torch that meet batch norms: each one applied to a net, and what the result then
+computes. `test_tools.py` holds the table of what comes of it."""
 
 from __future__ import annotations
 
-import copy
 import importlib
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.ao import quantization as ao
 from torch.ao.quantization import quantize_fx
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
-Tool = Callable[[nn.Module, Tensor], Tensor]
-TOOLS: dict[str, Tool] = {}
-
-
-def tool(name: str) -> Callable[[Tool], Tool]:
-    def register(function: Tool) -> Tool:
-        TOOLS[name] = function
-        return function
-
-    return register
-
+from tests.common.tool_table import TOOLS, tool
 
 # ---- torch: batch norms become others, or go into the layer before ------------------------------
 
@@ -96,7 +83,7 @@ def _(net, x):
 # ---- torch: quantisation ------------------------------------------------------------------------
 
 
-def _groups(net: nn.Module) -> list[list[str]]:
+def layers_to_fuse(net: nn.Module) -> list[list[str]]:
     """Layers to fuse; without activation where the batch norm has it."""
     if isinstance(net.act1, nn.Identity):
         return [["conv1", "bn1"], ["conv2", "bn2"]]
@@ -105,12 +92,12 @@ def _groups(net: nn.Module) -> list[list[str]]:
 
 @tool("ao.quantization.fuse_modules")
 def _(net, x):
-    return ao.fuse_modules(net, _groups(net))(x)
+    return ao.fuse_modules(net, layers_to_fuse(net))(x)
 
 
 @tool("ao.quantization.fuse_modules_qat")
 def _(net, x):
-    return ao.fuse_modules_qat(net.train(), _groups(net)).eval()(x)
+    return ao.fuse_modules_qat(net.train(), layers_to_fuse(net)).eval()(x)
 
 
 @tool("ao.quantization.prepare and convert")
@@ -206,82 +193,79 @@ def _(net, x):
     return net(x)
 
 
-# ---- torchvision --------------------------------------------------------------------------------
-
-
-@tool("torchvision: create_feature_extractor")
+@tool("nn.utils.prune, removed")
 def _(net, x):
-    extraction = importlib.import_module("torchvision.models.feature_extraction")
-    return extraction.create_feature_extractor(net, {"act2": "y"})(x)["y"]
-
-
-@tool("torchvision: models.quantization's _fuse_modules")
-def _(net, x):
-    utils = importlib.import_module("torchvision.models.quantization.utils")
-    utils._fuse_modules(net, _groups(net), is_qat=False, inplace=True)
+    prune.random_unstructured(net.bn1, "bias", 2)
+    prune.remove(net.bn1, "bias")
     return net(x)
 
 
-# torchvision's FrozenBatchNorm2d is an argument of its models; no tool makes it of a batch norm.
-
-
-# ---- timm ---------------------------------------------------------------------------------------
-
-
-def _timm(name: str) -> Any:
-    return importlib.import_module(name)
-
-
-@tool("timm: freeze_batch_norm_2d")
+@tool("nn.utils.weight_norm")
 def _(net, x):
-    return _timm("timm.utils.model").freeze_batch_norm_2d(net)(x)
+    nn.utils.weight_norm(net.bn1)
+    y = net(x)
+    nn.utils.remove_weight_norm(net.bn1)
+    return torch.stack([y, net(x)])
 
 
-@tool("timm: freeze_batch_norm_2d and unfreeze_batch_norm_2d")
+@tool("nn.utils.stateless.functional_call")
 def _(net, x):
-    utils = _timm("timm.utils.model")
-    return utils.unfreeze_batch_norm_2d(utils.freeze_batch_norm_2d(net)).eval()(x)
+    scaled = {name: 1.1 * p for name, p in net.named_parameters()}
+    return nn.utils.stateless.functional_call(net, scaled, (x,))
 
 
-@tool("timm: freeze")
+@tool("checkpoint_wrapper")
 def _(net, x):
-    _timm("timm.utils.model").freeze(net)
+    wrapper = importlib.import_module("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    net.bn1, net.act2 = wrapper.checkpoint_wrapper(net.bn1), wrapper.checkpoint_wrapper(net.act2)
     return net(x)
 
 
-@tool("timm: convert_splitbn_model")
+@tool("utils.flop_counter.FlopCounterMode")
 def _(net, x):
-    return _timm("timm.layers").convert_splitbn_model(net).eval()(x)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        net(x).sum().backward()
+    return torch.tensor(float(counter.get_total_flops()))
 
 
-@tool("timm: convert_sync_batchnorm")
+@tool("fx.passes.split_module")
 def _(net, x):
-    return _timm("timm.layers").convert_sync_batchnorm(net)(x)
+    from torch.fx.passes.split_module import split_module
+
+    traced = torch.fx.symbolic_trace(net)
+    place = {node: i // 3 for i, node in enumerate(traced.graph.nodes)}
+    return split_module(traced, net, place.__getitem__)(x)
 
 
-@tool("timm: reparameterize_model")
+@tool("fx.experimental.normalize.NormalizeArgs")
 def _(net, x):
-    return _timm("timm.utils.model").reparameterize_model(net)(x)
+    from torch.fx.experimental.normalize import NormalizeArgs
+
+    return NormalizeArgs(torch.fx.symbolic_trace(net)).transform()(x)
 
 
-@tool("timm: ModelEmaV3")
+@tool("fx.experimental.proxy_tensor.make_fx")
 def _(net, x):
-    ema = _timm("timm.utils").ModelEmaV3(net, decay=0.5)
-    ema.update(net)
-    return ema.module.eval()(x)
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(lambda given: net(given))(x)(x)
 
 
-@tool("timm: create_feature_extractor")
+@tool("export and unflatten")
 def _(net, x):
-    layers = _timm("timm.models._features_fx")
-    return layers.create_feature_extractor(net, {"act2": "y"})(x)["y"]
+    return torch.export.unflatten(torch.export.export(net, (x,)))(x)
 
 
-def apply(name: str, net: nn.Module, x: Tensor) -> Tensor | Exception:
-    """What a copy of the net computes after the tool, or what the tool or the call raised."""
-    torch.manual_seed(0)
-    net = copy.deepcopy(net).eval()
-    try:
-        return TOOLS[name](net, x.clone()).detach()
-    except Exception as error:
-        return error
+@tool("nn.DataParallel")
+def _(net, x):
+    return nn.DataParallel(net)(x)
+
+
+@tool("load_state_dict, assign=True, after to_empty")
+def _(net, x):
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    net = net.to("meta").to_empty(device="cpu")
+    net.load_state_dict(state, assign=True)
+    return net(x)

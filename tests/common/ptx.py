@@ -32,9 +32,9 @@ JOBS = int(os.environ.get("MAX_JOBS") or 2)
 @functools.cache
 def nvcc() -> str | None:
     sys.path.insert(0, str(ROOT))
-    import build_support
+    import build_cuda
 
-    toolkit = build_support.find_toolkit(os.environ)
+    toolkit = build_cuda.find_toolkit(os.environ)
     return None if isinstance(toolkit, str) else f"{toolkit.home}/bin/nvcc"
 
 

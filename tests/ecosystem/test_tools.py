@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import bnorm_ext
-from tests.common.model_tools import TOOLS, apply
+from tests.common import model_tools, model_tools_packages  # noqa: F401  # they fill the table
+from tests.common.tool_table import TOOLS, apply
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

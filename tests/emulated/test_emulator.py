@@ -45,8 +45,9 @@ CORRECT = [
     "ring",
     "two_launches",
     "counters",
+    "acquired",
 ]
-LIMITS = ["shapes", "shared_memory", "clusters", "cooperative"]
+LIMITS = ["shapes", "shared_memory", "clusters", "cooperative", "bank_conflicts", "stores"]
 
 
 @pytest.mark.parametrize("case", CORRECT)

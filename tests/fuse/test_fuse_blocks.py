@@ -182,3 +182,7 @@ def test_report_as_text():
     ]
     with pytest.raises(AttributeError):
         report.fused = []
+    _, report = fuse_batchnorm_act(Block(lambda self, y, x: F.relu(y)))
+    assert str(report).splitlines() == ["1 batch norm fused", "  bn: with relu"]
+    _, report = fuse_batchnorm_act(nn.ReLU())
+    assert str(report) == "0 batch norms fused"

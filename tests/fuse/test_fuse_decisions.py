@@ -3,8 +3,10 @@ is left for the module's own forward."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -246,6 +248,29 @@ def test_values_inside_of_attributes():
     torch.testing.assert_close(fused(images()), net(images()))
 
 
+class Chosen(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen, self.queue = {"double"}, deque([1.0])
+
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x))) * self.queue[0]
+        return y * 2 if "double" in self.chosen else y
+
+
+def test_sets_and_queues():
+    net = Chosen().eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(net)
+    assert report.fused
+    for each in (net, fused):
+        each.chosen.clear()
+    torch.testing.assert_close(fused(images()), net(images()))
+    for each in (net, fused):
+        each.chosen.add("double")
+        each.queue[0] = 3.0
+    torch.testing.assert_close(fused(images()), net(images()))
+
+
 class AsksByText(Block):
     def forward(self, x):
         y = self.act(self.bn(self.conv(x)))
@@ -314,12 +339,45 @@ class Falls(Block):
         return y
 
 
-def test_exceptions_that_a_forward_handles():
-    net = Falls().eval()
+class FallsAtAll(Block):
+    def forward(self, x):
+        try:
+            y = self.act(self.bn(self.conv(x)))
+        except:  # noqa: E722
+            y = x
+        return y
+
+
+class Suppresses(Block):
+    def forward(self, x):
+        y = x
+        with contextlib.suppress(RuntimeError):
+            y = self.act(self.bn(self.conv(x)))
+        return y
+
+
+@pytest.mark.parametrize("cls", [Falls, FallsAtAll, Suppresses])
+def test_exceptions_that_a_forward_handles(cls):
+    net = cls().eval()
     fused, report = bnorm_ext.fuse_batchnorm_act(net)
     assert "handles exceptions" in reasons(report)
     x = torch.randn(2, 4, 5, 5)  # the convolution takes three channels
     torch.testing.assert_close(fused(x), net(x))
+
+
+class Finally(Block):
+    def forward(self, x):
+        with contextlib.nullcontext():
+            try:
+                return self.act(self.bn(self.conv(x)))
+            finally:
+                del x
+
+
+def test_cleaning_up_is_no_handling():
+    _, report = bnorm_ext.fuse_batchnorm_act(Finally())
+    assert report.not_traced == []
+    assert report.fused
 
 
 def test_classes_that_others_have_made_stay():

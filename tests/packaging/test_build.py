@@ -1,55 +1,20 @@
-"""What setup.py decides: CUDA in or out, architectures, jobs, and the messages of a build that
+"""What setup.py decides: jobs, instruction sets, stale objects, and the messages of a build that
 cannot be. The decisions are functions of build_support.py; the messages are those of setup.py."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-if not (ROOT / "build_support.py").exists():
-    pytest.skip("the tests of the build need its source tree", allow_module_level=True)
+from tests.common.build_tools import ROOT, fake_nvcc, support
 
-
-def _import_support() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_support", ROOT / "build_support.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["build_support"] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
-
-
-support = _import_support()
 GIB = support.GIB
-CUDA_13 = support.Toolkit("/opt/cuda", "13.0", ("7.5", "8.0", "8.6", "8.7", "9.0", "10.0", "12.0"))
-
-
-def plan(
-    environ: dict[str, str] | None = None,
-    torch_cuda: str | None = "13.0",
-    toolkit: object = CUDA_13,
-    has_kernels: bool = True,
-):
-    return support.plan_cuda(environ or {}, "2.99.0", torch_cuda, toolkit, has_kernels)
-
-
-# --- CUDA in or out -------------------------------------------------------------------------------
-
-
-def test_cuda_is_in_when_torch_and_toolkit_agree():
-    found = plan()
-    assert found.toolkit is CUDA_13
-    assert found.archs == ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
-    assert "13.0" in found.line()
 
 
 def test_pre_commit_runs_the_formatters_that_make_lint_runs():
@@ -60,112 +25,6 @@ def test_pre_commit_runs_the_formatters_that_make_lint_runs():
     run = re.findall(r"[\w-]+==[\d.]+", hooks.read_text())
     assert {name.partition("==")[0] for name in run} == {"ruff", "clang-format"}
     assert set(run) <= set(pinned)
-
-
-def test_a_minor_version_may_differ():
-    assert plan(torch_cuda="13.2").toolkit is CUDA_13
-
-
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        ({"torch_cuda": None}, "torch 2.99.0 is no CUDA build"),
-        ({"toolkit": "no nvcc was found"}, "no nvcc was found"),
-        ({"has_kernels": False}, "none in this source tree"),
-    ],
-)
-def test_cuda_left_out_says_why_and_insisting_fails(arguments, why):
-    found = plan(**arguments)
-    assert found.toolkit is None
-    assert why in found.line()
-    assert "\n" not in found.line()
-    with pytest.raises(SystemExit, match=why):
-        plan({"BNORM_EXT_CUDA": "1"}, **arguments)
-
-
-def test_cuda_0_forces_the_cpu_even_where_versions_clash():
-    found = plan({"BNORM_EXT_CUDA": "0"}, torch_cuda="12.8")
-    assert found.toolkit is None
-    assert "BNORM_EXT_CUDA=0" in found.line()
-
-
-def test_cuda_1_is_content_where_cuda_is_possible():
-    assert plan({"BNORM_EXT_CUDA": "1"}).toolkit is CUDA_13
-
-
-def test_another_value_is_refused():
-    with pytest.raises(SystemExit, match="'yes'"):
-        plan({"BNORM_EXT_CUDA": "yes"})
-
-
-@pytest.mark.parametrize("wish", ["", "1"])
-def test_another_major_version_is_an_error_that_names_both(wish):
-    with pytest.raises(SystemExit, match=r"CUDA 12\.8.* CUDA 13\.0"):
-        plan({"BNORM_EXT_CUDA": wish}, torch_cuda="12.8")
-
-
-@pytest.mark.parametrize("given", ["8.0 9.0+PTX", "8.0;9.0+PTX"])
-def test_arch_list_is_honoured(given):
-    assert plan({"TORCH_CUDA_ARCH_LIST": given}).archs == ("8.0", "9.0+PTX")
-
-
-def test_default_archs_follow_the_toolkit():
-    old = support.Toolkit("/opt/cuda", "11.8", ("5.0", "7.0", "7.5", "8.0", "8.9", "9.0"))
-    assert support.default_archs(old) == ("7.5", "8.0", "8.9", "9.0+PTX")
-    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
-        support.default_archs(support.Toolkit("/opt/cuda", "8.0", ("3.5", "6.0")))
-
-
-# --- the toolkit ----------------------------------------------------------------------------------
-
-
-def fake_nvcc(folder: Path, release: str = "12.8", top: Path | None = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    nvcc = folder / "nvcc"
-    nvcc.write_text(
-        "#!/bin/sh\n"
-        'case "$1" in\n'
-        f'--version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;\n'
-        "--list-gpu-arch) echo compute_80; echo compute_75; echo compute_120 ;;\n"
-        f"--dryrun) echo '#$ TOP={top or folder.parent}/bin/..' >&2 ;;\n"
-        "esac\n"
-    )
-    nvcc.chmod(0o755)
-    return nvcc
-
-
-def test_toolkit_of_cuda_home_and_cuda_path(tmp_path):
-    fake_nvcc(tmp_path / "bin")
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        found = support.find_toolkit({variable: str(tmp_path)}, which=lambda name: name)
-        assert found == support.Toolkit(str(tmp_path), "12.8", ("7.5", "8.0", "12.0"))
-
-
-def test_toolkit_of_a_wrapper_script_on_path(tmp_path):
-    """A script in /usr/local/bin is no reason to look for headers in /usr/local/include."""
-    nvcc = fake_nvcc(tmp_path / "local" / "bin", top=tmp_path / "real")
-    found = support.find_toolkit({}, which=lambda name: str(nvcc))
-    assert found.home == str(tmp_path / "real")
-
-
-def test_toolkit_in_the_usual_folder_that_is_not_on_path(tmp_path):
-    usual = tmp_path / "cuda"
-    fake_nvcc(usual / "bin")
-    found = support.find_toolkit({}, lambda name: name if "/" in name else None, usual=str(usual))
-    assert found == support.Toolkit(str(usual), "12.8", ("7.5", "8.0", "12.0"))
-    # The nvcc on PATH goes before it.
-    other = fake_nvcc(tmp_path / "other" / "bin")
-    found = support.find_toolkit({}, which=lambda name: str(other), usual=str(usual))
-    assert found.home == str(tmp_path / "other")
-
-
-def test_no_toolkit_and_a_wrong_cuda_home(tmp_path):
-    nowhere = str(tmp_path / "cuda")
-    found = support.find_toolkit({}, which=lambda name: None, usual=nowhere)
-    assert found == f"no nvcc was found through CUDA_HOME, CUDA_PATH, PATH or in {nowhere}"
-    wrong = support.find_toolkit({"CUDA_HOME": str(tmp_path)})
-    assert str(tmp_path) in wrong
-    assert "not a working nvcc" in wrong
 
 
 # --- jobs, instruction sets, stale objects --------------------------------------------------------
@@ -192,6 +51,58 @@ def test_instruction_sets():
     assert support.isa_flags("x86_64")["baseline"] == []
     every_flag = [flag for flags in support.isa_flags("x86_64").values() for flag in flags]
     assert not any(flag.startswith(("-march", "-mtune")) for flag in every_flag)
+
+
+def test_merged_sources_include_each_source_once(tmp_path):
+    names = ["csrc/a.cpp", "csrc/b.cpp", "csrc/cuda/k.cu", "csrc/c.cpp"]
+    (tmp_path / "csrc").mkdir()
+    kernels, *merged = support.merged(names, tmp_path / "build", tmp_path)
+    assert kernels == "csrc/cuda/k.cu"
+    assert merged == ["build/sources_0.cpp", "build/sources_1.cpp"]
+    included = [re.findall(r'"(.*)"', (tmp_path / name).read_text()) for name in merged]
+    assert included == [[f"{tmp_path}/csrc/{n}.cpp" for n in part] for part in ("ac", "b")]
+    # Written again only where it differs: else everything would be compiled again.
+    os.utime(tmp_path / merged[0], ns=(0, 0))
+    support.merged(names, tmp_path / "build", tmp_path)
+    assert (tmp_path / merged[0]).stat().st_mtime_ns == 0
+
+
+SOURCES = """
+import json, runpy, sys
+import setuptools
+from torch.utils import cpp_extension
+caught = {{}}
+setuptools.setup = lambda **arguments: caught.update(arguments)
+sys.argv = ["setup.py", "build_ext"]
+runpy.run_path("setup.py")
+def run(self):
+    self.inplace = False  # as setuptools does
+    self.build_extensions()
+    print(json.dumps(caught["ext_modules"][0].sources))
+    sys.exit()
+cpp_extension.BuildExtension.run = run
+cpp_extension.BuildExtension.build_extensions = lambda self: None
+command = caught["cmdclass"]["build_ext"](setuptools.Distribution({{"version": "1"}}))
+command.extensions, command.compile_kernels = caught["ext_modules"], lambda: []
+command.build_temp, command.{option} = {folder!r}, True
+command.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "is_merged"), [("inplace", False), ("editable_mode", False), ("force", True)]
+)
+def test_sources_are_merged_but_for_developers(tmp_path, option, is_merged):
+    """Who edits a source wants that one compiled again."""
+    done = subprocess.run(
+        [sys.executable, "-c", SOURCES.format(option=option, folder=str(tmp_path))],
+        cwd=ROOT, env={**os.environ, "BNORM_EXT_CUDA": "0"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    sources = json.loads(done.stdout.splitlines()[-1])
+    assert ("csrc/forward.cpp" in sources) != is_merged
+    assert len(list(tmp_path.glob("sources_*.cpp"))) == (2 if is_merged else 0)
 
 
 def test_objects_are_compiled_again_when_a_header_or_the_flags_change(tmp_path):

@@ -30,7 +30,8 @@ gpu_check = _load()
 @pytest.fixture
 def clean(monkeypatch):
     """main() sets variables for its children."""
-    for name in ("PYTHONPATH", "PYTHONUNBUFFERED", "BNORM_EXT_CUDA", "TORCH_CUDA_ARCH_LIST"):
+    build = ("BNORM_EXT_CUDA", "BNORM_EXT_LINEINFO", "TORCH_CUDA_ARCH_LIST")
+    for name in ("PYTHONPATH", "PYTHONUNBUFFERED", *build):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.delenv("GPU_CHECK_DRY", raising=False)
 

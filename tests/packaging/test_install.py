@@ -69,7 +69,7 @@ def test_build_info():
     assert info["compiler"]
     assert info["cpu_capability"] in info["cpu_isas"]
     assert info["cuda_kernels"] == (info["cuda"] is not None) == (info["cuda_left_out"] is None)
-    assert bool(info["archs"]) == info["cuda_kernels"]
+    assert bool(info["archs"]) == info["cuda_kernels"] == (info["archs_from"] is not None)
 
 
 @linux_only
@@ -195,7 +195,8 @@ def test_sdist_has_every_source_and_nothing_built(sdist):
     for folder in ("csrc", "cuda_emulator", "tests"):
         files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"]
         assert {p.relative_to(ROOT).as_posix() for p in files} <= names
-    assert {"setup.py", "build_support.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert {"setup.py", "build_cuda.py", "build_support.py", "pyproject.toml"} <= names
+    assert {"LICENSE", "README.md"} <= names
     assert {f"bnorm_ext/{p.name}" for p in PACKAGE.glob("[!_]*.py")} <= names
     assert not [n for n in names if n.endswith((".so", ".o", ".pyc", "bnorm_ext/_build.py"))]
 

@@ -110,4 +110,3 @@ def test_the_versions_are_those_that_are_promised(matrix):
     assert found("README.md", r'pip install "torch>=([\d.]+)"') == oldest
     assert matrix.VERSIONS[0].rpartition(".")[0] == oldest
     assert found("Makefile", r"^TORCH \?= torch==(.+)$") in matrix.VERSIONS
-    assert found("Makefile", r"^TORCH_CUDA \?= torch==(.+)$") in matrix.VERSIONS

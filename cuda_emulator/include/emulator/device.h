@@ -90,6 +90,11 @@ inline void __threadfence_block() {
   emulator::detail::fence(false);
 }
 
+// Time does not pass here: others run.
+inline void __nanosleep(unsigned) {
+  emulator::detail::sleep();
+}
+
 template <typename T>
 T __ldg(const T* p) {
   T value;

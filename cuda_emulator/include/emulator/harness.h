@@ -16,11 +16,20 @@ namespace emulator {
 // an sm_80 with 8 multiprocessors and the seed 0 again.
 void reset();
 
+// The same, but for what host code may rely on after it has done or asked it once: the numbers of
+// devices, the attributes of functions, and the addresses of __device__ variables, which are zero
+// again.
+void start_case();
+
 // ---- The device ----
 
-// One of sm_75, sm_80, sm_86, sm_90, sm_120, with their limits per block and per multiprocessor.
-// Returns false if there is no such name.
+// Makes the current device one of sm_70, sm_75, sm_80, sm_86, sm_90, sm_120, with their limits per
+// block and per multiprocessor. There is no code for sm_70. Returns false if there is no such name.
 bool set_device(const std::string& architecture, int multiprocessors = 8);
+
+// The same, but the device gets a number of its own, always the same one: host code that keeps what
+// it knows of a device by number stays right.
+bool choose_device(const std::string& architecture, int multiprocessors = 8);
 
 // The seed and the number of launches since it was set determine the order in which threads and
 // blocks run.
@@ -34,6 +43,9 @@ void set_shuffles_order_memory(bool order);
 // thread passes a barrier, stores or ends. The default is a million. A loop that neither accesses
 // recorded memory nor calls a CUDA function is not interrupted: it hangs.
 void set_patience(std::uint64_t steps);
+
+// The size of the L2, in place of the device's own: a small one, which tensors of a test exceed.
+void set_l2_bytes(int bytes);
 
 // ---- Memory ----
 
@@ -86,9 +98,33 @@ struct LaunchRecord {
 const std::vector<LaunchRecord>& launches();
 void clear_launches();
 
+// How a launch has used memory. Recorded from `set_profiled(true)` on.
+struct Profile {
+  std::string kernel;
+  std::uint64_t stores;       // by store_bytes and store_bytes_evict_first
+  std::uint64_t evict_first;  // by the latter
+  // The worst bank conflict of accesses to shared memory of 1, 2, 4, 8 and 16 bytes: how many words
+  // of one bank the lanes that are served at once want (32 lanes; 16 of 8 bytes; 8 of 16 bytes).
+  // 1: no conflict; 0: no such access. Lanes of a warp access together where they do so from the
+  // same place in the code for the same time since the last barrier, shuffle or vote of all lanes.
+  int ways[5];
+};
+void set_profiled(bool on);
+const std::vector<Profile>& profiles();
+
 // The next launch with clusters, or the next cooperative one, returns `error` and runs nothing.
 void refuse_next_cluster_launch(cudaError_t error = cudaErrorLaunchOutOfResources);
 void refuse_next_cooperative_launch(cudaError_t error = cudaErrorCooperativeLaunchTooLarge);
+
+// A line for each question to the runtime, and each attribute that was set, since the last reset or
+// clear_calls: "cudaDeviceGetAttribute", "cudaFuncSetAttribute kernel attribute value", ...
+const std::vector<std::string>& calls();
+void clear_calls();
+
+// ---- Captures ----
+
+// The capture of `stream` goes on in `other` too, as after an event.
+void capture_also(cudaStream_t stream, cudaStream_t other);
 
 // The name of a kernel in reports, instead of the one in the symbol table.
 void name_kernel(const void* kernel, const std::string& name);

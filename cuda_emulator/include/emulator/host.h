@@ -1,5 +1,5 @@
 // The part of CUDA's host API that launching code needs. Launches and copies are complete when the
-// call returns; streams are ignored.
+// call returns, captured ones too; streams are only names.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +19,7 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorInvalidResourceHandle = 400,
+  cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorNotReady = 600,
   cudaErrorIllegalAddress = 700,
   cudaErrorLaunchOutOfResources = 701,
@@ -43,6 +44,7 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id);
 
 enum cudaMemcpyKind {
   cudaMemcpyHostToHost = 0,
@@ -125,8 +127,36 @@ struct cudaFuncAttributes {
   int maxDynamicSharedSizeBytes;
 };
 
+// Graphs and captures (graphs.cpp). A graph holds nothing but its user objects.
+#define CUDART_CB
+using cudaHostFn_t = void(CUDART_CB*)(void*);
+using cudaGraph_t = struct CUgraph_st*;
+using cudaUserObject_t = struct CUuserObject_st*;
+enum cudaStreamCaptureStatus {
+  cudaStreamCaptureStatusNone = 0,
+  cudaStreamCaptureStatusActive = 1,
+  cudaStreamCaptureStatusInvalidated = 2,
+};
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal = 0,
+  cudaStreamCaptureModeThreadLocal = 1,
+  cudaStreamCaptureModeRelaxed = 2,
+};
+enum { cudaUserObjectNoDestructorSync = 1, cudaGraphUserObjectMove = 1 };
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id = nullptr,
+                                     cudaGraph_t* graph = nullptr);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* pointer, cudaHostFn_t destroy,
+                                 unsigned references, unsigned flags);
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object,
+                                      unsigned count = 1, unsigned flags = 0);
+
 namespace emulator {
 namespace detail {
+cudaError_t symbol_address(void** pointer, const void* symbol, std::size_t bytes);
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t get_function_attributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t max_active_blocks(int* blocks, const void* kernel, int threads, std::size_t shared);
@@ -141,6 +171,12 @@ cudaError_t launch(const cudaLaunchConfig_t* config, const void* kernel, void (*
                    void* context, const std::vector<Argument>& arguments);
 }  // namespace detail
 }  // namespace emulator
+
+// A __device__ variable is an ordinary one here, the same for all devices.
+template <typename T>
+cudaError_t cudaGetSymbolAddress(void** pointer, const T& symbol) {
+  return emulator::detail::symbol_address(pointer, &symbol, sizeof(T));
+}
 
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute,

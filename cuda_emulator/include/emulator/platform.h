@@ -1,6 +1,7 @@
 // The names that csrc/cuda/platform.cuh defines for nvcc.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "pointers.h"
@@ -16,6 +17,9 @@ inline Shared<T> dynamic_shared(int byte_offset) {
 }
 
 inline void forget_loads() {}
+inline int computed_here(int value) {
+  return value;
+}
 
 template <int kBytes>
 struct Bytes {
@@ -42,6 +46,24 @@ template <int kBytes>
 inline void store_bytes(void* p, Bytes<kBytes> value) {
   static_assert(kBytes >= 1 && kBytes <= 16 && (kBytes & (kBytes - 1)) == 0, "");
   emulator::detail::tensor_write(p, &value, kBytes);
+}
+
+template <int kBytes>
+inline void store_bytes_evict_first(void* p, Bytes<kBytes> value) {
+  static_assert(kBytes >= 1 && kBytes <= 16 && (kBytes & (kBytes - 1)) == 0, "");
+  emulator::detail::tensor_write_evict_first(p, &value, kBytes);
+}
+
+// The worst that is allowed on a GPU: of the two floats around 1 / d, the one farther away, or
+// beside 1 / d where that is a float.
+inline float reciprocal_estimate(float d) {
+  const float nearest = 1.0f / d;
+  const bool is_low = std::fma(nearest, d, -1.0f) < 0;
+  return std::nextafter(nearest, is_low ? 2.0f : 0.0f);
+}
+
+inline unsigned load_acquire(const unsigned* p) {
+  return emulator::detail::load_acquire(p);
 }
 
 template <typename T>

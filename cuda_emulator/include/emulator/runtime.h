@@ -38,6 +38,8 @@ void warp_collective(Where where, unsigned mask, int argument, int width, int by
                      const void* value, void* result);
 unsigned active_mask();
 void fence(bool whole_device);
+unsigned load_acquire(const unsigned* p);
+void sleep();
 
 // ---- Memory ----
 Block* current_block();
@@ -52,6 +54,7 @@ void workspace_read(const void* from, void* to, std::size_t bytes, std::size_t a
 void workspace_write(void* to, const void* from, std::size_t bytes, std::size_t alignment);
 void tensor_read(const void* from, void* to, std::size_t bytes);
 void tensor_write(void* to, const void* from, std::size_t bytes);
+void tensor_write_evict_first(void* to, const void* from, std::size_t bytes);
 void async_copy(Block* owner, std::ptrdiff_t offset, const void* from);
 void async_commit();
 void async_wait(int pending_groups);

@@ -34,6 +34,8 @@ template <int kBytes>
 Bytes<kBytes> load_bytes(const void*);
 template <int kBytes>
 void store_bytes(void*, Bytes<kBytes>);
+template <int kBytes>
+void store_bytes_evict_first(void*, Bytes<kBytes>);
 
 }  // namespace cuda
 }  // namespace bnorm_ext

@@ -2,12 +2,15 @@
 #pragma once
 
 #include <c10/core/Device.h>
+#include <emulator.h>
 
 namespace c10 {
 namespace cuda {
 
 inline DeviceIndex current_device() {
-  return 0;
+  int device = 0;
+  cudaGetDevice(&device);
+  return static_cast<DeviceIndex>(device);
 }
 
 }  // namespace cuda

@@ -1,16 +1,16 @@
 // In place of torch's header of this name, where csrc/cuda/*.cpp is compiled against the emulator.
 #pragma once
 
-#include "../../../runner.h"
+#include <emulator.h>
 
 namespace c10 {
 namespace cuda {
 
-enum class CaptureStatus { None, Active };
-
-inline CaptureStatus currentStreamCaptureStatusMayInitCtx() {
-  return runner::is_capturing() ? CaptureStatus::Active : CaptureStatus::None;
-}
+// Nothing that host code does here is forbidden during a capture.
+struct CUDAStreamCaptureModeGuard {
+  explicit CUDAStreamCaptureModeGuard(cudaStreamCaptureMode) {}
+  ~CUDAStreamCaptureModeGuard() {}
+};
 
 }  // namespace cuda
 }  // namespace c10

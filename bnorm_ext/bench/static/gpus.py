@@ -1,0 +1,104 @@
+"""Rates of GPUs, from data sheets and the CUDA programming guide: none of them is measured here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bnorm_ext.explain import resolve_device
+
+
+class Rates(NamedTuple):
+    """Per multiprocessor and clock, by compute capability: instructions that its four schedulers
+    start, in warps; results of the units, in threads; bytes of shared memory.
+
+    Source: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions" (results per
+    clock and multiprocessor) and the sections on each compute capability.
+    """
+
+    issue: int  # warps
+    fp32: int
+    fp64: int
+    conversions: int  # but those from and to 64 bits
+    conversions64: int
+    special: int
+    shared_bytes: int = 128
+    threads: int = 2048  # resident at most
+    registers: int = 65536
+
+
+RATES = {
+    (7, 5): Rates(4, 64, 2, 16, 2, 16, threads=1024),
+    (8, 0): Rates(4, 64, 32, 16, 16, 16),
+    (8, 6): Rates(4, 128, 2, 16, 2, 16, threads=1536),
+    (8, 9): Rates(4, 128, 2, 16, 2, 16, threads=1536),
+    (9, 0): Rates(4, 128, 64, 64, 16, 16),
+    (10, 0): Rates(4, 128, 64, 64, 16, 16),
+    (10, 3): Rates(4, 128, 2, 64, 2, 16),
+    (12, 0): Rates(4, 128, 2, 16, 2, 16, threads=1536),
+}
+
+
+class Memory(NamedTuple):
+    """Source: the vendor's data sheet of the GPU."""
+
+    bandwidth: float  # bytes/s, of the data sheet
+    clock: float  # Hz, boost
+    l2: int  # bytes
+
+
+_MB = 1 << 20
+MEMORY = {
+    "T4": Memory(320e9, 1.590e9, 4 * _MB),
+    "A10": Memory(600e9, 1.695e9, 6 * _MB),
+    "A100": Memory(2039e9, 1.410e9, 40 * _MB),
+    "RTX 3090": Memory(936e9, 1.695e9, 6 * _MB),
+    "L4": Memory(300e9, 2.040e9, 48 * _MB),
+    "L40S": Memory(864e9, 2.520e9, 96 * _MB),
+    "RTX 4090": Memory(1008e9, 2.520e9, 72 * _MB),
+    "H100": Memory(3350e9, 1.980e9, 50 * _MB),
+    "H200": Memory(4800e9, 1.980e9, 50 * _MB),
+    "GH200": Memory(4000e9, 1.980e9, 50 * _MB),
+    "B200": Memory(8000e9, 1.965e9, 126 * _MB),
+    "B300": Memory(8000e9, 1.920e9, 126 * _MB),
+    "RTX 5090": Memory(1792e9, 2.407e9, 96 * _MB),
+}
+
+#: Share of the data sheet's bandwidth that a plain copy of a large tensor reaches. An assumption,
+#: the same for all GPUs: predictions are quoted as shares of this copy, in which it cancels where
+#: bytes bind.
+COPY = 0.9
+
+
+class Gpu(NamedTuple):
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_per_multiprocessor: int
+    rates: Rates
+    memory: Memory
+
+    @property
+    def compiled_for(self) -> int:
+        """The architecture whose machine code runs on it, of those that are read."""
+        major, minor = self.capability
+        return 100 if major == 10 else 10 * major + minor
+
+    @property
+    def copy(self) -> float:
+        """Bytes a second of a plain copy."""
+        return COPY * self.memory.bandwidth
+
+
+def gpu(name: str) -> Gpu:
+    """Raises ValueError for a GPU without figures."""
+    known = resolve_device(name)
+    if known.name not in MEMORY:
+        raise ValueError(f"no rates of {known.name}; known are {', '.join(MEMORY)}")
+    return Gpu(
+        known.name,
+        known.capability,
+        known.multiprocessors,
+        known.shared_per_multiprocessor,
+        RATES[known.capability],
+        MEMORY[known.name],
+    )

@@ -1,0 +1,89 @@
+"""Predicted times of a batch norm in training, by the compiled code of its kernels."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from bnorm_ext.explain import launch_plan, resolve_device
+
+from . import roofline
+from .compile import listing
+from .gpus import Gpu
+from .kernels import KERNELS, Counts, Kernel, assumptions, counts_of, instance_of
+from .sass import Function, parse
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_BY_NAME = {kernel.name: kernel for kernel in KERNELS}
+
+
+def counts(kernel: Kernel, arch: int, act: str = "identity") -> list[Counts]:
+    """Of all instances of a kernel; compiles its file where it has not been compiled yet."""
+    assumed = assumptions(kernel, act)
+    found = (counts_of(f, kernel, assumed) for f in _functions(kernel.file, arch))
+    return [c for c in found if c is not None]
+
+
+@functools.cache
+def _functions(file: str, arch: int) -> list[Function]:
+    return parse(listing(file, arch))
+
+
+@functools.cache
+def _instance(kernel: Kernel, arch: int, dtype: str, width: int, mapping: str) -> Counts:
+    for function in _functions(kernel.file, arch):
+        if instance_of(function, kernel) == (dtype, width, mapping):
+            found = counts_of(function, kernel, assumptions(kernel))
+            assert found is not None
+            return found
+    raise ValueError(f"no {kernel.name} for {dtype}, {width} elements, {mapping}")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Forward (1 tensor on chip) or backward (2) of one batch norm."""
+
+    path: str
+    launches: tuple[roofline.Prediction, ...]
+    floor: float  # s: the fewest bytes at the rate of a copy
+
+    @property
+    def time(self) -> float:
+        return sum(launch.time for launch in self.launches)
+
+    @property
+    def binds(self) -> str:
+        return max(self.launches, key=lambda launch: launch.time).binds
+
+
+def predict(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, tensors: int, gpu: Gpu
+) -> Layer:
+    """Without an activation, a residual or a mask."""
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[layout])
+    plan = launch_plan(x, tensors, resolve_device(gpu.name))
+    elements, item, name = math.prod(shape), dtype.itemsize, str(dtype)[6:]
+    width = plan["access_bytes"] // item
+    mapping = plan["mapping"]
+
+    def of(kernel: str) -> Counts:
+        return _instance(_BY_NAME[kernel], gpu.compiled_for, name, width, mapping)
+
+    if plan["path"] == "two_pass":
+        kernels = (
+            (("statistics_kernel", 1), ("normalise_kernel", 2))
+            if tensors == 1
+            else (("backward_reduce_kernel", 2), ("backward_apply_kernel", 3))
+        )
+        launches = tuple(
+            roofline.two_pass(gpu, of(kernel), elements, moved, item, plan)
+            for kernel, moved in kernels
+        )
+    else:
+        kernel = "resident_forward_kernel" if tensors == 1 else "resident_backward_kernel"
+        launches = (roofline.resident(gpu, of(kernel), elements, tensors + 1, item, plan),)
+    floor = (tensors + 1) * elements * item / gpu.copy + roofline.RAMP
+    return Layer(plan["path"], launches, floor)

@@ -1,0 +1,238 @@
+"""Counting in SASS: against a kernel that was counted by hand, and against nvcc's own output."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from bnorm_ext.bench.static import __main__ as program
+from bnorm_ext.bench.static import compile as compiling
+from bnorm_ext.bench.static import gpus, kernels, known, roofline, sass
+from bnorm_ext.bench.static.counts import loop_pass, straight_pass
+from bnorm_ext.bench.static.flow import Flow
+from tests.common.bench_programs import refused
+
+# A kernel in the manner of cuobjdump, with what the counting has to see through. By hand:
+#   before the loop   0000-0040: 5 instructions; the parameter at 0x170 - 0x160 = 16 (a byte)
+#                     decides at 0040 between the loop and the slow way 0140-0150
+#   the loop          0050-00f0, back to 0050 while P1: 11 instructions without the branch at
+#                     0090-00a0, which a batch that is not full takes; 2 loads and 1 store of 128
+#                     bits, of FP64 1, a conversion from float to double, a load of 32 bits
+#   behind it         0100-0130: 3 instructions, and one whose guard is never true
+EXAMPLE = """
+	code for sm_80
+		Function : example
+        /*0000*/                   MOV R1, c[0x0][0x28] ;        /* 0x00000a0000017a02 */
+                                                                 /* 0x000fe40000000f00 */
+        /*0010*/                   ULDC.U8 UR4, c[0x0][0x170] ;
+        /*0020*/                   ISETP.NE.AND P0, PT, RZ, UR4, PT ;
+        /*0030*/                   IMAD.MOV.U32 R2, RZ, RZ, c[0x0][0x160] ;
+        /*0040*/               @P0 BRA 0x140 ;
+        /*0050*/                   ISETP.GE.AND P2, PT, R2, 0x2, PT ;
+        /*0060*/                   LDG.E.128 R4, [R10.64] ;
+        /*0070*/              @!P2 BRA 0x90 ;
+        /*0080*/                   BRA 0xb0 ;
+        /*0090*/                   MOV R8, RZ ;
+        /*00a0*/                   BRA 0xc0 ;
+        /*00b0*/                   LDG.E.128 R12, [R10.64+0x10] ;
+        /*00c0*/                   F2F.F64.F32 R16, R4 ;
+        /*00d0*/                   DADD R18, R18, R16 ;
+        /*00e0*/                   STG.E.128 [R20.64], R4 ;
+        /*00f0*/               @P1 BRA 0x50 ;
+        /*0100*/                   LDG.E R22, [R10.64] ;
+        /*0110*/              @!PT BRA 0x140 ;
+        /*0120*/                   STG.E [R20.64], R22 ;
+        /*0130*/                   EXIT ;
+        /*0140*/                   MUFU.EX2 R3, R3 ;
+        /*0150*/                   BRA 0x50 ;
+"""
+
+
+@pytest.fixture
+def example() -> sass.Function:
+    (function,) = sass.parse(EXAMPLE)
+    return function
+
+
+def test_parse(example):
+    assert (example.name, example.arch, len(example.code)) == ("example", 80, 22)
+    load = example.code[6]
+    assert (load.name, load.bits, load.operands) == ("LDG", 128, ("R4", "[R10.64]"))
+    branch = example.code[7]
+    assert (branch.guard, branch.negated, branch.target) == ("P2", True, 0x90)
+    assert example.code[17].guard == "PT"
+    assert example.code[17].negated
+
+
+def test_registers_are_read_from_the_usage():
+    usage = "\n Function example:\n  REG:38 STACK:0 SHARED:0 LOCAL:0\n"
+    (function,) = sass.parse(EXAMPLE + usage)
+    assert function.registers == 38
+
+
+def test_a_full_pass_as_counted_by_hand(example):
+    flow = Flow(example, {16: 0})
+    (loop,) = flow.loops
+    once = loop_pass(flow, loop, ("LDG", "STG"), 128)
+    assert [f"{i.address:02x}" for i in once.code] == [
+        *("50", "60", "70", "80", "b0", "c0", "d0", "e0", "f0")
+    ]
+    assert (once.accesses("LDG", 128), once.accesses("STG", 128)) == (2, 1)
+    units = once.by_unit()
+    assert (units["fp64"], units["conversions64"], units["global loads"]) == (1, 1, 2)
+    rest = straight_pass(flow, [loop])
+    assert [i.address for i in rest.code] == [0, 0x10, 0x20, 0x30, 0x40, 0x100, 0x110, 0x120, 0x130]
+
+
+@pytest.mark.parametrize(("byte", "slow"), [(0, False), (3, True), (None, True)])
+def test_what_the_parameters_exclude_is_not_reached(example, byte, slow):
+    flow = Flow(example, {} if byte is None else {16: byte})
+    names = {i.name for n in flow.reached for i in flow.blocks[n].code}
+    assert ("MUFU" in names) == slow
+
+
+def test_loops_inside_of_loops():
+    (function,) = sass.parse(
+        """
+        code for sm_90
+                Function : nested
+        /*0000*/                   MOV R1, RZ ;
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/                   DADD R4, R4, R6 ;
+        /*0030*/               @P0 BRA 0x20 ;
+        /*0040*/               @P1 BRA 0x10 ;
+        /*0050*/                   EXIT ;
+        """
+    )
+    flow = Flow(function, {})
+    (outer,) = flow.loops
+    (inner,) = outer.inner
+    assert loop_pass(flow, outer, (), 128).instructions == 2
+    assert loop_pass(flow, inner, (), 128).instructions == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "before", "after"),
+    [
+        ("MOV R1, 0x5", {}, {"R1": 5}),
+        ("@P0 MOV R1, 0x5", {"R1": 4, "P0": 0}, {"R1": 4, "P0": 0}),
+        ("@P0 MOV R1, 0x5", {"R1": 4}, {}),
+        ("PRMT R2, R1, 0x9910, RZ", {"R1": 0xFF80}, {"R1": 0xFF80, "R2": 0xFFFFFF80}),
+        ("SEL R2, RZ, 0x1, P0", {"P0": 0}, {"P0": 0, "R2": 1}),
+        ("LOP3.LUT R2, R1, 0xf0, RZ, 0xc0, !PT", {"R1": 0xFF}, {"R1": 0xFF, "R2": 0xF0}),
+        ("PLOP3.LUT P1, PT, P0, P2, PT, 0x80, 0x0", {"P0": 0}, {"P0": 0, "P1": 0}),
+        ("ISETP.LT.AND P0, PT, R1, RZ, PT", {"R1": 0xFFFFFFFF}, {"R1": 0xFFFFFFFF, "P0": 1}),
+        ("ISETP.NE.U32.AND P0, PT, RZ, c[0x0][0x168], PT", {}, {"P0": 1}),
+        ("ISETP.NE.AND.EX P0, PT, RZ, c[0x0][0x16c], PT, P1", {"P1": 0}, {"P0": 1, "P1": 0}),
+        ("ISETP.EQ.AND.EX P0, PT, RZ, RZ, PT, P1", {"P1": 0}, {"P0": 0, "P1": 0}),
+        ("LDG.E.64 R2, [R4.64]", {"R2": 1, "R3": 1, "R4": 1}, {"R4": 1}),
+        ("DADD R2, R4, R6", {"R2": 1, "R3": 1}, {}),
+    ],
+)
+def test_known_registers(line, before, after):
+    (function,) = sass.parse(f"\n code for sm_80\n\t Function : f\n  /*0000*/  {line} ;\n")
+    # A pointer at 8 that is not null.
+    evaluator = known.Evaluator(function, {8 + k: 1 for k in range(8)})
+    values = dict(before)
+    evaluator.step(function.code[0], values)
+    assert values == after
+
+
+def test_a_call_changes_what_the_subroutine_writes():
+    (function,) = sass.parse(
+        """
+        code for sm_80
+                Function : calls
+        /*0000*/                   CALL.REL.NOINC 0x20 ;
+        /*0010*/                   EXIT ;
+        /*0020*/                   DADD R4, R4, R6 ;
+        /*0030*/                   RET.REL.NODEC R8 0x0 ;
+        /*0040*/                   MOV R2, RZ ;
+        """
+    )
+    values = {"R2": 1, "R4": 2, "R5": 3, "R6": 4}
+    known.Evaluator(function, {}).step(function.code[0], values)
+    assert values == {"R2": 1, "R6": 4}
+
+
+def test_offsets_are_those_of_the_structs():
+    fields = [("StatisticsParams", "shape.N"), ("StatisticsParams", "shape.C")]
+    assert list(kernels.offsets(fields).values()) == [0, 8]
+
+
+def test_gpus_without_figures_are_refused():
+    with pytest.raises(ValueError, match="no rates of A30; known are T4, "):
+        gpus.gpu("A30")
+
+
+def test_every_gpu_has_rates():
+    for name in gpus.MEMORY:
+        found = gpus.gpu(name)
+        assert found.name == name
+        assert found.compiled_for in known.PARAMETERS_AT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "70"], "--arch: 70 is none of 75, 80, "),
+        (["--arch", "x"], "--arch: 'x'"),
+        (["--gpu", "A30"], "no rates of A30"),
+        (["--gpu", "GTX 1"], "unknown device 'GTX 1'"),
+        (["--gpu", "H200", "--net", "resnet"], "--net: unknown 'resnet'"),
+    ],
+)
+def test_odd_arguments_are_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(program, "tools", lambda: None)
+    assert message in refused(program, arguments, capsys)
+
+
+def test_without_the_sources_it_says_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "CSRC", tmp_path)
+    assert "run it from a checkout" in refused(program, [], capsys)
+
+
+def _compiled() -> bool:
+    try:
+        compiling.tools()
+    except compiling.Missing:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _compiled(), reason="there is no nvcc, or no cuobjdump")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_kernels_have_the_loops_that_are_counted(arch):
+    from bnorm_ext.bench.static.predict import counts
+
+    for kernel in kernels.KERNELS:
+        found = counts(kernel, arch)
+        assert len({(c.dtype, c.width, c.mapping) for c in found}) == len(found) > 0
+        for c in found:
+            roles = [loop.role for loop in c.loops]
+            assert roles.count("sums") == kernel.sums, c
+            assert roles.count("write") == kernel.writes, c
+            # Each element is at least loaded or stored once, and no kernel takes a hundred
+            # instructions for one.
+            assert 0 < c.per_element() < 100, c
+            assert math.isfinite(c.rest.instructions)
+
+
+def test_more_work_takes_no_less_time():
+    gpu = gpus.gpu("H200")
+    (function,) = sass.parse(EXAMPLE)
+    flow = Flow(function, {16: 0})
+    once = loop_pass(flow, flow.loops[0], ("LDG", "STG"), 128)
+    loops = (kernels.LoopCounts("write", 8, once),)
+    kernel = kernels.Kernel("k", "k.cu", "P", 1, 0, 1)
+    counts = kernels.Counts(kernel, "float32", 4, "channels_first", 90, 32, loops, once)
+    plan = {"tiles": 64, "team": 8, "access_bytes": 16}
+    times = [
+        roofline.two_pass(gpu, counts, elements, 2, 4, plan).time for elements in (1 << 20, 1 << 24)
+    ]
+    assert times[0] < times[1]
+    terms = roofline.two_pass(gpu, counts, 1 << 24, 2, 4, plan).terms
+    assert terms["bytes"] == pytest.approx(2 * 4 * (1 << 24) / (0.9 * 4.8e12))
+    assert terms["fp64"] == pytest.approx((1 << 24) / 8 / 64 / 132 / 1.98e9)
