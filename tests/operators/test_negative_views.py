@@ -79,6 +79,7 @@ def compiled(backend, act):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="refused with torch 2.8")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled(backend):
     """Not with Inductor, whose own operations ignore the sign of what a graph is given."""
