@@ -92,6 +92,24 @@ def test_what_the_parameters_exclude_is_not_reached(example, byte, slow):
     assert ("MUFU" in names) == slow
 
 
+def test_stores_that_are_switched_off_do_not_count():
+    (function,) = sass.parse(
+        """
+        code for sm_80
+                Function : stores
+        /*0000*/                   ULDC.U8 UR4, c[0x0][0x170] ;
+        /*0010*/                   ISETP.NE.AND P0, PT, RZ, UR4, PT ;
+        /*0020*/               @P0 STG.E.EF.128 [R20.64], R4 ;
+        /*0030*/              @!P0 STG.E.128 [R20.64], R4 ;
+        /*0040*/               @P1 BRA 0x20 ;
+        /*0050*/                   EXIT ;
+        """
+    )
+    flow = Flow(function, {16: 0})
+    once = loop_pass(flow, flow.loops[0], ("STG",), 128)
+    assert (once.instructions, once.accesses("STG", 128)) == (3, 1)
+
+
 def test_loops_inside_of_loops():
     (function,) = sass.parse(
         """
@@ -122,6 +140,8 @@ def test_loops_inside_of_loops():
         ("SEL R2, RZ, 0x1, P0", {"P0": 0}, {"P0": 0, "R2": 1}),
         ("LOP3.LUT R2, R1, 0xf0, RZ, 0xc0, !PT", {"R1": 0xFF}, {"R1": 0xFF, "R2": 0xF0}),
         ("PLOP3.LUT P1, PT, P0, P2, PT, 0x80, 0x0", {"P0": 0}, {"P0": 0, "P1": 0}),
+        ("P2R R2, PR, RZ, 0x2", {"P1": 1}, {"P1": 1, "R2": 2}),
+        ("P2R R2, PR, RZ, 0x3", {"P1": 1, "R2": 0}, {"P1": 1}),
         ("ISETP.LT.AND P0, PT, R1, RZ, PT", {"R1": 0xFFFFFFFF}, {"R1": 0xFFFFFFFF, "P0": 1}),
         ("ISETP.NE.U32.AND P0, PT, RZ, c[0x0][0x168], PT", {}, {"P0": 1}),
         ("ISETP.NE.AND.EX P0, PT, RZ, c[0x0][0x16c], PT, P1", {"P1": 0}, {"P0": 1, "P1": 0}),

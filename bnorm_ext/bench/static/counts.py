@@ -39,6 +39,7 @@ class Pass:
     """One pass through a loop, every vector valid, or through the rest of a kernel once."""
 
     code: tuple[Instruction, ...]
+    off: frozenset[int] = frozenset()  # addresses of those that do nothing (Flow.off)
 
     @property
     def instructions(self) -> int:
@@ -49,7 +50,8 @@ class Pass:
 
     def accesses(self, name: str, bits: int) -> int:
         """How many accesses of this kind and width there are, e.g. ("LDG", 128)."""
-        return sum(i.name == name and i.bits == bits for i in self.code)
+        those = [i for i in self.code if i.address not in self.off]
+        return sum(i.name == name and i.bits == bits for i in those)
 
 
 _NEVER = 1_000_000  # instructions
@@ -72,7 +74,7 @@ def loop_pass(flow: Flow, loop: Loop, wanted: Sequence[str], bits: int) -> Pass:
     order = {n: k for k, n in enumerate(_order(flow, loop))}
     for n in order:
         code = [] if n in inside else flow.blocks[n].code
-        found = sum(i.name in wanted and i.bits == bits for i in code)
+        found = sum(i.name in wanted and i.bits == bits and i.address not in flow.off for i in code)
         cost = -_NEVER if any(i.name == "CALL" for i in code) else len(code)
         for decided, (accesses, length, way) in best.get(n, {}).items():
             reached = (accesses + found, length + cost, (*way, n))
@@ -84,7 +86,7 @@ def loop_pass(flow: Flow, loop: Loop, wanted: Sequence[str], bits: int) -> Pass:
                     if then not in known or known[then][:2] < reached[:2]:
                         known[then] = reached
     way = max(ends, key=lambda end: end[:2])[2]
-    return Pass(tuple(i for n in way if n not in inside for i in flow.blocks[n].code))
+    return Pass(tuple(i for n in way if n not in inside for i in flow.blocks[n].code), flow.off)
 
 
 def _onwards(flow: Flow, n: int, decided: _Decided) -> list[tuple[int, _Decided]]:

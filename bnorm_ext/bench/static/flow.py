@@ -83,6 +83,19 @@ class Flow:
                 if both != entry[m]:
                     entry[m] = both
                     waiting.append(m)
+        self.off = self._switched_off(evaluator, entry)
+
+    def _switched_off(self, evaluator: Evaluator, entry: Mapping[int, Values]) -> frozenset[int]:
+        """The addresses of instructions whose predicates the parameters make false: they are
+        started, and do nothing."""
+        found = set()
+        for n in self.reached:
+            values = dict(entry[n])
+            for i in self.blocks[n].code:
+                if guard_value(i, values) is False:
+                    found.add(i.address)
+                evaluator.step(i, values)
+        return frozenset(found)
 
     def _loops(self) -> list[Loop]:
         """Innermost loops are inside of others' ``inner``; returns the outermost ones."""

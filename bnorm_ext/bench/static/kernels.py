@@ -115,6 +115,8 @@ def assumptions(
         pointers |= {"dx": True, "dresidual": residual}
     if kernel.params == "BackwardApplyParams":
         pointers["mean_dy"] = True
+    if kernel.params in ("NormaliseParams", "BackwardApplyParams"):
+        switches["plan.evict_first"] = 0
     if kernel.params == "ResidentBackwardParams":
         switches["constant_statistics"] = 0
     at = offsets([(kernel.params, name) for name in (*pointers, *switches)])

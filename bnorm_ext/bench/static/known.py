@@ -116,6 +116,8 @@ class Evaluator:
             found[to] = None if chosen is None else get[1] if chosen else get[2]
         elif i.name in ("LOP3", "ULOP3") and not _PREDICATE.match(to):
             found[to] = _logic32(get[1:5])
+        elif i.name == "P2R" and not i.modifiers and i.operands[2] == "RZ":
+            found[to] = _saved_predicates(get[3], values)
         elif i.name in ("PLOP3", "UPLOP3"):
             found[to] = _logic1(get[2:5], i.operands[5])
         return {register: value for register, value in found.items() if value is not None}
@@ -167,6 +169,19 @@ def _permute(a: int | None, selector: int | None, b: int | None) -> int | None:
         if nibble & 8:
             byte = 0xFF if byte & 0x80 else 0
         result |= byte << 8 * k
+    return result
+
+
+def _saved_predicates(mask: int | None, values: Values) -> int | None:
+    """Bit k is predicate k, where the mask has that bit."""
+    if mask is None:
+        return None
+    result = 0
+    for k in (k for k in range(7) if mask >> k & 1):
+        predicate = values.get(f"P{k}")
+        if predicate is None:
+            return None
+        result |= predicate << k
     return result
 
 
