@@ -97,11 +97,12 @@ const Instruction* load_global(const Instruction* at, Frame& frame) {
   return fill(at, frame, bytes);
 }
 
+template <void (*write)(void*, const void*, std::size_t)>
 const Instruction* store_global(const Instruction* at, Frame& frame) {
   unsigned char bytes[kWidest];
   gather(at, frame, bytes);
-  detail::tensor_write(const_cast<void*>(host_pointer(address_of(*at, frame))), bytes,
-                       static_cast<std::size_t>(at->bytes * at->operands));
+  write(const_cast<void*>(host_pointer(address_of(*at, frame))), bytes,
+        static_cast<std::size_t>(at->bytes * at->operands));
   return at + 1;
 }
 
@@ -178,22 +179,9 @@ const Instruction* atomic(const Instruction* at, Frame& frame) {
   return at + 1;
 }
 
-// Orders what its value's writer has released before all that follows, without being a fence for
-// what came before.
 const Instruction* load_acquire(const Instruction* at, Frame& frame) {
-  const detail::Place place{nullptr, static_cast<std::uintptr_t>(address_of(*at, frame))};
-  u32 value = 0;
-  if (const void* memory = detail::atomic_begin(place, sizeof(value))) {
-    std::memcpy(&value, memory, sizeof(value));
-    detail::Thread& self = *detail::current;
-    detail::Extra& extra = self.more();
-    detail::KnownPtr earlier;
-    std::swap(earlier, extra.pending);
-    detail::atomic_end(place, sizeof(value), false);  // leaves in `pending` what was released
-    self.known = detail::join(self.known, extra.pending);
-    extra.pending = earlier;
-  }
-  frame.slots[at->result[0]] = value;
+  frame.slots[at->result[0]] =
+      detail::load_acquire(static_cast<const unsigned*>(host_pointer(address_of(*at, frame))));
   return at + 1;
 }
 
@@ -238,8 +226,8 @@ void add_family(std::vector<Kind>& kinds, const std::string& name, Form form, Ex
 void add_accesses(std::vector<Kind>& kinds) {
   add_family(kinds, "ld.param", Form::kLoad, &load_parameter);
   add_family(kinds, "ld.global", Form::kLoad, &load_global);
-  add_family(kinds, "st.global", Form::kStore, &store_global);
-  add_family(kinds, "st.global.cs", Form::kStore, &store_global);  // of caches there are none
+  add_family(kinds, "st.global", Form::kStore, &store_global<detail::tensor_write>);
+  add_family(kinds, "st.global.cs", Form::kStore, &store_global<detail::tensor_write_evict_first>);
   add_family(kinds, "ld.shared", Form::kLoad, &load_own_shared);
   add_family(kinds, "st.shared", Form::kStore, &store_own_shared);
   add_family(kinds, "ld", Form::kLoad, &load_generic);

@@ -42,7 +42,7 @@ const Instruction* fence(const Instruction* at, Frame&) {
 
 // Time does not pass here: others run.
 const Instruction* sleep(const Instruction* at, Frame&) {
-  detail::yield();
+  detail::sleep();
   return at + 1;
 }
 

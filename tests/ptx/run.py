@@ -33,7 +33,7 @@ EXECUTED = HERE / "executed.txt"
 COVERAGE = ptx.FOLDER / "coverage"
 SECONDS = 1500  # a job may take no longer
 
-FILES = ["kernels", "fused", "mask", "resident"]
+FILES = ["kernels", "fused", "mask", "resident", "smooth"]
 # Tests that expect the launches of an sm_80. An sm_75 has less shared memory, and an sm_90 more.
 RESIDENT = "tests/emulated/test_emulated_resident.py"
 OF_SM_80 = {

@@ -12,7 +12,8 @@ import pytest
 
 from cuda_emulator import building, ptx
 from tests.common import ptx_programs
-from tests.common.ptx_values import BITS, agrees, meaning, operands_of, packed
+from tests.common.ptx_formats import BITS
+from tests.common.ptx_values import agrees, meaning, operands_of, packed
 
 if building.compiler() is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
