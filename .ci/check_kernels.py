@@ -1,6 +1,7 @@
 """What the compiler says of every CUDA kernel: registers, shared memory, stack.
 
-Fails on spills, and where kernels on chip do without asynchronous copies or 16-byte accesses.
+Fails on spills, where kernels on chip do without asynchronous copies or 16-byte accesses, and on
+kinds of instructions that no test executes in the emulator's PTX engine.
 
 python .ci/check_kernels.py [ARCH ...]    architectures like 80 or 90 (default: both)
 
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import build_cuda  # noqa: E402
 import build_support as support  # noqa: E402
 
+EXECUTED = ROOT / "tests" / "ptx" / "executed.txt"
 NAMESPACES = re.compile(r"bnorm_ext::cuda::|\(anonymous namespace\)::|c10::|^void ")
 
 
@@ -72,6 +74,21 @@ def missing_on_chip(source: Path, arch: str, ptx: str) -> list[str]:
     ]
 
 
+def not_executed(ptx: str) -> set[str]:
+    """The kinds of instructions that no test has executed in the emulator's PTX engine."""
+    from cuda_emulator import ptx as interpreter
+
+    lines = EXECUTED.read_text().splitlines()
+    executed = {line.rsplit("  ", 1)[0] for line in lines if not line.startswith("#")}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels.ptx"
+        file.write_text(ptx)
+        try:
+            return {kind for _, _, kind in interpreter.listed(file)} - executed
+        except interpreter.Failed as error:
+            return {str(error).strip()}
+
+
 def kernels(report: str) -> list[tuple[str, dict[str, int]]]:
     """(mangled name, figures) of every kernel in what `ptxas -v` printed."""
     found = []
@@ -110,6 +127,7 @@ def main() -> None:
         compiled = list(pool.map(lambda job: compile_kernels(compiler, *job, include), jobs))
     rows = []
     missing = []
+    unknown: set[str] = set()
     on_chip = 0
     for (source, arch), (report, ptx) in zip(jobs, compiled, strict=True):
         found = kernels(report)
@@ -118,6 +136,7 @@ def main() -> None:
             (source.name, f"sm_{arch}", name, figures)
             for name, (_, figures) in zip(names, found, strict=True)
         ]
+        unknown |= not_executed(ptx)
         if source.name.startswith("resident_"):
             on_chip += 1
             missing += missing_on_chip(source, arch, ptx)
@@ -129,8 +148,10 @@ def main() -> None:
         print(f"SPILLS: {file} {arch} {name}: {f['spills']} + {f['loads']} bytes")
     for line in missing:
         print(f"MISSING: {line}")
+    for kind in sorted(unknown):
+        print(f"NOT EXECUTED by any test of the PTX engine (tests/ptx/executed.txt): {kind}")
     print(f"{len(rows)} kernels, {len(spilling)} with spills; {on_chip} files on chip read")
-    if not rows or not on_chip or spilling or missing:
+    if not rows or not on_chip or spilling or missing or unknown:
         raise SystemExit(1)
 
 

@@ -33,7 +33,7 @@ EXECUTED = HERE / "executed.txt"
 COVERAGE = ptx.FOLDER / "coverage"
 SECONDS = 1500  # a job may take no longer
 
-FILES = ["kernels", "fused", "mask", "resident", "smooth"]
+FILES = ["kernels", "fused", "mask", "resident", "smooth", "memory"]
 # Tests that expect the launches of an sm_80. An sm_75 has less shared memory, and an sm_90 more.
 RESIDENT = "tests/emulated/test_emulated_resident.py"
 OF_SM_80 = {
@@ -90,6 +90,8 @@ def pytest(job: Job, folder: Path) -> Done:
     command += ["-m", "slow" if job.file == "mutants" else "not slow"]
     if job.exp2_error:
         command += ["-k", "silu"]
+    if job.file == "memory":  # bank conflicts are told apart by lines of the source
+        command += ["-k", "evicted_first"]
     if job.file == "resident":
         command += [f"--deselect={RESIDENT}::{name}" for name in OF_SM_80.get(job.arch, [])]
     start = time.monotonic()
