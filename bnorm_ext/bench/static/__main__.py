@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from bnorm_ext.activations import NAMES
+
 from ..cases import DTYPES
+from ..cost_model import FORMATS
 from ..nets import NETS, batch_norm_inputs
 from ..options import Parser, names, whole
 from .compile import Missing, tools
 from .gpus import MEMORY, gpu
-from .kernels import _ACTIVATIONS, KERNELS, Counts
-from .predict import FORMATS, counts, predict
+from .kernels import KERNELS, Counts
+from .predict import counts, predict
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
@@ -30,7 +33,7 @@ def parser(command: str) -> Parser:
                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = p.add_argument
     add("--arch", type=whole(1), nargs="+", help=f"{', '.join(map(str, ARCHS))}; default: 80, 90")
-    add("--act", default="identity", choices=_ACTIVATIONS)
+    add("--act", default="identity", choices=NAMES)
     add("--gpu", nargs="+", metavar="GPU", help=f"predict times: {', '.join(MEMORY)}")
     add("--net", nargs="+", metavar="NET", help="default: resnet50, mobilenet_v2")
     add("--batch", type=whole(1), nargs="+", default=[64])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-import bnorm_ext
+from ..machine import ROOT
 
-CSRC = Path(bnorm_ext.__file__).resolve().parent.parent / "csrc"
+CSRC = ROOT / "csrc"
 _CACHE = CSRC.parent / "build" / "static"
 #: As the package is built (build_support.py), without what only debugging needs.
 FLAGS = ("-std=c++17", "-O3", "-fmad=false")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from bnorm_ext.activations import NAMES
 
 from .compile import CSRC, host_compiler
 from .counts import Pass, loop_pass, straight_pass
@@ -98,9 +101,7 @@ def offsets(fields: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
     return dict(zip(fields, map(int, done.stdout.split()), strict=True))
 
 
-_ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
-
-
+@functools.cache
 def assumptions(
     kernel: Kernel, act: str = "identity", residual: bool = False, mask: bool = False
 ) -> dict[int, int]:
@@ -110,7 +111,7 @@ def assumptions(
     if kernel.params == "StatisticsParams":
         return {}
     pointers = {"epilogue.residual": residual, "mask.bytes": mask}
-    switches = {"epilogue.act": _ACTIVATIONS.index(act)}
+    switches = {"epilogue.act": NAMES.index(act)}
     if kernel.params in ("BackwardApplyParams", "ResidentBackwardParams"):
         pointers |= {"dx": True, "dresidual": residual}
     if kernel.params == "BackwardApplyParams":

@@ -10,13 +10,13 @@ import torch
 
 from bnorm_ext.explain import launch_plan, resolve_device
 
+from ..cost_model import FORMATS
 from . import roofline
 from .compile import listing
 from .gpus import Gpu
 from .kernels import KERNELS, Counts, Kernel, assumptions, counts_of, instance_of
 from .sass import Function, parse
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 
 
