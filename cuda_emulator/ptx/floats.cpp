@@ -61,28 +61,8 @@ bool unordered(T a, T b) {
   return a != a || b != b;
 }
 template <typename T>
-bool eq(T a, T b) {
-  return a == b;
-}
-template <typename T>
 bool ne(T a, T b) {
   return a < b || a > b;
-}
-template <typename T>
-bool lt(T a, T b) {
-  return a < b;
-}
-template <typename T>
-bool le(T a, T b) {
-  return a <= b;
-}
-template <typename T>
-bool gt(T a, T b) {
-  return a > b;
-}
-template <typename T>
-bool ge(T a, T b) {
-  return a >= b;
 }
 template <typename T, bool (*ordered)(T, T)>
 bool or_unordered(T a, T b) {

@@ -116,38 +116,18 @@ T shift_right(T a, u32 by) {
 }
 
 template <typename T>
-bool equal(T a, T b) {
-  return a == b;
-}
-template <typename T>
-bool not_equal(T a, T b) {
+bool ne(T a, T b) {
   return a != b;
-}
-template <typename T>
-bool less(T a, T b) {
-  return a < b;
-}
-template <typename T>
-bool less_equal(T a, T b) {
-  return a <= b;
-}
-template <typename T>
-bool greater(T a, T b) {
-  return a > b;
-}
-template <typename T>
-bool greater_equal(T a, T b) {
-  return a >= b;
 }
 
 template <typename T>
 void add_comparisons(std::vector<Kind>& kinds, const std::string& type) {
-  add_operation<equal<T>>(kinds, "setp.eq" + type);
-  add_operation<not_equal<T>>(kinds, "setp.ne" + type);
-  add_operation<less<T>>(kinds, "setp.lt" + type);
-  add_operation<less_equal<T>>(kinds, "setp.le" + type);
-  add_operation<greater<T>>(kinds, "setp.gt" + type);
-  add_operation<greater_equal<T>>(kinds, "setp.ge" + type);
+  add_operation<eq<T>>(kinds, "setp.eq" + type);
+  add_operation<ne<T>>(kinds, "setp.ne" + type);
+  add_operation<lt<T>>(kinds, "setp.lt" + type);
+  add_operation<le<T>>(kinds, "setp.le" + type);
+  add_operation<gt<T>>(kinds, "setp.gt" + type);
+  add_operation<ge<T>>(kinds, "setp.ge" + type);
 }
 
 template <typename Unsigned>
@@ -206,10 +186,10 @@ void add_integers(std::vector<Kind>& kinds) {
   add_comparisons<s64>(kinds, ".s64");
   add_comparisons<u64>(kinds, ".u64");
   // Bits are equal or not.
-  add_operation<equal<u32>>(kinds, "setp.eq.b32");
-  add_operation<not_equal<u32>>(kinds, "setp.ne.b32");
-  add_operation<equal<u64>>(kinds, "setp.eq.b64");
-  add_operation<not_equal<u64>>(kinds, "setp.ne.b64");
+  add_operation<eq<u32>>(kinds, "setp.eq.b32");
+  add_operation<ne<u32>>(kinds, "setp.ne.b32");
+  add_operation<eq<u64>>(kinds, "setp.eq.b64");
+  add_operation<ne<u64>>(kinds, "setp.ne.b64");
 }
 
 }  // namespace ptx

@@ -76,5 +76,27 @@ void add_operation(std::vector<Kind>& kinds, const std::string& name) {
   kinds.push_back({name, Form::kValues, &O::execute, O::kOperands});
 }
 
+// Comparisons of integers and of floating-point numbers; false if one operand is a NaN.
+template <typename T>
+bool eq(T a, T b) {
+  return a == b;
+}
+template <typename T>
+bool lt(T a, T b) {
+  return a < b;
+}
+template <typename T>
+bool le(T a, T b) {
+  return a <= b;
+}
+template <typename T>
+bool gt(T a, T b) {
+  return a > b;
+}
+template <typename T>
+bool ge(T a, T b) {
+  return a >= b;
+}
+
 }  // namespace ptx
 }  // namespace emulator
