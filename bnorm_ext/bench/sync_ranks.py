@@ -130,7 +130,7 @@ def steps(plan: Plan, device: torch.device) -> list[Contestant]:
     found = []
     for name, variant, *rest in variants:
         model = DistributedDataParallel(variant.train().to(device))
-        step = make_step(model, images, labels, amp=False, compiled=False)
+        step = make_step(model, images, labels, amp=None, mode=None)
         found.append(Contestant(name, step, *rest))
     return found
 

@@ -48,6 +48,8 @@ from .profiled import peak_bytes, times
 from .providers import Unavailable
 
 WARM_UP, MIN_STEPS = 2, 5
+AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def convert(variant: str, model: nn.Module) -> nn.Module:
@@ -80,19 +82,23 @@ class Run:
 
 
 def make_step(
-    model: nn.Module, images: Tensor, labels: Tensor, *, amp: bool, compiled: bool
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    amp: torch.dtype | None,
+    mode: str | None,
 ) -> Callable[[], None]:
     """A function that takes one training step (forward, loss, backward, SGD) and waits for the
-    device."""
+    device. amp: the dtype of autocast; mode: of torch.compile; None for neither."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     device = images.device.type
-    dtype = torch.bfloat16 if device == "cpu" else torch.float16
-    scaler = torch.amp.GradScaler(device, enabled=amp and dtype == torch.float16)
-    call: Any = torch.compile(model) if compiled else model
+    scaler = torch.amp.GradScaler(device, enabled=amp == torch.float16)
+    call: Any = model if mode is None else torch.compile(model, mode=mode)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(device, dtype, enabled=amp):
+        with torch.autocast(device, amp, enabled=amp is not None):
             loss = F.cross_entropy(call(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -195,9 +201,11 @@ def parser(command: str) -> Parser:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--batch", type=whole(1), help="images in a step; default: 64, on the CPU 8")
     add("--size", type=whole(32), default=224, help="height and width of an image; default: 224")
-    add("--amp", action="store_true", help="autocast: float16, on the CPU bfloat16")
+    add("--amp", nargs="?", const="half", choices=("half", *AMP),
+        help="autocast; default of the dtype: float16, on the CPU bfloat16")  # fmt: skip
     add("--channels-last", action="store_true")
-    add("--compile", action="store_true", help="torch.compile(model)")
+    add("--compile", nargs="?", const="default", choices=MODES,
+        help="torch.compile(model), in this mode")  # fmt: skip
     add("--threads", type=threads, metavar="K", help="of the CPU; default: torch's")
     add("--time-budget", type=positive(DAY), default=60.0, metavar="SECONDS",
         help="of timed steps; default: 60")  # fmt: skip
@@ -234,8 +242,9 @@ def alternate(
     passed = ["--model", o.model, "--device", device.type, "--batch", str(batch)]
     passed += ["--size", str(o.size), "--time-budget", str(o.time_budget)]
     passed += [] if o.threads is None else ["--threads", str(o.threads)]
-    switches = {"--amp": o.amp, "--channels-last": o.channels_last, "--compile": o.compile}
-    passed += [option for option, given in switches.items() if given]
+    passed += [] if o.amp is None else ["--amp", o.amp]
+    passed += [] if o.compile is None else ["--compile", o.compile]
+    passed += ["--channels-last"] * o.channels_last
     found = processes.rounds(chosen, passed, o.processes)
     interrupted = len(found) < o.processes or len(found[-1]) < len(chosen)
     rows = processes.summary(chosen, found)
@@ -273,10 +282,12 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     if o.channels_last:
         last: Any = {"memory_format": torch.channels_last}
         net, images = net.to(**last), images.to(**last)
+    half = "bfloat16" if device.type == "cpu" else "float16"
+    amp = None if o.amp is None else AMP[half if o.amp == "half" else o.amp]
     runs, reasons = [], {}
     for name in chosen:
         try:
-            step = make_step(convert(name, net), images, labels, amp=o.amp, compiled=o.compile)
+            step = make_step(convert(name, net), images, labels, amp=amp, mode=o.compile)
             runs.append(Run(name, step))
         except Exception as why:
             reasons[name] = str(why) if isinstance(why, Unavailable) else first_line(why)
@@ -288,7 +299,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
                 measure(runs, o.time_budget)
     except KeyboardInterrupt:
         interrupted = True
-    found = rows(runs, reasons, batch, o.compile)
+    found = rows(runs, reasons, batch, o.compile is not None)
     shown = f"{o.model} ({source}), {batch} images of {o.size}x{o.size}"
     header = machine.header(device, command, arguments)
     header |= {"model": o.model, "net_from": source, "batch": batch, "size": o.size}

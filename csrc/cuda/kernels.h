@@ -28,7 +28,7 @@ cudaError_t launch_merge(const MergeParams& p, cudaStream_t stream);
 // Success where this build has code for the current device.
 cudaError_t find_code();
 
-// semaphores.cu: two arrays in the memory of the current device, which begin as zeros.
+// semaphore_words.cu: two arrays in the memory of the current device, which begin as zeros.
 constexpr int64_t kSemaphoreWords = int64_t{1} << 20;
 constexpr int64_t kPhaseWords = int64_t{1} << 17;
 cudaError_t find_semaphore_words(unsigned** begin);

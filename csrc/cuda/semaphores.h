@@ -1,9 +1,10 @@
 // The counters that elect the last block of a reducing kernel, and those of the teams' barriers.
 //
-// Where they are. In two arrays of the device that belong to the compiled code (semaphores.cu), not
-// to an allocator: no memory pool of a CUDA graph ever holds one, and nothing is allocated, filled
-// or freed at run time, which a capture in progress would forbid or record. The arrays are zero
-// when the code is loaded; every kernel leaves its semaphores at zero, so nobody has to clear them.
+// Where they are. In two arrays of the device that belong to the compiled code
+// (semaphore_words.cu), not to an allocator: no memory pool of a CUDA graph ever holds one, and
+// nothing is allocated, filled or freed at run time, which a capture in progress would forbid or
+// record. The arrays are zero when the code is loaded; every kernel leaves its semaphores at zero,
+// so nobody has to clear them.
 //
 // Who has which. Launches that may run at the same time never share words. What is ordered shares:
 //   - the launches of a stream have one range of words, whatever allocator torch uses at that

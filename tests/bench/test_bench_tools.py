@@ -98,7 +98,9 @@ def tiny_net():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [[], ["--amp", "--channels-last"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--amp", "--channels-last"], ["--amp", "float16"], ["--amp", "bfloat16"]]
+)
 def test_training_measures_each_variant(tmp_path, monkeypatch, capsys, more):
     monkeypatch.setattr(nets, "build", lambda name: (tiny_net(), "this test"))
     file = tmp_path / "a.json"
@@ -114,6 +116,28 @@ def test_training_measures_each_variant(tmp_path, monkeypatch, capsys, more):
         assert r["batch_norm_us"] > 0
         assert r["faults_per_step"] >= 0
     assert rows[0]["ratio"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "amp", "mode"),
+    [
+        ([], None, None),
+        (["--amp", "--compile"], torch.bfloat16, "default"),
+        (["--amp", "float16", "--compile", "reduce-overhead"], torch.float16, "reduce-overhead"),
+    ],
+)
+def test_a_step_is_made_as_asked(monkeypatch, more, amp, mode):
+    asked = []
+
+    def make_step(model, *_, **how):
+        asked.append(how)
+        return lambda: None
+
+    monkeypatch.setattr(nets, "build", lambda name: (tiny_net(), "this test"))
+    monkeypatch.setattr(train, "make_step", make_step)
+    arguments = ["--batch", "2", "--size", "32", "--time-budget", "0.01", "--device", "cpu"]
+    assert train.main([*arguments, *more]) == 0
+    assert asked == [{"amp": amp, "mode": mode}] * 3
 
 
 def test_processes_alternate_and_are_compared_by_round(tmp_path, monkeypatch, capsys):

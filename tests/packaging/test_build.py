@@ -105,6 +105,13 @@ def test_sources_are_merged_but_for_developers(tmp_path, option, is_merged):
     assert len(list(tmp_path.glob("sources_*.cpp"))) == (2 if is_merged else 0)
 
 
+def test_no_two_sources_have_one_object():
+    """torch names an object after its source without the suffix: x.cpp and x.cu would be one."""
+    sources = [p for pattern in ("*.cpp", "*.cu") for p in (ROOT / "csrc").rglob(pattern)]
+    stems = [path.with_suffix("") for path in sources]
+    assert len(set(stems)) == len(stems) > 20
+
+
 def test_objects_are_compiled_again_when_a_header_or_the_flags_change(tmp_path):
     source, target = tmp_path / "a.cpp", tmp_path / "out" / "a.o"
     source.write_text("int a;")
