@@ -14,13 +14,13 @@
 
 namespace cg = cooperative_groups;
 
-#define CHECK(call)                                                                         \
-  do {                                                                                      \
-    const cudaError_t error_ = (call);                                                      \
-    if (error_ != cudaSuccess) {                                                            \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(error_));  \
-      std::exit(1);                                                                         \
-    }                                                                                       \
+#define CHECK(call)                                                                        \
+  do {                                                                                     \
+    const cudaError_t error_ = (call);                                                     \
+    if (error_ != cudaSuccess) {                                                           \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(error_)); \
+      std::exit(1);                                                                        \
+    }                                                                                      \
   } while (false)
 
 namespace {
@@ -72,7 +72,9 @@ struct FloatToDouble {  // there and back: two conversions
 };
 struct IntegerAdd {
   using T = int;
-  static __device__ void apply(T& a, T b) { asm volatile("add.s32 %0, %0, %1;" : "+r"(a) : "r"(b)); }
+  static __device__ void apply(T& a, T b) {
+    asm volatile("add.s32 %0, %0, %1;" : "+r"(a) : "r"(b));
+  }
 };
 struct ToBfloat16 {
   using T = float;
@@ -179,7 +181,8 @@ void memory(int multiprocessors) {
   CHECK(cudaEventCreate(&begin));
   CHECK(cudaEventCreate(&end));
   std::printf("  \"cold\": {");
-  const int64_t sizes[] = {1 << 20, 4 << 20, 8 << 20, 16 << 20, 32 << 20, 64 << 20, 128 << 20, 256 << 20, most};
+  const int64_t sizes[] = {1 << 20,  4 << 20,   8 << 20,   16 << 20, 32 << 20,
+                           64 << 20, 128 << 20, 256 << 20, most};
   for (const int64_t bytes : sizes) {
     const int64_t count = bytes / 16;
     const int blocks =
@@ -203,9 +206,11 @@ void memory(int multiprocessors) {
       std::sort(found.begin(), found.end());
       (kind == 0 ? copied : only_read) = found[kSamples / 2] * 1e-3;
     }
-    std::printf("%s\"%lld\": {\"copy_us\": %.2f, \"copy_TBs\": %.3f, \"read_us\": %.2f, \"read_TBs\": %.3f}",
-                bytes == sizes[0] ? "" : ", ", static_cast<long long>(bytes), copied * 1e6,
-                2 * bytes / copied / 1e12, only_read * 1e6, bytes / only_read / 1e12);
+    std::printf(
+        "%s\"%lld\": {\"copy_us\": %.2f, \"copy_TBs\": %.3f, \"read_us\": %.2f, \"read_TBs\": "
+        "%.3f}",
+        bytes == sizes[0] ? "" : ", ", static_cast<long long>(bytes), copied * 1e6,
+        2 * bytes / copied / 1e12, only_read * 1e6, bytes / only_read / 1e12);
   }
   std::printf("},\n");
   CHECK(cudaFree(from));
@@ -319,8 +324,9 @@ int main() {
   CHECK(cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0));
   const double clock = khz * 1e3;
   const int all = device.multiProcessorCount;
-  std::printf("{\n  \"gpu\": \"%s\", \"multiprocessors\": %d, \"clock_MHz\": %.0f, \"l2_bytes\": %d,\n",
-              device.name, all, clock / 1e6, device.l2CacheSize);
+  std::printf(
+      "{\n  \"gpu\": \"%s\", \"multiprocessors\": %d, \"clock_MHz\": %.0f, \"l2_bytes\": %d,\n",
+      device.name, all, clock / 1e6, device.l2CacheSize);
   unit<Fma>("fma", all);
   unit<IntegerAdd>("int_add", all);
   unit<DoubleAdd>("double_add", all);
