@@ -23,7 +23,7 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
       cuda::plan_resident(in.shape, bytes, aligned, tensors, device, cuda::ByLimits{device});
   const bool resident = plan.path != cuda::Path::TwoPass;
   const cuda::TilePlan walk =
-      resident ? plan.tile_plan : cuda::plan_two_pass(in.shape, bytes, aligned, device);
+      resident ? plan.tile_plan : cuda::plan_two_pass(in.shape, bytes, aligned, device, /*reduces=*/true);
   constexpr const char* kNames[] = {"two_pass", "block", "cluster", "grid"};
   pybind11::dict found;
   found["path"] = kNames[static_cast<int>(plan.path)];

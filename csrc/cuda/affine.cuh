@@ -26,31 +26,22 @@ struct Affine {
   }
 };
 
-// A value for each channel of a thread, in registers. In ChannelGroups a thread has two channels,
-// and each use selects one of the two values.
+// A value for each of the kChannels places of a vector, in registers.
 template <typename A, typename Iterator>
 class PerChannel {
  public:
   static constexpr int kChannels = Iterator::kChannels;
 
-  // f(k): the value of channel it.channel_of(k), for it.split_of_vector() = split.
+  // f(k): the value of channel it.channel_of(k)
   template <typename F>
-  __device__ __forceinline__ PerChannel(int split, F f) : split_(split) {
-    if (Iterator::kGrouped) {
-      of_[0] = f(0);
-      of_[1] = f(kChannels - 1);
-    } else {
+  explicit __device__ __forceinline__ PerChannel(F f) {
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k) of_[k] = f(k);
-    }
+    for (int k = 0; k < kChannels; ++k) of_[k] = f(k);
   }
-  __device__ __forceinline__ A operator[](int k) const {
-    return !Iterator::kGrouped ? of_[k] : k < split_ ? of_[0] : of_[1];
-  }
+  __device__ __forceinline__ const A& operator[](int k) const { return of_[k]; }
 
  private:
-  A of_[Iterator::kGrouped ? 2 : kChannels];
-  int split_;
+  A of_[kChannels];
 };
 
 // kRows constants of each of a tile's channels, in shared memory. Neighbouring threads read
@@ -97,6 +88,9 @@ class Table {
 // The rows of a table; the first kAffineRows hold the constants of z.
 enum TableRow { kMean, kScale, kShift, kMeanDy, kProjScale };
 constexpr int kAffineRows = kShift + 1;
+static_assert(kProjScale == kTableRows - 1, "");
+template <typename V>
+using TileTable = Table<V, kTableRows>;
 
 template <typename Table, typename A>
 __device__ __forceinline__ void set(const Table& table, int i, const Affine<A>& affine) {
@@ -121,52 +115,56 @@ struct AffineInTable {
   }
 };
 
-// The constants of z of a thread's channels, in registers: computed from the parameters, or read
-// once from a table.
+// The constants of z of a thread's channels, in registers: read once from a table.
 template <typename V>
 class AffineInRegisters
     : public PerChannel<Affine<Acc<typename V::T>>, TileIterator<V::kWidth, V::kMapping>> {
  public:
+  template <typename Table>
+  explicit __device__ __forceinline__ AffineInRegisters(const Table& table)
+      : PerChannel<Affine<Acc<typename V::T>>, TileIterator<V::kWidth, V::kMapping>>(
+            [&](int k) { return AffineInTable<Table>(table)[k]; }) {}
+};
+
+// The same, but only the mean in registers: scale and shift are read from the table at each use.
+// For the sums of backward, where few activations need them.
+template <typename V, typename Table>
+class MeanInRegisters {
+ public:
   using A = Acc<typename V::T>;
   using Iterator = TileIterator<V::kWidth, V::kMapping>;
-  static constexpr int kBytes = 0;  // of shared memory
+  static constexpr int kChannels = Iterator::kChannels;
 
-  template <typename Params>
-  __device__ __forceinline__ AffineInRegisters(const Params& p, const Iterator& it, int = 0)
-      : PerChannel<Affine<A>, Iterator>(it.split_of_vector(), [&](int k) {
-          return it.channel < p.shape.C
-                     ? Affine<A>(p.statistics, p.weight, p.bias, it.channel_of(k))
-                     : Affine<A>();
-        }) {}
-  template <int kRows>
-  __device__ __forceinline__ AffineInRegisters(const Table<V, kRows>& table, const Iterator& it)
-      : PerChannel<Affine<A>, Iterator>(
-            it.split_of_vector(), [&](int k) { return AffineInTable<Table<V, kRows>>(table)[k]; }) {
+  explicit __device__ __forceinline__ MeanInRegisters(const Table& table)
+      : table_(table), mean_([&](int k) { return table.get(kMean, k); }) {}
+  __device__ __forceinline__ Affine<A> operator[](int k) const {
+    Affine<A> affine;
+    affine.mean = mean_[k];
+    affine.scale = table_.get(kScale, k);
+    affine.shift = table_.get(kShift, k);
+    return affine;
   }
+  __device__ __forceinline__ A mean(int k) const { return mean_[k]; }
+
+ private:
+  Table table_;
+  PerChannel<A, Iterator> mean_;
 };
 
-// The constants of z of a tile's channels, computed from the parameters into a table of their own.
-template <typename V>
-class AffineInShared : public AffineInTable<Table<V, kAffineRows>> {
- public:
-  using Rows = Table<V, kAffineRows>;
-  using A = typename Rows::A;
-  static constexpr int kBytes = Rows::kBytes;
-
-  // Every thread must call: there is a barrier.
-  template <typename Params>
-  __device__ __forceinline__ AffineInShared(const Params& p, const typename Rows::Iterator& it,
-                                            int byte_offset)
-      : AffineInTable<Rows>(Rows(byte_offset, it)) {
-    const int channels = Rows::Iterator::channels_of_tile(p.plan),
-              i = static_cast<int>(threadIdx.x);
-    const int64_t c = it.tile * channels + i;
-    if (i < channels && c < p.shape.C) {
-      set(this->table, i, Affine<A>(p.statistics, p.weight, p.bias, c));
-    }
-    __syncthreads();
+// Fills the first rows of a table with the constants of z of the tile's channels, by the parameters.
+// Every thread must call: there is a barrier, after which every thread may read them.
+template <typename Table, typename Params, typename Iterator>
+__device__ __forceinline__ void fill(const Table& table, const Params& p, const TilePlan& plan,
+                                     const Iterator& it) {
+  const int channels = Iterator::channels_of_tile(plan), i = static_cast<int>(threadIdx.x);
+  const int64_t c = it.tile * channels + i;
+  if (i < channels) {
+    Affine<typename Table::A> affine = {};  // read but not used beyond the last channel
+    if (c < p.shape.C) affine = {p.statistics, p.weight, p.bias, c};
+    set(table, i, affine);
   }
-};
+  __syncthreads();
+}
 
 }  // namespace cuda
 }  // namespace bnorm_ext

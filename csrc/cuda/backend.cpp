@@ -14,11 +14,16 @@ int64_t mask_bytes(const Input& in) {
   return cuda::mask_bytes(in.shape, element_bytes(in));
 }
 
+void set_shape(InputParams* p, const Shape& shape) {
+  p->shape = shape;
+  p->per_value = 1 / static_cast<double>(shape.N * shape.S);
+}
+
 // What all kernels that write y take.
 template <typename Params>
 Params params(const ForwardCall& c) {
   Params p;
-  p.shape = c.in.shape;
+  set_shape(&p, c.in.shape);
   p.dtype = c.in.dtype;
   p.x = c.in.tensor.const_data_ptr();
   p.y = c.y.data_ptr();
@@ -42,7 +47,7 @@ bool is_aligned(const ForwardCall& c) {
 void run_normalise(const ForwardCall& c, const Statistics& statistics,
                    int64_t* num_batches_tracked = nullptr) {
   auto p = params<NormaliseParams>(c);
-  p.plan = plan_for(c.in, is_aligned(c));
+  p.plan = plan_for(c.in, is_aligned(c), /*reduces=*/false);
   p.statistics = statistics;
   p.num_batches_tracked = num_batches_tracked;
   C10_CUDA_CHECK(launch_normalise(p, stream()));
@@ -55,8 +60,8 @@ void normalise(ForwardCall& c, const Statistics& statistics) {
 
 StatisticsParams statistics_params(const Input& in) {
   StatisticsParams p;
-  p.shape = in.shape;
-  p.plan = plan_for(in, aligned(in.tensor.const_data_ptr()));
+  set_shape(&p, in.shape);
+  p.plan = plan_for(in, aligned(in.tensor.const_data_ptr()), /*reduces=*/true);
   p.dtype = in.dtype;
   p.x = in.tensor.const_data_ptr();
   return p;
@@ -77,7 +82,7 @@ void statistics(Input& in, const Tensor& mean, const Tensor& var) {
 bool train_resident(const ForwardCall& c, const RunningUpdate& running, double eps,
                     const Tensor& mean, const Tensor& rstd) {
   auto p = params<ResidentForwardParams>(c);
-  p.plan = plan_forward(c.in, is_aligned(c));
+  p.plan = plan_forward(c.in, is_aligned(c), is_plain(p));
   if (p.plan.path == Path::TwoPass) return false;
   const TeamMemory memory(p.plan, c.in, running.cumulative && p.plan.tile_plan.tiles > 1);
   p.staging = *memory;
@@ -131,7 +136,7 @@ void merge(const Tensor& mean, const Tensor& var, const Tensor& count, double ep
 template <typename Params>
 Params params(const BackwardCall& c) {
   Params p;
-  p.shape = c.in.shape;
+  set_shape(&p, c.in.shape);
   p.dtype = c.in.dtype;
   p.dy = c.dy.const_data_ptr();
   p.x = c.in.tensor.const_data_ptr();
@@ -161,7 +166,7 @@ bool is_aligned(const BackwardCall& c, const Tensor& dx, const Tensor& dresidual
 void run_reduce(const BackwardCall& c, const BackwardOutputs& out, void* mean_g,
                 void* mean_g_xhat) {
   auto p = params<BackwardReduceParams>(c);
-  p.plan = plan_for(c.in, is_aligned(c, {}, {}));
+  p.plan = plan_for(c.in, is_aligned(c, {}, {}), /*reduces=*/true);
   const StagingMemory staging(p.plan, c.in);
   p.staging = *staging;
   p.sum_dy = channel_vector(out.sum_g);
@@ -177,7 +182,7 @@ void run_apply(const BackwardCall& c, const BackwardOutputs& out, const void* me
                const void* mean_g_xhat) {
   if (!out.dx.defined() && !out.dresidual.defined()) return;
   auto p = params<BackwardApplyParams>(c);
-  p.plan = plan_for(c.in, is_aligned(c, out.dx, out.dresidual));
+  p.plan = plan_for(c.in, is_aligned(c, out.dx, out.dresidual), /*reduces=*/false);
   if (out.dx.defined()) p.dx = out.dx.data_ptr();
   if (out.dresidual.defined()) p.dresidual = out.dresidual.data_ptr();
   p.mean_dy = mean_g;
@@ -189,7 +194,7 @@ void run_apply(const BackwardCall& c, const BackwardOutputs& out, const void* me
 bool backward_resident(const BackwardCall& c, bool constant_statistics,
                        const BackwardOutputs& out) {
   auto p = params<ResidentBackwardParams>(c);
-  p.plan = plan_backward(c.in, is_aligned(c, out.dx, out.dresidual));
+  p.plan = plan_backward(c.in, is_aligned(c, out.dx, out.dresidual), is_plain(p));
   if (p.plan.path == Path::TwoPass) return false;
   const TeamMemory memory(p.plan, c.in, /*counts_tiles=*/false);
   p.staging = *memory;

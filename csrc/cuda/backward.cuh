@@ -5,6 +5,7 @@
 
 #include "affine.cuh"
 #include "channel.cuh"
+#include "moments.cuh"
 #include "params.h"
 #include "tile_iterator.cuh"
 #include "vec.cuh"
@@ -12,81 +13,69 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// A thread's sums of g and g * (x - mean), one pair per channel. Four values at a time are summed
-// in the accumulation type; these partial sums are added in double.
+// A thread's sums of g and g * (x - mean), one pair per channel: over a run of at most kRun batches
+// in the accumulation type, each vector added up on its own; the runs in double.
 template <typename V>
 struct GradientSums {
   using A = Acc<typename V::T>;
   using Vector = Values<typename V::T, V::kWidth>;
   static constexpr int kChannels = TileIterator<V::kWidth, V::kMapping>::kChannels;
   static constexpr int kPerVector = V::kWidth / kChannels;  // values of one channel in a vector
-  static_assert(kBatch * kPerVector % 4 == 0, "a full batch leaves no partial sum");
 
   Pair sum[kChannels];
-  A g_of_4[kChannels], dot_of_4[kChannels];  // the partial sums
 
-  // for_each(f, end_batch) calls f(u, g, x, offset) for each vector, u being its number in the
-  // batch, and end_batch(valid) after each batch. Where a sum is not finite, everything is summed
-  // again in double: either the data is not finite, or float overflowed although the result fits.
+  // for_each(f, end_run) calls f(g, x, offset) for each vector, and end_run() after each run. Where
+  // a sum is not finite, everything is summed again in double.
   template <typename Affines, typename ForEach>
   __device__ __forceinline__ void add_all(const Affines& affines, const ForEach& for_each) {
+    A of_g[kChannels], of_dot[kChannels];
+    const auto clear_run = [&] {
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) of_g[k] = of_dot[k] = 0;
+    };
+    clear();
+    clear_run();
+    for_each(
+        [&](const A(&g)[V::kWidth], const Vector& x, int64_t) {
+#pragma unroll
+          for (int k = 0; k < kChannels; ++k) {
+            A of_vector = g[k], dot = g[k] * (x[k] - affines.mean(k));
+#pragma unroll
+            for (int i = 1; i < kPerVector; ++i) {
+              of_vector += g[i];
+              dot = fma(g[i], x[i] - affines.mean(0), dot);
+            }
+            of_g[k] += of_vector;
+            of_dot[k] += dot;
+          }
+        },
+        [&] {
+#pragma unroll
+          for (int k = 0; k < kChannels; ++k) {
+            sum[k].a += of_g[k];
+            sum[k].b += of_dot[k];
+          }
+          clear_run();
+        });
+    if (all_finite(sum)) return;
     clear();
     for_each(
-        [&](int u, const A(&g)[V::kWidth], const Vector& x, int64_t) { add(affines, u, g, x); },
-        [&](int valid) {
-          if (valid == kBatch) return;
+        [&](const A(&g)[V::kWidth], const Vector& x, int64_t) {
 #pragma unroll
-          for (int k = 0; k < kChannels; ++k) flush(k);
-        });
-    if (finite()) return;
-    clear();
-    for_each([&](int, const A(&g)[V::kWidth], const Vector& x,
-                 int64_t) { add_in_double(affines, g, x); },
-             [](int) {});
+          for (int v = 0; v < V::kWidth; ++v) {
+            const int k = v % kChannels;
+            const double wide_g = g[v];
+            sum[k].a += wide_g;
+            sum[k].b += wide_g * (static_cast<double>(x[v]) - affines.mean(k));
+          }
+        },
+        [] {});
   }
 
  private:
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      sum[k] = {0, 0};
-      g_of_4[k] = dot_of_4[k] = 0;
-    }
-  }
-  template <typename Affines>
-  __device__ __forceinline__ void add(const Affines& affines, int u, const A (&g)[V::kWidth],
-                                      const Vector& x) {
-#pragma unroll
-    for (int v = 0; v < V::kWidth; ++v) {
-      const int k = v % kChannels;
-      g_of_4[k] += g[v];
-      dot_of_4[k] = fma(g[v], x[v] - affines[k].mean, dot_of_4[k]);
-      if ((u * kPerVector + v / kChannels) % 4 == 3) flush(k);
-    }
-  }
-  __device__ __forceinline__ void flush(int k) {
-    sum[k].a += g_of_4[k];
-    sum[k].b += dot_of_4[k];
-    g_of_4[k] = dot_of_4[k] = 0;
-  }
-  __device__ __forceinline__ bool finite() const {
-    bool all = true;
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      all = all && is_finite(sum[k].a) && is_finite(sum[k].b);
-    }
-    return all;
-  }
-  template <typename Affines>
-  __device__ __forceinline__ void add_in_double(const Affines& affines, const A (&g)[V::kWidth],
-                                                const Vector& x) {
-#pragma unroll
-    for (int v = 0; v < V::kWidth; ++v) {
-      const int k = v % kChannels;
-      const double wide_g = g[v];
-      sum[k].a += wide_g;
-      sum[k].b += wide_g * (static_cast<double>(x[v]) - affines[k].mean);
-    }
+    for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
   }
 };
 
@@ -126,38 +115,37 @@ class GradientWriter {
   using Vector = Values<T, V::kWidth>;
   using Iterator = TileIterator<V::kWidth, V::kMapping>;
 
-  // mean_dy(k), proj_scale(k): of channel it.channel_of(k). evict_first: as Values::store
-  template <typename Params, typename MeanDy, typename ProjScale>
+  // table: has all rows of TileTable. evict_first: as Values::store
+  template <typename Params, typename Table>
   __device__ __forceinline__ GradientWriter(const Params& p, bool constant_statistics,
-                                            bool evict_first, const Iterator& it, MeanDy mean_dy,
-                                            ProjScale proj_scale)
+                                            bool evict_first, const Table& table)
       : dx_(static_cast<T*>(p.dx)),
         dresidual_(static_cast<T*>(p.dresidual)),
         constant_statistics_(constant_statistics),
         evict_first_(evict_first),
-        mean_dy_(it.split_of_vector(), mean_dy),
-        proj_scale_(it.split_of_vector(), proj_scale) {}
+        mean_([&](int k) { return table.get(kMean, k); }),
+        scale_([&](int k) { return table.get(kScale, k); }),
+        mean_dy_([&](int k) { return table.get(kMeanDy, k); }),
+        proj_scale_([&](int k) { return table.get(kProjScale, k); }) {}
 
   // The vectors at `offset`; x is not used where the statistics are constants.
-  template <typename Affines>
-  __device__ __forceinline__ void write(const Affines& affines, const A (&g)[V::kWidth],
-                                        const Vector& x, int64_t offset) const {
+  __device__ __forceinline__ void write(const A (&g)[V::kWidth], const Vector& x,
+                                        int64_t offset) const {
     Vector rounded;
     if (dresidual_ != nullptr) {
-#pragma unroll
-      for (int v = 0; v < V::kWidth; ++v) rounded.set(v, g[v]);
+      rounded.set(g);
       rounded.store(dresidual_ + offset, evict_first_);
     }
     if (dx_ == nullptr) return;
+    A dx[V::kWidth];
 #pragma unroll
     for (int v = 0; v < V::kWidth; ++v) {
       const int k = v % Iterator::kChannels;
       A d = g[v];
-      if (!constant_statistics_) {
-        d = (d - mean_dy_[k]) - (x[v] - affines[k].mean) * proj_scale_[k];
-      }
-      rounded.set(v, d * affines[k].scale);
+      if (!constant_statistics_) d = fma(mean_[k] - x[v], proj_scale_[k], d - mean_dy_[k]);
+      dx[v] = d * scale_[k];
     }
+    rounded.set(dx);
     rounded.store(dx_ + offset, evict_first_);
   }
 
@@ -165,7 +153,7 @@ class GradientWriter {
   T* dx_;
   T* dresidual_;
   bool constant_statistics_, evict_first_;
-  PerChannel<A, Iterator> mean_dy_, proj_scale_;
+  PerChannel<A, Iterator> mean_, scale_, mean_dy_, proj_scale_;
 };
 
 }  // namespace cuda

@@ -63,10 +63,10 @@ struct MeanRstd {
         rstd(s.is_rstd ? static_cast<A>(get(s.var, c)) : rstd_of<A>(get(s.var, c), s.eps)) {}
 };
 
-// The biased variance of n values, of which `sums` holds the sums of the deviations from any anchor
-// and of their squares.
-__device__ __forceinline__ double variance_of(const Pair& sums, double n) {
-  return clamp_variance((sums.b - sums.a * (sums.a / n)) / n);
+// The biased variance of 1 / per_value values, of which `sums` holds the sums of the deviations from
+// any anchor and of their squares.
+__device__ __forceinline__ double variance_of(const Pair& sums, double per_value) {
+  return clamp_variance((sums.b - sums.a * (sums.a * per_value)) * per_value);
 }
 
 // Moves the running statistics of channel c towards those of a batch of `count` values per channel.

@@ -30,6 +30,12 @@ __device__ __forceinline__ void with_activation(Activation act, F f) {
   }
 }
 
+// The epilogue of a kernel: its parameters or, where V::kPlain, constants that are none.
+template <typename V>
+__device__ __forceinline__ EpilogueParams epilogue_of(const EpilogueParams& e) {
+  return V::kPlain ? EpilogueParams{} : e;
+}
+
 // z of a vector, in the accumulation type. `residual` is added if `add`, else not read.
 template <typename T, int kWidth, typename Affines>
 __device__ __forceinline__ void z_of(const Affines& affines, const Values<T, kWidth>& x, bool add,
@@ -44,25 +50,33 @@ __device__ __forceinline__ void z_of(const Affines& affines, const Values<T, kWi
   for (int v = 0; v < kWidth; ++v) z[v] += residual[v];
 }
 
-// The epilogue of forward: turns a vector of x into the vector of y. With `with_bits` and a
-// piecewise linear activation, returns the vector's bits of the mask: bit v is passes_gradient(act,
-// z[v]).
-template <typename T, int kWidth, typename Affines>
+// The epilogue of forward: turns the first `valid` vectors of a batch of x into those of y. With
+// `with_bits` and a piecewise linear activation, returns their bits of the mask: bit u * 8 + v is
+// passes_gradient(act, z) of value v of vector u.
+template <typename T, int kWidth, typename Affines, typename Valid>
 __device__ __forceinline__ unsigned epilogue_forward(const EpilogueParams& e, bool with_bits,
-                                                     const Affines& affines, Values<T, kWidth>& vec,
-                                                     const Values<T, kWidth>& residual) {
+                                                     const Affines& affines,
+                                                     Values<T, kWidth> (&batch)[kBatch],
+                                                     const Values<T, kWidth> (&residual)[kBatch],
+                                                     Valid valid) {
   using A = Acc<T>;
   const A slope = static_cast<A>(e.slope);
   unsigned mask_bits = 0;
-  A z[kWidth];
-  z_of(affines, vec, e.residual != nullptr, residual, z);
   with_activation(e.act, [&](auto act) {
 #pragma unroll
-    for (int v = 0; v < kWidth; ++v) {
-      if (is_piecewise(act.value) && with_bits) {
-        mask_bits |= static_cast<unsigned>(passes_gradient(act.value, z[v])) << v;
+    for (int u = 0; u < kBatch; ++u) {
+      if (u >= valid) continue;
+      A z[kWidth];
+      z_of(affines, batch[u], e.residual != nullptr, residual[u], z);
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) {
+        if (is_piecewise(act.value) && with_bits) {
+          mask_bits |= static_cast<unsigned>(passes_gradient(act.value, z[v]))
+                       << (u * kByteBits + v);
+        }
+        z[v] = activate<decltype(act)::value>(z[v], slope);
       }
-      vec.set(v, activate<decltype(act)::value>(z[v], slope));
+      batch[u].set(z);
     }
   });
   return mask_bits;
@@ -88,6 +102,9 @@ __device__ __forceinline__ void epilogue_backward(const EpilogueParams& e, bool 
       g[v] = masked_backward(e.act, dy[v], (mask_bits >> v & 1) != 0, slope);
     }
   } else {
+    // Constants in shared memory are read here, not once before the loop: they would take registers
+    // from the activations that do not need them.
+    forget_loads();
     z_of(affines, x, e.residual != nullptr, residual, g);
     with_activation(e.act, [&](auto act) {
 #pragma unroll

@@ -32,7 +32,7 @@ class StagingMemory {
     if (plan.chunks == 1) return;
     const int64_t bytes = partials_of(plan) * static_cast<int64_t>(sizeof(Pair));
     partials_ = at::empty({bytes}, in.tensor.options().dtype(at::kByte));
-    semaphores_ = SemaphoreMemory(plan.tiles, in.tensor.options());
+    semaphores_ = SemaphoreMemory(semaphores_of(plan), in.tensor.options());
     staging_.partials = static_cast<Pair*>(partials_.data_ptr());
     staging_.semaphores = semaphores_.words();
   }
@@ -68,8 +68,12 @@ inline EpilogueParams epilogue_params(const Epilogue& e) {
   return {e.act, e.slope, e.reads_mask() ? nullptr : data_of(e.residual)};
 }
 
-inline TilePlan plan_for(const Input& in, bool is_aligned) {
-  return plan_two_pass(in.shape, element_bytes(in), is_aligned, limits());
+inline TilePlan plan_for(const Input& in, bool is_aligned, bool reduces) {
+  const TilePlan plan = plan_two_pass(in.shape, element_bytes(in), is_aligned, limits(), reduces);
+  TORCH_CHECK(in.shape.N == 1 || plan.row_length <= kLongestRow || plan.row_length == INT64_MAX,
+              "batch_norm: ", in.shape.S, " positions of a channel in ", in.shape.N,
+              " samples are more than the CUDA kernels count");
+  return plan;
 }
 
 }  // namespace cuda

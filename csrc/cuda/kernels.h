@@ -19,10 +19,10 @@ cudaError_t launch_backward_apply(const BackwardApplyParams& p, cudaStream_t str
 // clusters of `team` blocks, the current device holds at once.
 cudaError_t launch_resident_forward(const ResidentForwardParams& p, cudaStream_t stream);
 cudaError_t launch_resident_backward(const ResidentBackwardParams& p, cudaStream_t stream);
-int64_t resident_forward_blocks(DType dtype, const TilePlan& tile_plan, Path path, int team,
-                                int shared_bytes);
-int64_t resident_backward_blocks(DType dtype, const TilePlan& tile_plan, Path path, int team,
-                                 int shared_bytes);
+int64_t resident_forward_blocks(DType dtype, const TilePlan& tile_plan, bool plain, Path path,
+                                int team, int shared_bytes);
+int64_t resident_backward_blocks(DType dtype, const TilePlan& tile_plan, bool plain, Path path,
+                                 int team, int shared_bytes);
 // merge.cu
 cudaError_t launch_merge(const MergeParams& p, cudaStream_t stream);
 // Success where this build has code for the current device.

@@ -6,6 +6,7 @@
 #include <c10/util/Half.h>
 
 #include <atomic>
+#include <type_traits>
 
 #include "params.h"
 #include "per_device.h"
@@ -14,32 +15,44 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// What the kernels that iterate over a tensor are compiled for.
-template <typename T_, int kWidth_, Mapping kMapping_>
+// What the kernels that iterate over a tensor are compiled for. kPlain: there is neither an activation
+// nor a residual nor a mask, and the code for them is left out, which takes most of the registers.
+template <typename T_, int kWidth_, Mapping kMapping_, bool kPlain_ = false>
 struct Variant {
   using T = T_;
   static constexpr int kWidth = kWidth_;
   static constexpr Mapping kMapping = kMapping_;
+  static constexpr bool kPlain = kPlain_;
 };
 
-// Calls f(Variant<...>{}) with the variant that serves this call. kWidest: bytes of the largest
-// type that f is compiled for.
-template <int kWidest = 8, typename F>
-cudaError_t with_variant(DType dtype, const TilePlan& plan, F f) {
-  const auto of_type = [&](auto zero) {
+// Calls f(Variant<...>{}) with the variant that serves this call. kWidest: bytes of the largest type
+// that f is compiled for. `plain`: kPlain, for which only wide accesses of up to 32-bit values are
+// compiled, and none if !kHasPlain.
+template <int kWidest, bool kHasPlain, typename F>
+cudaError_t with_variant(DType dtype, const TilePlan& plan, bool plain, F f) {
+  const auto of_mapping = [&](auto zero, auto mapping) {
     using T = decltype(zero);
+    constexpr Mapping kMapping = decltype(mapping)::value;
     constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(T));
-    const bool is_full = plan.width != 1;
+    if constexpr (kMapping != Mapping::ChannelGroups) {
+      if (plan.width == 1) return f(Variant<T, 1, kMapping>{});
+    }
+    if constexpr (kHasPlain && sizeof(T) <= 4) {
+      if (plain) return f(Variant<T, kFull, kMapping, true>{});
+    }
+    return f(Variant<T, kFull, kMapping>{});
+  };
+  const auto of_type = [&](auto zero) {
     switch (plan.mapping) {
       case Mapping::ChannelsLast:
-        return is_full ? f(Variant<T, kFull, Mapping::ChannelsLast>{})
-                       : f(Variant<T, 1, Mapping::ChannelsLast>{});
+        return of_mapping(zero, std::integral_constant<Mapping, Mapping::ChannelsLast>{});
       case Mapping::ChannelGroups:
-        if constexpr (sizeof(T) <= 4) return f(Variant<T, kFull, Mapping::ChannelGroups>{});
+        if constexpr (sizeof(zero) <= 4) {
+          return of_mapping(zero, std::integral_constant<Mapping, Mapping::ChannelGroups>{});
+        }
         return cudaErrorInvalidValue;
       default:
-        return is_full ? f(Variant<T, kFull, Mapping::ChannelsFirst>{})
-                       : f(Variant<T, 1, Mapping::ChannelsFirst>{});
+        return of_mapping(zero, std::integral_constant<Mapping, Mapping::ChannelsFirst>{});
     }
   };
   switch (dtype) {

@@ -44,7 +44,7 @@ class MaskCursor {
     const int64_t first = it.chunk * plan.chunk_length + it.row;  // vector or row
     const int64_t bit = kLast ? it.channel : first * kWidth;
     byte_ = (kLast ? first : it.channel) * mask.row_bytes + bit / kByteBits;
-    step_ = kLast ? plan.rows * mask.row_bytes : kThreads * kWidth / kByteBits;
+    step_ = kLast ? plan.stride * mask.row_bytes : kThreads * kWidth / kByteBits;
     shift_ = kWidth == kByteBits ? 0 : static_cast<int>(bit % kByteBits);
     lanes_ = kByteBits / kWidth;
     if (kLast && plan.columns < lanes_) lanes_ = plan.columns;
@@ -67,16 +67,18 @@ class MaskCursor {
     byte_ += kBatch * step_;
   }
 
-  // Bit u * 8 + v is that of value v of vector u; the other bits are undefined.
+  // The bits of the next kCount vectors, of which the first `valid` exist: bit u * 8 + v is that of
+  // value v of vector u; the other bits are undefined.
+  template <int kCount = kBatch>
   __device__ __forceinline__ unsigned read(int valid) {
     unsigned mask_bits = 0;
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       if (u >= valid) break;
       const unsigned bits = load_bytes<1>(mask_ + byte_ + u * step_).word[0];
       mask_bits |= bits << u * kByteBits;
     }
-    byte_ += kBatch * step_;
+    byte_ += kCount * step_;
     return mask_bits >> shift_;
   }
 

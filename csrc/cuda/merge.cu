@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(MergeParams p) {
     sums.a += count * (mean - anchor);
     sums.b += count * (var + (mean - anchor) * (mean - anchor));
   }
-  const double mean = anchor + sums.a / n, var = variance_of(sums, n);
+  const double mean = anchor + sums.a / n, var = variance_of(sums, 1 / n);
   const ChannelVector merged_mean{p.merged_mean, 1, p.dtype},
       merged_rstd{p.merged_rstd, 1, p.dtype};
   set(merged_mean, c, mean);

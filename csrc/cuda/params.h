@@ -20,9 +20,11 @@ struct Pair {
 // Global memory through which the blocks of one launch combine their sums, and the counters that
 // synchronise them. Nothing where chunks is 1, nor in clusters.
 struct Staging {
-  Pair* partials = nullptr;        // [tiles, chunks, channels per tile]; Grid: [2, teams, ...]
-  unsigned* semaphores = nullptr;  // [tiles]; Grid: [teams]; 0 before and after every launch
-  unsigned* phases = nullptr;      // Grid: [teams]; every barrier of the team adds 1
+  Pair* partials = nullptr;  // [tiles, parts_of(chunks), channels per tile]; Grid: [2, teams,
+                             // chunks, channels per tile]
+  unsigned* semaphores =
+      nullptr;                 // semaphores_of(plan); Grid: [teams]; 0 before and after a launch
+  unsigned* phases = nullptr;  // Grid: [teams]; every barrier of the team adds 1
 };
 
 // What follows the normalisation: y = act(z), z = fma(x - mean, weight * rstd, bias) + residual.
@@ -35,6 +37,7 @@ struct EpilogueParams {
 // What every kernel takes that reads x.
 struct InputParams {
   Shape shape;
+  double per_value = 0;        // 1 / (N * S): no division where all threads wait for its result
   DType dtype = DType::Float;  // of all tensors that are [N, C, S]
   const void* x = nullptr;     // [N, C, S]
 };
@@ -95,6 +98,13 @@ struct BackwardApplyParams : InputGradientParams {
   const void* mean_dy = nullptr;       // [C] acc, or null
   const void* mean_dy_xhat = nullptr;  // [C] acc, or null
 };
+
+// Whether there is neither an activation nor a residual nor a mask, nor a gradient of a residual.
+template <typename Params>
+bool is_plain(const Params& p) {
+  return p.epilogue.act == Activation::Identity && p.epilogue.residual == nullptr &&
+         p.mask.bytes == nullptr;
+}
 
 // All of training forward in one launch.
 struct ResidentForwardParams : OutputParams {

@@ -15,8 +15,8 @@
 //                  longer than a block is wide are cut into `pieces`: chunk k has piece k % pieces.
 //                  Threads beyond rows * columns, and columns beyond the last vector, have nothing
 //                  to do.
-// The grid is one-dimensional, tiles * chunks blocks: block b has tile b / chunks and chunk
-// b % chunks.
+// The grid is one-dimensional, tiles * chunks blocks: block b has tile b / chunks and chunk b % chunks,
+// or in ChannelsLast tile b % tiles and chunk b / tiles.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,10 @@ namespace bnorm_ext {
 namespace cuda {
 
 constexpr int kThreads = 256;
-constexpr int kVectorBytes = 16;
+// How many blocks of a kernel a multiprocessor holds at once, at least: the kernels are compiled for
+// it. Those that add up keep the sums of many channels in registers.
+constexpr int kResidentReducing = 2, kResidentPlain = 3;
+constexpr int kVectorBytes = 16, kLineBytes = 128;
 // Vectors that a thread loads before it uses the first one: 64 bytes in flight.
 constexpr int kBatch = 4;
 // Columns of a block in ChannelsLast, at most. Narrow accesses, of one value: one warp. Wide ones,
@@ -35,6 +38,9 @@ constexpr int kBatch = 4;
 constexpr int kNarrowColumns = 32;
 constexpr int kWideColumns = 16;
 
+// Vectors in a row of S positions, at most, where there is more than one: as many as fit 32 bits
+// after a step beyond the end.
+constexpr int64_t kLongestRow = int64_t{UINT32_MAX} - kThreads;
 // Channels of a group, at most.
 constexpr int kMostGrouped = 16;
 // The largest S for which every index into a row of a group fits 32 bits.
@@ -66,11 +72,16 @@ struct TilePlan {
   int64_t chunks = 1;        // per tile, a multiple of `pieces`
   int64_t chunk_length = 0;  // ChannelsFirst: vectors of the channel; else rows
   int64_t length = 0;        // of a tile, in the same unit; the chunks of each piece cover it
+  // ChannelsLast: chunks take turns, `rows` rows at a time, so that the blocks read the tensor from its
+  // beginning to its end together.
+  bool sweeps = false;
+  int64_t stride = kThreads;  // from a thread's vector to its next one, in the same unit
 
   // A thread advances from one vector to its next one by `step` elements. Where that leaves the row
   // of S positions (ChannelsFirst), it advances by `wrap` more, to its place in a later row.
   int64_t row_length = 0;  // vectors per row; INT64_MAX where threads do not move along S
-  int64_t row_step = 0;    // by how many vectors `step` moves within the row
+  unsigned wraps_at = 0;   // row_length; in 32 bits, which saves half of the instructions
+  unsigned row_step = 0;   // by how many vectors `step` moves within the row
   int64_t step = 0, wrap = 0;
 
   int64_t blocks() const { return tiles * chunks; }
@@ -107,9 +118,23 @@ inline int reduce_shared_bytes(const TilePlan& plan) {
   return reduce_shared_bytes(plan.mapping, channels_per_tile(plan));
 }
 
+// The last block of each `kMerged` chunks adds these up, and the last of those blocks what they have
+// found, so that no block reads many. Where there are few chunks, one block adds all of them.
+constexpr int kMerged = 16;
+BNORM_HOST_DEVICE constexpr int64_t merges_of(int64_t chunks) {
+  return chunks <= 2 * kMerged ? 1 : (chunks + kMerged - 1) / kMerged;
+}
+// How many partial sums of a tile there are: of the chunks and of what is merged from them.
+BNORM_HOST_DEVICE constexpr int64_t parts_of(int64_t chunks) {
+  return merges_of(chunks) == 1 ? chunks : chunks + merges_of(chunks);
+}
 // How many partial sums the blocks of a reducing kernel exchange, as pairs.
 inline int64_t partials_of(const TilePlan& plan) {
-  return plan.chunks == 1 ? 0 : plan.blocks() * channels_per_tile(plan);
+  return plan.chunks == 1 ? 0 : plan.tiles * parts_of(plan.chunks) * channels_per_tile(plan);
+}
+// How many semaphores they need: for each tile one for every merge, and one for the last.
+inline int64_t semaphores_of(const TilePlan& plan) {
+  return plan.tiles * (merges_of(plan.chunks) == 1 ? 1 : merges_of(plan.chunks) + 1);
 }
 
 // The channels of a group, where ChannelGroups applies; else 0.
@@ -149,6 +174,7 @@ inline TilePlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, 
     plan.tiles = ceil_div(vectors, plan.columns);
     plan.length = shape.N * shape.S;
     plan.row_length = INT64_MAX;
+    plan.stride = plan.rows;
     plan.step = plan.rows * shape.C;
   } else if (group != 0) {
     plan.mapping = Mapping::ChannelGroups;
@@ -161,13 +187,18 @@ inline TilePlan plan_tiles(const Shape& shape, int element_bytes, bool aligned, 
     plan.chunks = plan.pieces;
     plan.length = shape.N;
     plan.row_length = INT64_MAX;
+    plan.stride = plan.rows;
     plan.step = plan.rows * shape.C * shape.S;
   } else {
     plan.tiles = shape.C;
     plan.row_length = shape.S / plan.width;
     plan.length = shape.N * plan.row_length;
-    plan.row_step = kThreads % plan.row_length;
-    plan.step = (kThreads / plan.row_length) * shape.C * shape.S + plan.row_step * plan.width;
+    const bool wraps = shape.N > 1;  // else the place in the row is not counted
+    plan.wraps_at = wraps ? static_cast<unsigned>(plan.row_length) : UINT32_MAX;
+    plan.row_step = wraps ? static_cast<unsigned>(kThreads % plan.row_length) : 0;
+    plan.step = wraps ? (kThreads / plan.row_length) * shape.C * shape.S +
+                            int64_t{plan.row_step} * plan.width
+                      : int64_t{kThreads} * plan.width;
     plan.wrap = (shape.C - 1) * shape.S;
   }
   plan.chunk_length = plan.length;
@@ -188,32 +219,31 @@ inline int64_t filling(const TilePlan& plan, int64_t blocks) {
   return fill < 1 ? 1 : fill < most ? fill : most;
 }
 
+// The plan of a kernel of two passes, which adds up (`reduces`) or writes.
 inline TilePlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
-                              const DeviceLimits& device) {
+                              const DeviceLimits& device, bool reduces) {
+  // In ChannelsLast the last block of a tile adds up what all its blocks have found, for every channel
+  // of the tile: so the tiles are narrow, a cache line of each row, and all blocks run at once.
+  const bool in_one_wave = reduces && shape.layout == Layout::ChannelsLast;
   TilePlan plan = plan_tiles(shape, element_bytes, aligned);
+  if (in_one_wave && plan.width > 1) {
+    plan = plan_tiles(shape, element_bytes, aligned, kLineBytes / kVectorBytes);
+  }
   plan.evict_first =
       device.l2_bytes > 0 && shape.N * shape.C * shape.S > device.l2_bytes / element_bytes;
-  // Several times as many blocks as are resident at once, so that little of the device is idle when
+  // Elsewhere several times as many blocks as run at once, so that little of the device is idle when
   // the last ones run.
-  constexpr int kPerMultiprocessor = 32;
-  split(&plan, filling(plan, int64_t{kPerMultiprocessor} * device.multiprocessors));
+  constexpr int kWaves = 8;
+  const int64_t of_multiprocessor = in_one_wave ? kResidentReducing : kWaves * kResidentPlain;
+  split(&plan, filling(plan, of_multiprocessor * device.multiprocessors));
+  if (in_one_wave) {
+    // The second pass begins with what the first one has read last, which is still in the L2.
+    plan.sweeps = true;
+    plan.chunk_length = plan.rows;
+    plan.stride = plan.chunks * plan.rows;
+    plan.step = plan.stride * shape.C;
+  }
   return plan;
-}
-
-// How many values of channel i of a tile a chunk has.
-template <Mapping kMapping>
-BNORM_HOST_DEVICE int64_t values_in_chunk(const Shape& shape, const TilePlan& plan, int64_t chunk,
-                                          int i) {
-  const bool grouped = kMapping == Mapping::ChannelGroups;
-  const unsigned pieces = static_cast<unsigned>(plan.pieces), number = static_cast<unsigned>(chunk);
-  const int64_t rest = plan.length - (grouped ? number / pieces : chunk) * plan.chunk_length;
-  const int64_t rows = rest < plan.chunk_length ? rest : plan.chunk_length;
-  if (!grouped) return kMapping == Mapping::ChannelsFirst ? rows * plan.width : rows;
-  // The part of the channel's row that is in the piece.
-  const int64_t length = plan.columns * plan.width, begin = number % pieces * length;
-  const int64_t from = i * shape.S > begin ? i * shape.S : begin;
-  const int64_t to = (i + 1) * shape.S < begin + length ? (i + 1) * shape.S : begin + length;
-  return from < to ? rows * (to - from) : 0;
 }
 
 }  // namespace cuda

@@ -10,6 +10,8 @@
 #include <emulator.h>
 #else
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -120,6 +122,27 @@ __host__ __device__ __forceinline__ float reciprocal_estimate(float d) {
   return estimate;
 #else
   return 1.0f / d;  // for the compiler: the formulas of the activations are host functions too
+#endif
+}
+
+// Two values rounded to 16 bits, `low` in the lower half of the word. Guarantee: .rn rounds to nearest
+// even; where the two are converted by one instruction, `a` is the upper half.
+__device__ __forceinline__ unsigned round_to_pair(float low, float high, c10::BFloat16) {
+#if __CUDA_ARCH__ >= 800
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return unsigned{c10::BFloat16(low).x} | unsigned{c10::BFloat16(high).x} << 16;
+#endif
+}
+__device__ __forceinline__ unsigned round_to_pair(float low, float high, c10::Half) {
+#if __CUDA_ARCH__ >= 800
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return unsigned{c10::Half(low).x} | unsigned{c10::Half(high).x} << 16;
 #endif
 }
 

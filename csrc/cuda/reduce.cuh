@@ -169,15 +169,25 @@ __device__ __forceinline__ bool tile_sum(Pair (&value)[Iterator::kChannels], con
   *total = chunk_sum(value, it, plan, shape);
   if (plan.chunks == 1) return true;
   const int channels = Iterator::channels_of_tile(plan), t = static_cast<int>(threadIdx.x);
+  const int64_t merges = merges_of(plan.chunks);
   const Workspace<Pair> of_tile =
-      Workspace<Pair>(staging.partials) + it.tile * plan.chunks * channels;
+      Workspace<Pair>(staging.partials) + it.tile * parts_of(plan.chunks) * channels;
+  unsigned* const semaphores = staging.semaphores + it.tile * (merges == 1 ? 1 : merges + 1);
   if (t < channels) of_tile[it.chunk * channels + t] = *total;
-  // This contains the barrier that is needed between the two calls of block_sum.
-  if (!last_to_arrive(staging.semaphores + it.tile, plan.chunks)) return false;
-  *total = sum_of_parts<Iterator>(
-      static_cast<int>(plan.chunks), plan,
-      [&](int64_t chunk, int i) -> Pair { return of_tile[chunk * channels + i]; });
-  return true;
+  // The barriers that are needed between two calls of block_sum are in last_to_arrive.
+  const auto merge = [&](int64_t first, int64_t count, unsigned* semaphore) {
+    if (!last_to_arrive(semaphore, count)) return false;
+    *total = sum_of_parts<Iterator>(
+        static_cast<int>(count), plan,
+        [&](int64_t part, int i) -> Pair { return of_tile[(first + part) * channels + i]; });
+    return true;
+  };
+  if (merges == 1) return merge(0, plan.chunks, semaphores);
+  const int64_t number = it.chunk / kMerged, first = number * kMerged;
+  const int64_t left = plan.chunks - first;
+  if (!merge(first, left < kMerged ? left : kMerged, semaphores + 1 + number)) return false;
+  if (t < channels) of_tile[(plan.chunks + number) * channels + t] = *total;
+  return merge(plan.chunks, merges, semaphores);
 }
 
 }  // namespace cuda

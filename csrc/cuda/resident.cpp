@@ -26,15 +26,16 @@ Wanted wanted_path() {
   return {false, Path::Grid};
 }
 
-using CountBlocks = int64_t (*)(DType, const TilePlan&, Path, int, int);
+using CountBlocks = int64_t (*)(DType, const TilePlan&, bool, Path, int, int);
 
-ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks count_blocks) {
+ResidentPlan plan(const Input& in, bool is_aligned, bool plain, int tensors,
+                  CountBlocks count_blocks) {
   const Wanted wanted = wanted_path();
   const bool beside = beside_collectives.load(std::memory_order_relaxed);
   const Shape& s = in.shape;
   // All that a plan depends on; the limits follow from the device.
   const auto key =
-      std::make_tuple(s.N, s.C, s.S, s.layout, in.dtype, is_aligned, tensors, wanted.any,
+      std::make_tuple(s.N, s.C, s.S, s.layout, in.dtype, is_aligned, plain, tensors, wanted.any,
                       wanted.path, beside, static_cast<int>(c10::cuda::current_device()));
   // Never destroyed: threads may still run at exit.
   static auto* kept = new std::map<decltype(key), ResidentPlan>();
@@ -50,7 +51,7 @@ ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks cou
   const ResidentPlan plan = plan_resident(
       s, element_bytes(in), is_aligned, tensors, device,
       [&](const TilePlan& tile_plan, Path path, int team, int shared_bytes) {
-        return count_blocks(in.dtype, tile_plan, path, team, shared_bytes);
+        return count_blocks(in.dtype, tile_plan, plain, path, team, shared_bytes);
       },
       wanted);
   // Bounded, because a program with varying batches makes new shapes all the time.
@@ -63,11 +64,11 @@ ResidentPlan plan(const Input& in, bool is_aligned, int tensors, CountBlocks cou
 
 }  // namespace
 
-ResidentPlan plan_forward(const Input& in, bool is_aligned) {
-  return plan(in, is_aligned, 1, resident_forward_blocks);
+ResidentPlan plan_forward(const Input& in, bool is_aligned, bool plain) {
+  return plan(in, is_aligned, plain, 1, resident_forward_blocks);
 }
-ResidentPlan plan_backward(const Input& in, bool is_aligned) {
-  return plan(in, is_aligned, 2, resident_backward_blocks);
+ResidentPlan plan_backward(const Input& in, bool is_aligned, bool plain) {
+  return plan(in, is_aligned, plain, 2, resident_backward_blocks);
 }
 
 TeamMemory::TeamMemory(const ResidentPlan& plan, const Input& in, bool counts_tiles) {

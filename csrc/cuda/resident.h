@@ -9,8 +9,8 @@ namespace cuda {
 
 // Plans for the current device, kept: the CUDA runtime is asked once how many blocks are resident.
 // BNORM_EXT_CUDA_PATH=two_pass, block, cluster or grid asks for one path where it is possible.
-ResidentPlan plan_forward(const Input& in, bool is_aligned);
-ResidentPlan plan_backward(const Input& in, bool is_aligned);
+ResidentPlan plan_forward(const Input& in, bool is_aligned, bool plain);
+ResidentPlan plan_backward(const Input& in, bool is_aligned, bool plain);
 
 // Staging memory of the teams, and one semaphore more where tiles have to be counted.
 class TeamMemory {

@@ -29,7 +29,7 @@ struct ResidentPlan {
   Path path = Path::TwoPass;
   const char* reason = "";
   TilePlan tile_plan;    // its chunks are the blocks of a team
-  int64_t teams = 0;     // that run at once; in Grid perhaps fewer than tiles
+  int64_t teams = 0;     // that are launched, perhaps fewer than tiles
   int vectors = 0;       // per thread, of each tensor that stays on chip
   int shared_bytes = 0;  // per block
 
@@ -38,7 +38,7 @@ struct ResidentPlan {
 
 // Byte offsets in a block's shared memory, all multiples of 16.
 struct SharedLayout {
-  int team;     // [channels] sums that the team exchanges; before them those of the block
+  int team;     // [2, channels] sums that the team exchanges; before them those of the block
   int table;    // constants of the tile's channels, kTableBytes whatever its width
   int vectors;  // [tensors, vectors, kThreads] of 16 bytes, or of one value, each
 };
@@ -46,7 +46,7 @@ constexpr int kTableRows = 5;
 constexpr int kTableBytes = kTableRows * kWideColumns * 8 * 4;
 static_assert(kMostGrouped <= kWideColumns, "in ChannelGroups a row of the table is a group");
 BNORM_HOST_DEVICE constexpr SharedLayout shared_layout(Mapping mapping, int channels) {
-  const int team = reduce_shared_bytes(mapping, channels), table = team + channels * kPairBytes;
+  const int team = reduce_shared_bytes(mapping, channels), table = team + 2 * channels * kPairBytes;
   return {team, table, table + kTableBytes};
 }
 
@@ -120,7 +120,18 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     plan.shared_bytes = static_cast<int>(bytes_of(plan.tile_plan, plan.vectors));
   };
 
+  // How long a multiprocessor is busy, in vectors of each of a block's threads: a barrier of a team of
+  // a grid takes as long as about kBarrier of them.
+  constexpr int64_t kBarrier = 12;
+  const auto cost = [&](const ResidentPlan& plan) {
+    const int64_t rounds = ceil_div(plan.tile_plan.tiles, plan.teams);
+    const int64_t beside = plan.shared_bytes <= half ? kShares : 1;  // blocks
+    const bool waits = plan.path == Path::Grid && plan.tile_plan.chunks > 1;
+    return rounds * (plan.vectors * beside + (waits ? kBarrier : 0));
+  };
+
   // Teams that fill the device, or larger ones where the tile does not fit otherwise.
+  ResidentPlan clusters;
   const int64_t largest_team = wanted.may_be(Path::Cluster) ? device.max_cluster : 1;
   for (const int64_t share : shares) {
     for (int columns = widest; columns >= least; columns /= 2) {
@@ -132,23 +143,35 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
       if (parts > largest) parts = largest;
       if (parts == 0) break;
       while (parts < largest && !fits(tile_plan, parts, share)) ++parts;
-      if (fits(tile_plan, parts, share)) {
+      // In ChannelsLast a cluster reads too little of each row at a time.
+      const bool may_be_cluster = !last || !wanted.any;
+      if (fits(tile_plan, parts, share) && (parts == 1 || may_be_cluster)) {
         take(parts * tile_plan.pieces > 1 ? Path::Cluster : Path::Block, tile_plan, parts);
         const int blocks = static_cast<int>(plan.tile_plan.chunks);
-        if (co_resident(plan.tile_plan, plan.path, blocks, plan.shared_bytes) > 0) return plan;
+        int64_t teams = co_resident(plan.tile_plan, plan.path, blocks, plan.shared_bytes);
+        if (plan.path == Path::Block) teams /= blocks;
+        // Where there are more tiles than teams at once, each team takes several, one after the
+        // other: it fetches the next one while it writes this one.
+        if (teams > 0) plan.teams = ceil_div(plan.teams, ceil_div(plan.teams, teams));
+        if (teams > 0 && clusters.teams == 0) clusters = plan;
       }
       if (!last) break;
     }
   }
+  if (clusters.teams > 0 && (!wanted.any || last)) return clusters;
+  const auto refuse_unless_clusters = [&](const char* reason) {
+    return clusters.teams > 0 ? clusters : refuse(reason);
+  };
   if (!device.cooperative || !wanted.may_be(Path::Grid)) {
-    return refuse("a tile does not fit into the shared memory of a block or a cluster");
+    return refuse_unless_clusters(
+        "a tile does not fit into the shared memory of a block or a cluster");
   }
   // A cooperative launch cannot end before all its blocks have started. While kernels of a
   // collective hold multiprocessors, it waits for them; meanwhile they, and whatever the other
   // ranks do after them, wait for it. Fewer blocks would not help for certain: the device spreads
   // them over all multiprocessors, and how much of one a collective's block needs is not known.
   if (device.beside_collectives && wanted.any) {
-    return refuse(
+    return refuse_unless_clusters(
         "a cooperative grid and the collectives of other processes would wait for each "
         "other");
   }
@@ -161,10 +184,14 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     const int64_t blocks = co_resident(plan.tile_plan, Path::Grid, 1, plan.shared_bytes);
     const int64_t parts = filling(narrowest, blocks);
     if (parts > needed) take(Path::Grid, narrowest, parts);
-    if (plan.teams > blocks / plan.tile_plan.chunks) plan.teams = blocks / plan.tile_plan.chunks;
-    if (plan.teams > 0) return plan;
+    const int64_t teams = blocks / plan.tile_plan.chunks;
+    if (teams == 0) continue;
+    plan.teams = ceil_div(plan.teams, ceil_div(plan.teams, teams));
+    // In ChannelsLast two passes are faster than several rounds.
+    if (last && wanted.any && plan.teams < plan.tile_plan.tiles) break;
+    return clusters.teams > 0 && cost(clusters) <= cost(plan) ? clusters : plan;
   }
-  return refuse("a group of channels is larger than the shared memory of the device");
+  return refuse_unless_clusters("the tensor is larger than what a round of the grid keeps on chip");
 }
 
 }  // namespace cuda

@@ -24,10 +24,13 @@ class SmemVectors {
                                          int number)
       : own_(dynamic_shared<RawVector>(shared.vectors) + number * plan.vectors * kThreads +
              static_cast<int>(threadIdx.x)) {}
-  // Copies all vectors of the iterator. Those of 16 bytes arrive with async_wait.
+  // Vectors of 16 bytes are copied asynchronously, and arrive with async_wait.
+  static constexpr bool kAsync = kBytes == kVectorBytes;
+
+  // Copies all vectors of the iterator.
   template <typename Iterator>
   __device__ __forceinline__ void fetch(Iterator it, const TilePlan& plan, const T* from) const {
-    if constexpr (kBytes == kVectorBytes) {
+    if constexpr (kAsync) {
       for (int i = 0; it.remaining > 0; ++i, it.advance(plan)) {
         async_copy16(own_ + i * kThreads, from + it.offset);
       }
@@ -50,6 +53,13 @@ class SmemVectors {
       }
     }
   }
+  // Replaces vector i, which has been used, by the iterator's next one, if it has one. Only if kAsync.
+  template <typename Iterator>
+  __device__ __forceinline__ void refill(int i, const Iterator& next, const T* from) const {
+    if constexpr (kAsync) {
+      if (next.remaining > 0) async_copy16(own_ + i * kThreads, from + next.offset);
+    }
+  }
   __device__ __forceinline__ Values<T, kWidth> operator[](int i) const {
     Values<T, kWidth> values;
     const RawVector raw = own_[i * kThreads];
@@ -58,14 +68,9 @@ class SmemVectors {
   }
 
  private:
-  using RawVector = std::conditional_t<kBytes == kVectorBytes, uint4, Bytes<kBytes>>;
+  using RawVector = std::conditional_t<kAsync, uint4, Bytes<kBytes>>;
   Shared<RawVector> own_;
 };
-
-// The constants of a tile's channels in a resident kernel.
-template <typename V>
-using TileTable = Table<V, kTableRows>;
-static_assert(kProjScale == kTableRows - 1, "");
 
 // The blocks that work on one tile.
 struct Team {
@@ -107,8 +112,8 @@ __device__ __forceinline__ void team_barrier(const Staging& staging, const Team&
 
 // Adds `own`, which thread i < channels_of_tile of each block has for channel i of the tile, over
 // the blocks of the team in a fixed order: all blocks get the same total in the same threads.
-// `round` counts the calls of this launch. Every thread must call. Between two calls the team must
-// pass a barrier, and another one before a block of a cluster ends.
+// `round` counts the calls of this launch. Every thread must call. The team must pass a barrier before
+// a block of a cluster ends.
 template <typename Iterator>
 __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
                                            const SharedLayout& shared, const Staging& staging,
@@ -116,8 +121,10 @@ __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
   if (team.size == 1) return own;
   const int channels = Iterator::channels_of_tile(plan.tile_plan),
             t = static_cast<int>(threadIdx.x);
+  // Two buffers in turn: a block may write the next round's sums while others read this round's.
   if (plan.path == Path::Cluster) {
-    const Shared<Pair> mine = dynamic_shared<Pair>(shared.team);
+    const int buffer = static_cast<int>(round % 2) * channels * kPairBytes;
+    const Shared<Pair> mine = dynamic_shared<Pair>(shared.team + buffer);
     constexpr int kChannels = Iterator::kGrouped ? 1 : Iterator::kChannels;  // of a column
     if (t < channels) mine[sum_place<kChannels>(t)] = own;
     cluster_sync();
@@ -125,7 +132,6 @@ __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
       return in_block(mine, static_cast<unsigned>(rank))[sum_place<kChannels>(i)];
     });
   }
-  // Two buffers in turn: a block may write the next round's sums while others read this round's.
   const int64_t at = (round % 2 * plan.teams + team.number) * team.size * channels;
   const Workspace<Pair> of_team = Workspace<Pair>(staging.partials) + at;
   if (t < channels) of_team[team.rank * channels + t] = own;

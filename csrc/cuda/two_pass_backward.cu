@@ -13,11 +13,9 @@ namespace bnorm_ext {
 namespace cuda {
 namespace {
 
-// Where the reducing kernel keeps the constants of z: in shared memory where a thread has many
-// channels, because their sums and the vectors being loaded need the registers.
-template <typename V>
-using AffinesOf = std::conditional_t<V::kMapping != Mapping::ChannelsFirst && V::kWidth != 1,
-                                     AffineInShared<V>, AffineInRegisters<V>>;
+// Vectors of each of the two tensors that are loaded at a time: as many bytes are in flight as in
+// forward.
+constexpr int kHalf = kBatch / 2;
 
 // Formula    sum(g) and sum(g * (x - mean)) * rstd: dbias and dweight, with g = dy * act'(z),
 //            z = fma(x - mean, weight * rstd, bias) + residual
@@ -26,50 +24,64 @@ using AffinesOf = std::conditional_t<V::kMapping != Mapping::ChannelsFirst && V:
 //            mask: mask.h
 // Mapping    plan.h; the last block of a tile to arrive merges the chunks
 // Bytes      reads dy and x once, and the residual or, in its place, the mask
-// Numerics   g, products and sums of four in the accumulation type, also for 16-bit data; the rest
+// Numerics   g, products and sums of a run in the accumulation type, also for 16-bit data; the rest
 //            in double. A thread whose sums are not finite computes them again in double.
 // Requires   semaphores that are 0 and that nobody else uses until the launch is over; a mask only
 //            with a piecewise linear act
 template <typename V>
-__global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardReduceParams p) {
+__global__ void __launch_bounds__(kThreads, kResidentReducing)
+    backward_reduce_kernel(BackwardReduceParams p) {
   using T = typename V::T;
   using A = Acc<T>;
   using Iterator = TileIterator<V::kWidth, V::kMapping>;
+  using Constants = Table<V, kAffineRows>;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
-  const T* residual = static_cast<const T*>(p.epilogue.residual);
-  const bool masked = p.mask.bytes != nullptr;
+  const EpilogueParams epilogue = epilogue_of<V>(p.epilogue);
+  const T* residual = static_cast<const T*>(epilogue.residual);
+  const bool masked = !V::kPlain && p.mask.bytes != nullptr;
   // Rebuilt on demand, which leaves registers for the sums.
   const auto start = [&] { return Iterator(p.shape, p.plan, blockIdx.x); };
-  const AffinesOf<V> affines(p, start(),
-                             reduce_shared_bytes(V::kMapping, Iterator::channels_of_tile(p.plan)));
+  const Constants table(reduce_shared_bytes(V::kMapping, Iterator::channels_of_tile(p.plan)),
+                        start());
+  fill(table, p, p.plan, start());
+  const MeanInRegisters<V, Constants> affines(table);
+  using Vector = Values<T, V::kWidth>;
+  struct Loaded {
+    Vector dy[kHalf], x[kHalf];
+  };
+  const auto load = [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
+#pragma unroll
+    for (int u = 0; u < kHalf; ++u) {
+      if (u >= valid) continue;
+      loaded.dy[u].load(dy + at[u]);
+      loaded.x[u].load(x + at[u]);
+    }
+  };
   GradientSums<V> sums;
-  sums.add_all(affines, [&](auto f, auto end_batch) {
+  sums.add_all(affines, [&](auto f, auto end_run) {
     Iterator it = start();
     MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
-    it.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-      const unsigned mask_bits = masked ? mask.read(valid) : 0;
-      Values<T, V::kWidth> dy_vec[kBatch], x_vec[kBatch];
+#pragma unroll 1
+    while (it.more()) {
+      it.template pipelined<kHalf, Loaded>(
+          p.plan, load,
+          [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
+            const unsigned mask_bits = masked ? mask.template read<kHalf>(valid) : 0;
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (u >= valid) continue;
-        dy_vec[u].load(dy + at[u]);
-        x_vec[u].load(x + at[u]);
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (u >= valid) break;
-        Values<T, V::kWidth> residual_vec;
-        if (residual != nullptr) residual_vec.load(residual + at[u]);
-        A g[V::kWidth];
-        forget_loads();
-        epilogue_backward(p.epilogue, masked, mask_bits >> u * kByteBits, affines, dy_vec[u],
-                          x_vec[u], residual_vec, g);
-        forget_loads();
-        f(u, g, x_vec[u], at[u]);
-      }
-      end_batch(valid);
-    });
+            for (int u = 0; u < kHalf; ++u) {
+              if (u >= valid) continue;
+              Vector residual_vec;
+              if (residual != nullptr) residual_vec.load(residual + at[u]);
+              A g[V::kWidth];
+              epilogue_backward(epilogue, masked, mask_bits >> u * kByteBits, affines, loaded.dy[u],
+                                loaded.x[u], residual_vec, g);
+              f(g, loaded.x[u], at[u]);
+            }
+          },
+          /*whole_warp=*/false, kRun * kBatch / kHalf);
+      end_run();
+    }
   });
 
   Pair total;
@@ -98,65 +110,81 @@ __global__ void __launch_bounds__(kThreads, 2) backward_reduce_kernel(BackwardRe
 // Numerics   in the accumulation type, each result rounded once
 // Requires   a mask only with a piecewise linear act
 template <typename V>
-__global__ void __launch_bounds__(kThreads, 2) backward_apply_kernel(BackwardApplyParams p) {
+__global__ void __launch_bounds__(kThreads, V::kPlain&& V::kMapping == Mapping::ChannelsFirst
+                                                ? kResidentPlain
+                                                : kResidentReducing)
+    backward_apply_kernel(BackwardApplyParams p) {
   using T = typename V::T;
   using A = Acc<T>;
+  using Iterator = TileIterator<V::kWidth, V::kMapping>;
+  using Constants = TileTable<V>;
   const T* dy = static_cast<const T*>(p.dy);
   const T* x = static_cast<const T*>(p.x);
-  const T* residual = static_cast<const T*>(p.epilogue.residual);
-  TileIterator<V::kWidth, V::kMapping> it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
-  const bool constant_statistics = p.mean_dy == nullptr, masked = p.mask.bytes != nullptr;
-  const bool needs_x = !constant_statistics || (p.epilogue.act != Activation::Identity && !masked);
-  if (it.remaining == 0) return;
+  const EpilogueParams epilogue = epilogue_of<V>(p.epilogue);
+  const T* residual = static_cast<const T*>(epilogue.residual);
+  Iterator it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  const bool constant_statistics = p.mean_dy == nullptr,
+             masked = !V::kPlain && p.mask.bytes != nullptr;
+  const bool needs_x = !constant_statistics || (epilogue.act != Activation::Identity && !masked);
+  const Constants table(/*byte_offset=*/0, it);
+  const int channels = Iterator::channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
+  const int64_t c = it.tile * channels + i;
+  if (i < channels) {
+    A mean_dy = 0, proj_scale = 0;
+    if (!constant_statistics && c < p.shape.C) {
+      mean_dy = load_one(static_cast<const A*>(p.mean_dy) + c);
+      proj_scale =
+          MeanRstd<A>(p.statistics, c).rstd * load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
+    }
+    table.set(kMeanDy, i, mean_dy);
+    table.set(kProjScale, i, proj_scale);
+  }
+  fill(table, p, p.plan, it);
   MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
-  const AffineInRegisters<V> affines(p, it);
-  const GradientWriter<V> gradients(
-      p, constant_statistics, p.plan.evict_first, it,
-      [&](int k) -> A {
-        return constant_statistics ? 0
-                                   : load_one(static_cast<const A*>(p.mean_dy) + it.channel_of(k));
+  const MeanInRegisters<V, Constants> affines(table);
+  const GradientWriter<V> gradients(p, constant_statistics, p.plan.evict_first, table);
+  struct Loaded {
+    Values<T, V::kWidth> dy[kHalf], x[kHalf], residual[kHalf];
+  };
+  it.template pipelined<kHalf, Loaded>(
+      p.plan,
+      [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
+#pragma unroll
+        for (int u = 0; u < kHalf; ++u) {
+          if (u >= valid) continue;
+          loaded.dy[u].load(dy + at[u]);
+          if (needs_x) loaded.x[u].load(x + at[u]);
+          if (residual != nullptr) loaded.residual[u].load(residual + at[u]);
+        }
       },
-      [&](int k) -> A {
-        const int64_t c = it.channel_of(k);
-        return constant_statistics ? 0
-                                   : MeanRstd<A>(p.statistics, c).rstd *
-                                         load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
+      [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
+        const unsigned mask_bits = masked ? mask.template read<kHalf>(valid) : 0;
+#pragma unroll
+        for (int u = 0; u < kHalf; ++u) {
+          if (u >= valid) continue;
+          A g[V::kWidth];
+          epilogue_backward(epilogue, masked, mask_bits >> u * kByteBits, affines, loaded.dy[u],
+                            loaded.x[u], loaded.residual[u], g);
+          gradients.write(g, loaded.x[u], at[u]);
+        }
       });
-  it.batches(p.plan, [&](const int64_t (&at)[kBatch], int valid) {
-    const unsigned mask_bits = masked ? mask.read(valid) : 0;
-    Values<T, V::kWidth> dy_vec[kBatch], x_vec[kBatch], residual_vec[kBatch];
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      if (u >= valid) continue;
-      dy_vec[u].load(dy + at[u]);
-      if (needs_x) x_vec[u].load(x + at[u]);
-      if (residual != nullptr) residual_vec[u].load(residual + at[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      if (u >= valid) break;
-      A g[V::kWidth];
-      epilogue_backward(p.epilogue, masked, mask_bits >> u * kByteBits, affines, dy_vec[u],
-                        x_vec[u], residual_vec[u], g);
-      gradients.write(affines, g, x_vec[u], at[u]);
-    }
-  });
 }
 
 }  // namespace
 
 cudaError_t launch_backward_reduce(const BackwardReduceParams& p, cudaStream_t stream) {
-  return with_variant(p.dtype, p.plan, [&](auto variant) {
+  return with_variant<8, true>(p.dtype, p.plan, is_plain(p), [&](auto variant) {
     using V = decltype(variant);
     const int shared = reduce_shared_bytes(p.plan);
-    return launch(backward_reduce_kernel<V>, p, p.plan.blocks(), shared + AffinesOf<V>::kBytes,
-                  stream);
+    return launch(backward_reduce_kernel<V>, p, p.plan.blocks(),
+                  shared + Table<V, kAffineRows>::kBytes, stream);
   });
 }
 
 cudaError_t launch_backward_apply(const BackwardApplyParams& p, cudaStream_t stream) {
-  return with_variant(p.dtype, p.plan, [&](auto variant) {
-    return launch(backward_apply_kernel<decltype(variant)>, p, p.plan.blocks(), 0, stream);
+  return with_variant<8, true>(p.dtype, p.plan, is_plain(p), [&](auto variant) {
+    using V = decltype(variant);
+    return launch(backward_apply_kernel<V>, p, p.plan.blocks(), TileTable<V>::kBytes, stream);
   });
 }
 

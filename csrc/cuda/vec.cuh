@@ -44,15 +44,19 @@ class Values {
       return static_cast<Acc<T>>(value);
     }
   }
-  // Rounds to T, once.
-  __device__ __forceinline__ void set(int v, Acc<T> value) {
-    const T rounded = static_cast<T>(value);
+  // Each value is rounded to T once.
+  __device__ __forceinline__ void set(const Acc<T> (&values)[kWidth]) {
     if constexpr (kPacked) {
-      unsigned& word = bytes_.word[v / 2];
-      const unsigned half = rounded.x;
-      word = v % 2 == 0 ? (word & 0xffff0000u) | half : (word & 0x0000ffffu) | half << 16;
+#pragma unroll
+      for (int v = 0; v < kWidth; v += 2) {
+        bytes_.word[v / 2] = round_to_pair(values[v], values[v + 1], T());
+      }
     } else {
-      memcpy(bytes_.word + v * kWords, &rounded, sizeof(T));
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) {
+        const T rounded = static_cast<T>(values[v]);
+        memcpy(bytes_.word + v * kWords, &rounded, sizeof(T));
+      }
     }
   }
 
@@ -72,7 +76,8 @@ __device__ __forceinline__ Acc<T> load_one(const T* p) {
 template <typename T>
 __device__ __forceinline__ void store_one(T* p, Acc<T> value) {
   Values<T, 1> rounded;
-  rounded.set(0, value);
+  const Acc<T> values[] = {value};
+  rounded.set(values);
   rounded.store(p);
 }
 

@@ -15,6 +15,9 @@ inline Index threadIdx, blockIdx;
 inline int __any_sync(unsigned, int predicate) {
   return predicate;
 }
+inline int __all_sync(unsigned, int predicate) {
+  return predicate;
+}
 
 struct uint4 {
   unsigned x, y, z, w;
@@ -36,6 +39,8 @@ template <int kBytes>
 void store_bytes(void*, Bytes<kBytes>);
 template <int kBytes>
 void store_bytes_evict_first(void*, Bytes<kBytes>);
+template <typename T>
+unsigned round_to_pair(float low, float high, T);
 
 }  // namespace cuda
 }  // namespace bnorm_ext
