@@ -127,17 +127,19 @@ __device__ __forceinline__ void add_in_double(
 // deviations of the mean: the squares lose at most log2(n) of 53 bits.
 template <typename T>
 __device__ __forceinline__ double anchor_of(const void* x, const Shape& shape, int64_t c) {
-  const int64_t count = shape.N * shape.S;
-  int64_t samples = sizeof(T) == sizeof(double) ? 8 : 1;
-  if (samples > count) samples = count;
-  double total = 0;
-  for (int64_t i = 0; i < samples; ++i) {
-    const int64_t at = i * (count / samples), n = at / shape.S, s = at - n * shape.S;
-    total += load_one(static_cast<const T*>(x) + (shape.layout == Layout::ChannelsLast
-                                                      ? at * shape.C + c
-                                                      : (n * shape.C + c) * shape.S + s));
+  double value = 0;
+  if constexpr (sizeof(T) < sizeof(double)) {
+    value = load_one(first_of_channel<T>(x, shape, c));
+  } else {
+    const int64_t count = shape.N * shape.S, samples = count < 8 ? count : 8;
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t at = i * (count / samples), n = at / shape.S, s = at - n * shape.S;
+      value += load_one(static_cast<const T*>(x) + (shape.layout == Layout::ChannelsLast
+                                                        ? at * shape.C + c
+                                                        : (n * shape.C + c) * shape.S + s));
+    }
+    value /= static_cast<double>(samples);
   }
-  const double value = total / static_cast<double>(samples);
   return is_finite(value) ? value : 0;
 }
 

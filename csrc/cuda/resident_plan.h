@@ -123,6 +123,7 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
   // How long a multiprocessor is busy, in vectors of each of a block's threads: a barrier of a team of
   // a grid takes as long as about kBarrier of them.
   constexpr int64_t kBarrier = 12;
+  constexpr int kMostLast = 16;  // vectors of each of a thread's tensors, in ChannelsLast
   const auto cost = [&](const ResidentPlan& plan) {
     const int64_t rounds = ceil_div(plan.tile_plan.tiles, plan.teams);
     const int64_t beside = plan.shared_bytes <= half ? kShares : 1;  // blocks
@@ -187,8 +188,10 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     const int64_t teams = blocks / plan.tile_plan.chunks;
     if (teams == 0) continue;
     plan.teams = ceil_div(plan.teams, ceil_div(plan.teams, teams));
-    // In ChannelsLast two passes are faster than several rounds.
-    if (last && wanted.any && plan.teams < plan.tile_plan.tiles) break;
+    // In ChannelsLast two passes are faster than several rounds, and than one that first loads much and
+    // then writes much: the second pass reads from the L2 what fits there.
+    const bool is_small = plan.teams == plan.tile_plan.tiles && plan.vectors <= kMostLast;
+    if (last && wanted.any && !is_small) break;
     return clusters.teams > 0 && cost(clusters) <= cost(plan) ? clusters : plan;
   }
   return refuse_unless_clusters("the tensor is larger than what a round of the grid keeps on chip");
