@@ -117,11 +117,11 @@ struct TileIterator {
 
   // The same for kCount vectors at a time, in two steps: load(loaded, offsets, valid) starts the
   // loads of a batch, and use(loaded, offsets, valid) is called after those of the next one have been
-  // started. So loads are in flight while values are used.
-  template <int kCount, typename Loaded, typename LoadBatch, typename Use>
+  // started, where kAhead. So loads are in flight while values are used, for twice as many registers.
+  template <int kCount, bool kAhead, typename Loaded, typename LoadBatch, typename Use>
   __device__ __forceinline__ void pipelined(const TilePlan& plan, LoadBatch load, Use use,
                                             bool whole_warp = false, int most = INT32_MAX) {
-    if (full<kCount>(whole_warp)) {
+    if (kAhead && full<kCount>(whole_warp)) {
       int64_t at[kCount];
       Loaded loaded;
       take(plan, kCount, at);
@@ -137,6 +137,14 @@ struct TileIterator {
 #pragma unroll
         for (int u = 0; u < kCount; ++u) at[u] = next[u];
       }
+      use(loaded, at, Full<kCount>{});
+    }
+#pragma unroll 1
+    for (; !kAhead && most > 0 && full<kCount>(whole_warp); --most) {
+      int64_t at[kCount];
+      Loaded loaded;
+      take(plan, kCount, at);
+      load(loaded, at, Full<kCount>{});
       use(loaded, at, Full<kCount>{});
     }
 #pragma unroll 1

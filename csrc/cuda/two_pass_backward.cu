@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kResidentReducing)
     MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
 #pragma unroll 1
     while (it.more()) {
-      it.template pipelined<kHalf, Loaded>(
+      it.template pipelined<kHalf, V::kPlain, Loaded>(
           p.plan, load,
           [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
             const unsigned mask_bits = masked ? mask.template read<kHalf>(valid) : 0;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, V::kPlain&& V::kMapping == Mapping::
   struct Loaded {
     Values<T, V::kWidth> dy[kHalf], x[kHalf], residual[kHalf];
   };
-  it.template pipelined<kHalf, Loaded>(
+  it.template pipelined<kHalf, true, Loaded>(
       p.plan,
       [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
 #pragma unroll

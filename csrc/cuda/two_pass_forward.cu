@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kResidentReducing)
     struct Loaded {
       Values<T, V::kWidth> batch[kBatch];
     };
-    it.template pipelined<kBatch, Loaded>(
+    it.template pipelined<kBatch, true, Loaded>(
         p.plan,
         [&](Loaded& loaded, const int64_t (&at)[kBatch], auto valid) {
 #pragma unroll
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, V::kPlain ? kResidentPlain : 2)
   struct Loaded {
     Values<T, V::kWidth> batch[kBatch], residual[kBatch];  // batch: x, then y
   };
-  it.template pipelined<kBatch, Loaded>(
+  it.template pipelined<kBatch, true, Loaded>(
       p.plan,
       [&](Loaded& loaded, const int64_t (&at)[kBatch], auto valid) {
 #pragma unroll
