@@ -49,6 +49,23 @@ def test_more_rows_than_a_grid_dimension(layout: str) -> None:
     assert_promise(c, ours=emulated.run(c))
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape", "chunks"),
+    [("contiguous", (1, 2, 263, 263), 34), ("channels_last", (3, 37, 27, 27), 35)],
+)
+def test_many_chunks_are_merged_in_two_steps(
+    layout: str, shape: tuple[int, ...], chunks: int
+) -> None:
+    """More blocks for each of two tiles than one block adds up, and no multiple of 16 of them."""
+    c = made(shape, torch.float32, layout)
+    launches: list[str] = []
+    first = emulated.run(c, launches=launches.append, multiprocessors=35)
+    reducing = [line for line in launches if "statistics" in line or "backward_reduce" in line]
+    assert [int(line.rsplit(" ", 4)[1]) for line in reducing] == [2 * chunks] * 2
+    assert_promise(c, ours=first)
+    assert same_bits(emulated.run(c, seed=1, multiprocessors=35), first)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_16_bit_parameters(dtype: torch.dtype, training: bool) -> None:
