@@ -120,6 +120,25 @@ def test_mean_between_two_floats(layout: str) -> None:
     torch.testing.assert_close(var.sqrt(), std.expand(3), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("path", "blocks", "batches"), [("two_pass", 2, 128), ("block", 1, 32)])
+def test_first_values_far_from_the_rest(path: str, blocks: int, batches: int) -> None:
+    """The first batch of every thread is far from its other ones: only in the run that it begins do
+    squares of deviations from it lose bits."""
+    first = blocks * 128 * 4  # rows
+    x = torch.zeros(first * batches, 2)
+    x[:first] = 1.7
+    with emulated.session(path=path, multiprocessors=1) as s:
+        _, _, rstd, _ = s.call(
+            *("batch_norm_training", s.copy(x), None, None, None, None, None, None, 0.1, 1e-5),
+            *("identity", 0.0, False),
+        )
+        found = rstd.double()
+    assert int(s.launches[0].rsplit(" ", 4)[1]) == blocks
+    right = (x.double().var(0, unbiased=False) + 1e-5).rsqrt()
+    # 16 batches of a run: 16 additions of squares, of which a sixteenth remains; half for the root.
+    assert ((found / right - 1).abs() < 16 * 16 / 2 * 2**-24).all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("where", [0, 1, -1])
 def test_outlier(layout: str, where: int) -> None:
