@@ -49,6 +49,23 @@ def test_more_rows_than_a_grid_dimension(layout: str) -> None:
     assert_promise(c, ours=emulated.run(c))
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape", "chunks"),
+    [("contiguous", (1, 2, 263, 263), 34), ("channels_last", (3, 37, 27, 27), 35)],
+)
+def test_many_chunks_are_merged_in_two_steps(
+    layout: str, shape: tuple[int, ...], chunks: int
+) -> None:
+    """More blocks for each of two tiles than one block adds up, and no multiple of 16 of them."""
+    c = made(shape, torch.float32, layout)
+    launches: list[str] = []
+    first = emulated.run(c, launches=launches.append, multiprocessors=35)
+    reducing = [line for line in launches if "statistics" in line or "backward_reduce" in line]
+    assert [int(line.rsplit(" ", 4)[1]) for line in reducing] == [2 * chunks] * 2
+    assert_promise(c, ours=first)
+    assert same_bits(emulated.run(c, seed=1, multiprocessors=35), first)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_16_bit_parameters(dtype: torch.dtype, training: bool) -> None:
@@ -101,6 +118,25 @@ def test_mean_between_two_floats(layout: str) -> None:
     std = x.double().std(unbiased=False)
     assert ((mean - x.double().mean()).abs() < 1e-6 * std).all()
     torch.testing.assert_close(var.sqrt(), std.expand(3), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("path", "blocks", "batches"), [("two_pass", 2, 128), ("block", 1, 32)])
+def test_first_values_far_from_the_rest(path: str, blocks: int, batches: int) -> None:
+    """The first batch of every thread is far from its other ones: only in the run that it begins do
+    squares of deviations from it lose bits."""
+    first = blocks * 128 * 4  # rows
+    x = torch.zeros(first * batches, 2)
+    x[:first] = 1.7
+    with emulated.session(path=path, multiprocessors=1) as s:
+        _, _, rstd, _ = s.call(
+            *("batch_norm_training", s.copy(x), None, None, None, None, None, None, 0.1, 1e-5),
+            *("identity", 0.0, False),
+        )
+        found = rstd.double()
+    assert int(s.launches[0].rsplit(" ", 4)[1]) == blocks
+    right = (x.double().var(0, unbiased=False) + 1e-5).rsqrt()
+    # 16 batches of a run: 16 additions of squares, of which a sixteenth remains; half for the root.
+    assert ((found / right - 1).abs() < 16 * 16 / 2 * 2**-24).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
