@@ -166,6 +166,8 @@ def meaning(kind: str) -> Meaning | None:
         return Meaning((type_, "u32"), type_, _left if name == "shl" else _right)
     if name == "bfi":
         return Meaning((type_, type_, "u32", "u32"), type_, _insert)
+    if kind == "prmt.b32":
+        return Meaning(("b32", "b32", "u32"), "b32", _permute)
     if name == "mul.wide":
         return Meaning((type_, type_), f"{type_[0]}{2 * BITS[type_]}", operator.mul)
     if name in FLOATS:
@@ -208,6 +210,14 @@ def _right(a: int, by: int) -> int:
 def _insert(a: int, b: int, position: int, length: int) -> int:
     field = ((1 << (length & 255)) - 1) << (position & 255)
     return (b & ~field) | (a << (position & 255) & field)
+
+
+def _permute(a: int, b: int, selection: int) -> int:
+    """Of the bytes of a, then of b; a digit from 8 on takes the sign of a byte, eight times."""
+    given = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")]
+    given += [255 * (byte >> 7) for byte in given]
+    digits = f"{selection:08x}"[:-5:-1]
+    return int.from_bytes(bytes(given[int(digit, 16)] for digit in digits), "little")
 
 
 def _conversion(rounding: list[str], result: str, operand: str) -> Meaning:
