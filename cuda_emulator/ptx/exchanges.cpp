@@ -63,11 +63,13 @@ const Instruction* shuffle(const Instruction* at, Frame& frame) {
   return at + 1;
 }
 
-const Instruction* vote_any(const Instruction* at, Frame& frame) {
+// Whether the predicate holds in any, or all, of the mask's lanes.
+template <Where kVote>
+const Instruction* vote(const Instruction* at, Frame& frame) {
   const u32 own = Value<bool>::from(frame.slots[at->operand[0]]);
   u32 result = 0;
-  detail::warp_collective(Where::kAny, static_cast<u32>(frame.slots[at->operand[1]]), 0, 32,
-                          sizeof(own), &own, &result);
+  detail::warp_collective(kVote, static_cast<u32>(frame.slots[at->operand[1]]), 0, 32, sizeof(own),
+                          &own, &result);
   frame.slots[at->result[0]] = result != 0;
   return at + 1;
 }
@@ -85,7 +87,8 @@ void add_exchanges(std::vector<Kind>& kinds) {
   kinds.push_back({"membar.gl", Form::kNone, &fence});
   kinds.push_back({"nanosleep.u32", Form::kNumber, &sleep});
   kinds.push_back({"shfl.sync.bfly.b32", Form::kShuffle, &shuffle});
-  kinds.push_back({"vote.sync.any.pred", Form::kValues, &vote_any, 2});
+  kinds.push_back({"vote.sync.any.pred", Form::kValues, &vote<Where::kAny>, 2});
+  kinds.push_back({"vote.sync.all.pred", Form::kValues, &vote<Where::kAll>, 2});
 }
 
 }  // namespace ptx

@@ -140,6 +140,12 @@ u16 float_to_bfloat16(float value) {
   return static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The first operand becomes the upper half.
+template <u16 (*rounded)(float)>
+u32 float_to_pair(float upper, float lower) {
+  return u32{rounded(upper)} << 16 | u32{rounded(lower)};
+}
+
 // a * b + c, rounded once, towards negative infinity. Volatile, so that the compiler moves nothing across the changes of the rounding.
 float fma_down(float a, float b, float c) {
   const volatile float x = a, y = b, z = c;
@@ -197,6 +203,8 @@ void add_floats(std::vector<Kind>& kinds) {
   add_operation<float_to_half>(kinds, "cvt.rn.f16.f32");
   add_operation<bfloat16_to_float>(kinds, "cvt.f32.bf16");
   add_operation<float_to_bfloat16>(kinds, "cvt.rn.bf16.f32");
+  add_operation<float_to_pair<float_to_half>>(kinds, "cvt.rn.f16x2.f32");
+  add_operation<float_to_pair<float_to_bfloat16>>(kinds, "cvt.rn.bf16x2.f32");
 }
 
 }  // namespace ptx

@@ -103,6 +103,20 @@ T insert_bits(T a, T b, u32 position, u32 length) {
   return (b & ~(ones << position)) | (a & ones) << position;
 }
 
+// Four bytes of the eight of b and a, those of a being 0 to 3: each of the selection's four lowest
+// hexadecimal digits names one by its lowest three bits; with bit 3 its sign alone, eight times.
+u32 permute(u32 a, u32 b, u32 selection) {
+  const u64 bytes = u64{b} << 32 | a;
+  u32 result = 0;
+  for (u32 i = 0; i < 4; ++i) {
+    const u32 digit = selection >> 4 * i & 15;
+    u32 byte = static_cast<u32>(bytes >> 8 * (digit & 7)) & 0xff;
+    if (digit > 7) byte = byte > 0x7f ? 0xff : 0;
+    result |= byte << 8 * i;
+  }
+  return result;
+}
+
 // Shifts by the width or more leave nothing, or only the sign.
 template <typename T>
 T shift_left(T a, u32 by) {
@@ -174,6 +188,7 @@ void add_integers(std::vector<Kind>& kinds) {
 
   add_bits<u32>(kinds, "32");
   add_bits<u64>(kinds, "64");
+  add_operation<permute>(kinds, "prmt.b32");
   add_operation<predicate_and>(kinds, "and.pred");
   add_operation<predicate_or>(kinds, "or.pred");
   add_operation<predicate_xor>(kinds, "xor.pred");

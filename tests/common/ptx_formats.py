@@ -67,7 +67,10 @@ FORMATS = {
     "f32": Format(24, 32, 127),
     "f64": Format(53, 64, 1023),
 }
-BITS = {"pred": 1} | {f"{kind}{n}": n for kind in "busf" for n in (16, 32, 64)} | {"bf16": 16}
+#: Words of two numbers.
+PAIRS = {"f16x2": "f16", "bf16x2": "bf16"}
+BITS = {"pred": 1} | {f"{kind}{n}": n for kind in "busf" for n in (16, 32, 64)}
+BITS |= {"bf16": 16} | dict.fromkeys(PAIRS, 32)
 
 
 def decode(type_: str, bits: int) -> Any:

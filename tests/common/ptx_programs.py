@@ -79,7 +79,7 @@ PROGRAMS = {
         NUMBERS[::-1],
         {"threads": COUNT, "shared_bytes": 256},
     ),
-    # Whether any in of the block is 100; and of the warp.
+    # Whether any in of the block is 5; whether any of the warp is, and whether all of it are not.
     "votes": Program(
         OWN
         + """
@@ -99,10 +99,13 @@ PROGRAMS = {
         $L_none:
         add.s32 %r11, %r11, 20;
         $L_end:
+        not.pred %p5, %p3;
+        vote.sync.all.pred %p6, %p5, %r13;
+        @%p6 add.s32 %r11, %r11, 100;
         st.global.u32 [%rd1], %r11;
         """,
         [5, *[0] * 63],
-        [11] * 32 + [21] * 32,
+        [11] * 32 + [121] * 32,
         {"threads": COUNT},
     ),
     # The sum of each warp, by a tree of shuffles.

@@ -14,7 +14,7 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
-from tests.common.ptx_formats import BITS, FORMATS, decode, encode
+from tests.common.ptx_formats import BITS, FORMATS, PAIRS, decode, encode
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,8 @@ def meaning(kind: str) -> Meaning | None:
         return Meaning((type_, "u32"), type_, _left if name == "shl" else _right)
     if name == "bfi":
         return Meaning((type_, type_, "u32", "u32"), type_, _insert)
+    if kind == "prmt.b32":
+        return Meaning(("b32", "b32", "u32"), "b32", _permute)
     if name == "mul.wide":
         return Meaning((type_, type_), f"{type_[0]}{2 * BITS[type_]}", operator.mul)
     if name in FLOATS:
@@ -210,9 +212,20 @@ def _insert(a: int, b: int, position: int, length: int) -> int:
     return (b & ~field) | (a << (position & 255) & field)
 
 
+def _permute(a: int, b: int, selection: int) -> int:
+    """Of the bytes of a, then of b; a digit from 8 on takes the sign of a byte, eight times."""
+    given = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")]
+    given += [255 * (byte >> 7) for byte in given]
+    digits = f"{selection:08x}"[:-5:-1]
+    return int.from_bytes(bytes(given[int(digit, 16)] for digit in digits), "little")
+
+
 def _conversion(rounding: list[str], result: str, operand: str) -> Meaning:
     if rounding == ["sat"]:
         return Meaning((operand,), result, lambda a: min(a, 1.0) if a > 0 else 0.0)
+    if result in PAIRS:
+        rounded = _exactly(PAIRS[result], lambda a: a)
+        return Meaning((operand, operand), result, lambda *values: tuple(map(rounded, values)))
     if result in FORMATS and operand in FORMATS:
         return Meaning((operand,), result, _exactly(result, lambda a: a))
     if result in FORMATS:
@@ -253,6 +266,9 @@ def operands_of(kind: str, count: int) -> list[tuple[int, ...]]:
     lists = [_values(type_, rng) for type_ in found.operands]
     if len(lists) == 1:
         return list(itertools.islice(itertools.cycle([(v,) for v in lists[0]]), count))
+    if found.result in PAIRS:  # each value in both halves
+        both = zip(itertools.cycle(lists[0]), itertools.cycle(reversed(lists[1])), strict=False)
+        return list(itertools.islice(both, count))
     tuples = [tuple(rng.choice(values) for values in lists) for _ in range(count)]
     # Operands of the same size, and equal ones.
     for i in range(0, count, 8):
@@ -266,12 +282,18 @@ def agrees(kind: str, operands: tuple[int, ...], result: int) -> bool:
     assert found is not None
     values = [decode(t, bits) for t, bits in zip(found.operands, operands, strict=True)]
     right = found.compute(*values)
+    if found.result not in PAIRS:
+        return _is_value(found.result, right, found.units, result)
+    halves = zip(right, (result >> 16, result & 0xFFFF), strict=True)
+    return all(_is_value(PAIRS[found.result], half, 0, bits) for half, bits in halves)
+
+
+def _is_value(type_: str, right: Any, units: int, bits: int) -> bool:
+    """Any NaN is as good as another."""
     if isinstance(right, float) and math.isnan(right):
-        return math.isnan(decode(found.result, result))
-    wanted = encode(found.result, right)
-    if found.units:
-        return abs(wanted - result) <= found.units
-    return wanted == result
+        return math.isnan(decode(type_, bits))
+    wanted = encode(type_, right)
+    return abs(wanted - bits) <= units
 
 
 def packed(values: list[int]) -> bytes:

@@ -14,7 +14,7 @@ import torch
 
 from tests.common import emulated, ptx
 from tests.common.cases import Case, assert_promise
-from tests.common.emulated_cases import made
+from tests.common.emulated_cases import assert_right, fused, made, without_kinks
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,6 +29,10 @@ MANY = {"path": "two_pass", "multiprocessors": 8}
 VECTORS = made((8, 2, 32, 48), torch.float32, "contiguous")
 SMALL = made((4, 6, 4, 8), torch.float32, "contiguous")
 TEAMS = made((24, 2, 32, 48), torch.float32, "contiguous")
+PAIRS = made((4, 6, 4, 8), torch.bfloat16, "contiguous")
+# Vectors of a channel: 784, four for each of a warp's first 16 lanes and three for each other one.
+MASKED, MASK = fused((4, 2, 28, 28), torch.float32, "contiguous", "relu", True)
+MASKED = without_kinks(MASKED, MASK)
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Mutant:
     says: str  # in the failure's text
     case: Case = field(default_factory=lambda: VECTORS)
     where: dict[str, Any] = field(default_factory=lambda: BLOCK)
+    epilogue: emulated.Epilogue | None = None
 
 
 WAIT = r"cp\.async\.wait_group\s+0;"
@@ -47,6 +52,7 @@ FENCE = r"membar\.gl;"
 CLUSTER_BARRIER = r"barrier\.cluster\.(arrive|wait)[a-z.]*;"
 COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+)\]"
 DISTANCE = r"(shfl\.sync\.bfly\.b32\s+%r\d+\|%p\d+, %r\d+), %r\d+,"
+PAIR = r"cvt\.rn\.bf16x2\.f32\s+(%r\d+), (%f\d+), (%f\d+);"
 SHUFFLE = r"(shfl\.sync\.bfly\.b32\s+[^;]+), (%r\d+|-1);"
 
 MUTANTS = {
@@ -106,11 +112,29 @@ MUTANTS = {
     ),
     "bfloat16 cut off": Mutant(
         "two_pass_forward",
-        r"cvt\.rn\.bf16\.f32\s+(%rs\d+), (%f\d+);",
-        r"mov.b32 {_, \1}, \2;",
+        PAIR,
+        r"{ .reg .b16 %cut<2>; mov.b32 {_, %cut0}, \3; mov.b32 {_, %cut1}, \2; "
+        r"mov.b32 \1, {%cut0, %cut1}; }",
         "y: ",
-        made((4, 6, 4, 8), torch.bfloat16, "contiguous"),
+        PAIRS,
         {"path": "two_pass"},
+    ),
+    "halves of a word exchanged": Mutant(
+        "two_pass_forward",
+        PAIR,
+        r"cvt.rn.bf16x2.f32 \1, \3, \2;",
+        "y: ",
+        PAIRS,
+        {"path": "two_pass"},
+    ),
+    "a full batch of one lane for all": Mutant(
+        "two_pass_forward",
+        r"vote\.sync\.all\.pred",
+        "vote.sync.any.pred",
+        "outside: ",
+        MASKED,
+        {"path": "two_pass"},
+        MASK,
     ),
     "vectors stored to the neighbour": Mutant(
         "resident_forward", r"(st\.global[.a-z]*\.v4\.\w32\s+\[%rd\d+)\]", r"\1+16]", "outside: "
@@ -143,7 +167,11 @@ def engine() -> Iterator[None]:
 def run_with(folder: Path, mutant: Mutant) -> None:
     wrong = emulated.library().runner_ptx(str(folder).encode())
     assert not wrong
-    assert_promise(mutant.case, ours=emulated.run(mutant.case, **mutant.where))
+    if mutant.epilogue is None:
+        assert_promise(mutant.case, ours=emulated.run(mutant.case, **mutant.where))
+        return
+    c, e = mutant.case, mutant.epilogue
+    assert_right(c, e, emulated.run(c, e, **mutant.where))
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -54,13 +54,13 @@ inline void store_bytes_evict_first(void* p, Bytes<kBytes> value) {
   emulator::detail::tensor_write_evict_first(p, &value, kBytes);
 }
 
-// The worst that is allowed on a GPU: of the two floats around 1 / d, the one farther away, or
-// beside 1 / d where that is a float.
 template <typename T>
 inline unsigned round_to_pair(float low, float high, T) {
   return unsigned{T(low).x} | unsigned{T(high).x} << 16;
 }
 
+// The worst that is allowed on a GPU: of the two floats around 1 / d, the one farther away, or
+// beside 1 / d where that is a float.
 inline float reciprocal_estimate(float d) {
   const float nearest = 1.0f / d;
   const bool is_low = std::fma(nearest, d, -1.0f) < 0;
