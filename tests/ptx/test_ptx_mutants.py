@@ -137,7 +137,7 @@ MUTANTS = {
         MASK,
     ),
     "vectors stored to the neighbour": Mutant(
-        "resident_forward", r"(st\.global[.a-z]*\.v4\.\w32\s+\[%rd\d+)\]", r"\1+16]", "outside: "
+        "resident_forward", r"(st\.global[.a-z]*\.v4\.\w32\s+\[%rd\d+)\]", r"\1+16]", "unwritten: "
     ),
     "vectors read 4 bytes further": Mutant(
         "resident_backward",
