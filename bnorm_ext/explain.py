@@ -131,7 +131,8 @@ def launch_plan(
     x: Tensor, tensors: int, gpu: _Device, *, beside_collectives: bool = False
 ) -> dict[str, Any]:
     """The launch plan of the forward pass (`tensors` is 1: it keeps x on chip) or the backward pass
-    (2: x and dy), as a dictionary."""
+    (2: x and dy), as a dictionary. In two passes `tiles`, `team` and `channels` are those of the
+    kernel that adds up; those of the kernel that writes are `write_tiles` etc."""
     compiled: Any = load()
     plan: dict[str, Any] = compiled.explain_plan(
         x, tensors, gpu.multiprocessors, gpu.shared_per_multiprocessor, gpu.shared_per_block,
@@ -188,33 +189,46 @@ def _measured(wanted: torch.device) -> _Device:
 
 
 def _describe(plan: dict[str, Any], tensors: int) -> list[str]:
-    path, team, channels = plan["path"], plan["team"], plan["channels"]
+    path, team, tiles = plan["path"], plan["team"], plan["tiles"]
     reads, of = tensors, "x" if tensors == 1 else "x and dy"
-    each = "a channel" if channels == 1 else f"{channels} channels"
-    threads = f"{plan['threads']} threads"
+    each, threads = _channels(plan["channels"]), f"{plan['threads']} threads"
     access = f"{plan['access_bytes']}-byte accesses"
     if path == "two_pass":
+        sums, writing = (
+            f"{number} x {blocks} blocks, {_channels(channels)} each"
+            for number, blocks, channels in (
+                (tiles, team, plan["channels"]),
+                (plan["write_tiles"], plan["write_team"], plan["write_channels"]),
+            )
+        )
+        kernels = sums if sums == writing else f"{sums}, then {writing}"
         return [
             f"two passes, {2 * reads} reads + 1 write: {plan['reason']}",
-            f"  {plan['tiles']} x {team} blocks of {threads}, {each} each; {access}",
+            f"  {kernels}; {threads} a block, {access}",
         ]
-    kinds = {
-        "block": f"{plan['tiles']} blocks, {each} each",
-        "cluster": f"{plan['tiles']} clusters of {team} blocks, {each} each",
+    teams = {
+        "block": f"{plan['teams']} blocks",
+        "cluster": f"{plan['teams']} clusters of {team} blocks",
         "grid": f"{plan['teams']} team{'s' * (plan['teams'] > 1)} of {team} blocks in a "
-        f"cooperative grid, which take {plan['tiles']} times {each}",
-    }
+        "cooperative grid",
+    }[path]
+    several = path == "grid" or plan["teams"] < tiles
+    work = f", which take {tiles} times {each}" if several else f", {each} each"
     lines = [
         f"one launch that keeps {of} on chip: {reads} read{'s' * (reads > 1)} + 1 write",
-        f"  {kinds[path]}; {threads} and {plan['shared_bytes'] / _KB:.1f} KB of shared memory a "
+        f"  {teams}{work}; {threads} and {plan['shared_bytes'] / _KB:.1f} KB of shared memory a "
         f"block, {access}",
     ]
     if path != "block":
         tile, share = plan["tile_bytes"], plan["share_bytes"]
         lines.append(
-            f"  a team, since {each} {'is' if channels == 1 else 'are'} {tile / _KB:.0f} KB, and a "
-            f"block has {share / _KB:.0f} KB"
+            f"  a team, since {each} {'is' if plan['channels'] == 1 else 'are'} {tile / _KB:.0f} "
+            f"KB, and a block has {share / _KB:.0f} KB"
             if tile > share
             else "  a team, so that all multiprocessors have work"
         )
     return lines
+
+
+def _channels(count: int) -> str:
+    return "a channel" if count == 1 else f"{count} channels"

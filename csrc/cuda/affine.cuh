@@ -1,5 +1,6 @@
-// The constants of z per channel, and where a kernel keeps them: in registers, or in a table in
-// shared memory where the sums need the registers.
+// The constants of z per channel, and where a kernel keeps them: in a table in shared memory, which
+// one thread per channel fills, and from which each thread copies into registers what it needs at
+// every vector.
 #pragma once
 
 #include <type_traits>

@@ -27,11 +27,13 @@ namespace bnorm_ext {
 namespace cuda {
 
 constexpr int kThreads = 256;
-// How many blocks of a kernel a multiprocessor holds at once, at least: the kernels are compiled for
-// it. Those that add up keep the sums of many channels in registers.
+// How many blocks of a kernel of two passes a multiprocessor holds at once, at least: the kernels are
+// compiled for it. Those that add up keep the sums of many channels in registers; of those that write,
+// only the ones without an epilogue (Variant::kPlain) have room for more.
 constexpr int kResidentReducing = 2, kResidentPlain = 3;
 constexpr int kVectorBytes = 16, kLineBytes = 128;
-// Vectors that a thread loads before it uses the first one: 64 bytes in flight.
+// Vectors of a batch. A thread loads the next batch before it uses the last one, so that 64 bytes are
+// in flight.
 constexpr int kBatch = 4;
 // Columns of a block in ChannelsLast, at most. Narrow accesses, of one value: one warp. Wide ones,
 // of 16 bytes: 256 bytes of a row, which are whole cache lines.

@@ -2,8 +2,8 @@
 //
 // Numerics      Everything is added in double; only sums of a few values, within a thread, are in
 //               the accumulation type.
-// Determinism   A fixed tree within the warp, then warps in order, then chunks in order, whichever
-//               block arrives last. No floating-point atomics.
+// Determinism   A fixed tree within the warp, then warps in order, then chunks in an order that the
+//               plan fixes, whichever block arrives last. No floating-point atomics.
 #pragma once
 
 #include "params.h"
@@ -159,9 +159,10 @@ __device__ __forceinline__ bool last_to_arrive(unsigned* semaphore, int64_t coun
   return __syncthreads_or(last) != 0;
 }
 
-// Sums value[k] over all blocks of the tile. Returns true in every thread of the one block that
-// gets the totals: there thread i < channels_of_tile has the total of channel i of the tile in
-// `total`.
+// Sums value[k] over all blocks of the tile: the last one to arrive adds up what each has found, or
+// where there are many, the last one of each kMerged, and the last of these (plan.h). Returns true in
+// every thread of the one block that gets the totals: there thread i < channels_of_tile has the total
+// of channel i of the tile in `total`.
 template <typename Iterator>
 __device__ __forceinline__ bool tile_sum(Pair (&value)[Iterator::kChannels], const Iterator& it,
                                          const TilePlan& plan, const Shape& shape,

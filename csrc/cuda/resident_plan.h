@@ -3,14 +3,14 @@
 // are resident at once, in plain C++ like plan.h.
 //
 // Paths
-//   TwoPass  any size: partial sums, merged by the last block of a tile to arrive, then a second
+//   TwoPass  any size: partial sums, merged by the last blocks of a tile to arrive, then a second
 //            kernel that reads everything again
 //   Block    a tile stays in the shared memory of one block
 //   Cluster  a tile stays in the shared memory of a team of blocks, a thread block cluster, which
 //            exchange partial sums through it (sm_90 and newer)
 //   Grid     a tile stays in the shared memory of a team of blocks of a cooperative launch, which
-//            exchange partial sums through global memory; each team takes one tile after the other;
-//            not beside collectives
+//            exchange partial sums through global memory; not beside collectives
+// Where there are more tiles than teams at once, each team takes one tile after the other.
 #pragma once
 
 #include "plan.h"

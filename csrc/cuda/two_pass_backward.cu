@@ -13,7 +13,7 @@ namespace bnorm_ext {
 namespace cuda {
 namespace {
 
-// Vectors of each of the two tensors that are loaded at a time: as many bytes are in flight as in
+// Vectors of each of the two tensors that are loaded at a time: so as many bytes are in flight as in
 // forward.
 constexpr int kHalf = kBatch / 2;
 
@@ -22,7 +22,7 @@ constexpr int kHalf = kBatch / 2;
 //            (Ioffe and Szegedy 2015, arXiv:1502.03167)
 // Shapes     dy, x, residual [N, C, S] in one layout; statistics, parameters and results [C];
 //            mask: mask.h
-// Mapping    plan.h; the last block of a tile to arrive merges the chunks
+// Mapping    plan.h; the last blocks of a tile to arrive merge the chunks (reduce.cuh)
 // Bytes      reads dy and x once, and the residual or, in its place, the mask
 // Numerics   g, products and sums of a run in the accumulation type, also for 16-bit data; the rest
 //            in double. A thread whose sums are not finite computes them again in double.

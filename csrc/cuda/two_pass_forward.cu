@@ -16,7 +16,7 @@ namespace {
 //            n = N * S; running_mean and running_var moved towards mean and var * n / (n - 1)
 //            (Ioffe and Szegedy 2015, arXiv:1502.03167)
 // Shapes     x [N, C, S] in either layout; results [C]
-// Mapping    plan.h; the last block of a tile to arrive merges the chunks
+// Mapping    plan.h; the last blocks of a tile to arrive merge the chunks (reduce.cuh)
 // Bytes      reads x once
 // Numerics   moments.cuh; merged in double
 // Requires   semaphores that are 0 and that nobody else uses until the launch is over
