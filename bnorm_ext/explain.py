@@ -213,7 +213,8 @@ def _describe(plan: dict[str, Any], tensors: int) -> list[str]:
         "cooperative grid",
     }[path]
     several = path == "grid" or plan["teams"] < tiles
-    work = f", which take {tiles} times {each}" if several else f", {each} each"
+    all_of_them = f"{tiles} channels" if plan["channels"] == 1 else f"{tiles} groups of {each}"
+    work = f", which take {all_of_them} in turn" if several else f", {each} each"
     lines = [
         f"one launch that keeps {of} on chip: {reads} read{'s' * (reads > 1)} + 1 write",
         f"  {teams}{work}; {threads} and {plan['shared_bytes'] / _KB:.1f} KB of shared memory a "

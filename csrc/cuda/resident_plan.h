@@ -191,10 +191,13 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     // In ChannelsLast two passes are faster than several rounds, and than one that first loads much and
     // then writes much: the second pass reads from the L2 what fits there.
     const bool is_small = plan.teams == plan.tile_plan.tiles && plan.vectors <= kMostLast;
-    if (last && wanted.any && !is_small) break;
+    if (last && wanted.any && !is_small) {
+      return refuse_unless_clusters("two passes are faster for so large a tensor in channels_last");
+    }
     return clusters.teams > 0 && cost(clusters) <= cost(plan) ? clusters : plan;
   }
-  return refuse_unless_clusters("the tensor is larger than what a round of the grid keeps on chip");
+  return refuse_unless_clusters(
+      "a group of channels is larger than the shared memory of the device");
 }
 
 }  // namespace cuda

@@ -17,12 +17,12 @@ def test_one_launch_each() -> None:
     assert text.splitlines() == [
         "64x64x56x56 bfloat16, channels first, on H200 (sm_90, 132 multiprocessors)",
         "forward: one launch that keeps x on chip: 1 read + 1 write",
-        "  64 clusters of 4 blocks, a channel each; 256 threads and 102.6 KB of shared memory a "
+        "  64 clusters of 4 blocks, a channel each; 256 threads and 102.7 KB of shared memory a "
         "block, 16-byte accesses",
         "  a team, since a channel is 392 KB, and a block has 113 KB",
         "backward: one launch that keeps x and dy on chip: 2 reads + 1 write",
-        "  64 clusters of 8 blocks, a channel each; 256 threads and 106.6 KB of shared memory a "
-        "block, 16-byte accesses",
+        "  32 clusters of 8 blocks, which take 64 channels in turn; 256 threads and 106.7 KB of "
+        "shared memory a block, 16-byte accesses",
         "  a team, since a channel is 784 KB, and a block has 113 KB",
     ]
 
@@ -32,6 +32,7 @@ def test_one_launch_each() -> None:
     [
         ((32, 64, 8, 8), torch.float64, None, "A100", "float64 is not kept on chip"),
         ((64, 64, 112, 112), torch.float32, torch.channels_last, "T4", "larger than the shared"),
+        ((64, 256, 56, 56), torch.bfloat16, torch.channels_last, "H200", "two passes are faster"),
     ],
 )
 def test_why_two_passes(shape, dtype, memory_format, device, reason) -> None:
@@ -40,6 +41,12 @@ def test_why_two_passes(shape, dtype, memory_format, device, reason) -> None:
         "a group of channels is ", ""
     )
     assert "backward: two passes, 4 reads + 1 write: " in text
+
+
+def test_a_small_tensor_in_channels_last_stays_on_chip() -> None:
+    text = explain((64, 512, 7, 7), memory_format=torch.channels_last, device="H200")
+    assert text.count("one launch that keeps") == 2
+    assert text.count("in a cooperative grid") == 2
 
 
 @pytest.mark.parametrize("device", _GPUS)
