@@ -165,7 +165,8 @@ def counts_of(function: Function, kernel: Kernel, assumed: dict[int, int]) -> Co
         those = [pair for pair in loops if pair[1].role == role]
         if len(those) < count:
             raise ValueError(f"{function.name}: {len(those)} loops of the kind {role}, not {count}")
-        those.sort(key=lambda pair: (pair[1].per_element("fp64"), pair[1].per_element()))
+        if dtype != "float64":  # else all of it is FP64, and the loop of full batches comes first
+            those.sort(key=lambda pair: (pair[1].per_element("fp64"), pair[1].per_element()))
         loops = [pair for pair in loops if pair[1].role != role] + those[:count]
     rest = straight_pass(flow, [loop for loop, _ in loops])
     main = tuple(found for _, found in loops)

@@ -27,7 +27,9 @@ CLUSTER_BARRIER = 0.19e-6  # s
 GRID_BARRIER = 1.7e-6  # s, of a team's blocks through global memory
 THREADS = 256  # of a block
 _SHARED = ("LDS", "STS", "LDGSTS")
-IN_FLIGHT = 4  # vectors of a tensor that a thread has asked for at once, in two passes
+# Vectors of all tensors that a thread has asked for at once, in two passes: the next batch is asked
+# for before the last one has arrived.
+IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ def two_pass(
     moved = tensors_moved * elements * item
     resident = min(gpu.rates.threads, _by_registers(gpu, counts))
     in_flight = gpu.multiprocessors * resident * IN_FLIGHT * plan["access_bytes"]
-    in_flight *= counts.kernel.read
     terms = {"bytes": moved / gpu.copy, **busy, "latency": moved / (in_flight / LATENCY)}
     return Prediction(terms, max(terms.values()) + RAMP)
 
