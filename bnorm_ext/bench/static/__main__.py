@@ -74,7 +74,8 @@ def instructions(o: Any) -> None:
 
 
 def _line(c: Counts) -> str:
-    conversions = c.per_element("conversions") + c.per_element("conversions64")
+    kinds = ("conversions", "conversions64", "conversions16")
+    conversions = sum(c.per_element(kind) for kind in kinds)
     shared = c.per_element("shared loads") + c.per_element("shared stores")
     by_loop = ", ".join(f"{loop.role} {loop.per_element():.1f}" for loop in c.loops)
     return (

@@ -22,13 +22,15 @@ _MEMORY = {
 
 
 def unit(i: Instruction) -> str:
-    """fp64, conversions (from and to 64 bits, or others), special functions, a kind of memory
-    access, or other. Packing two floats into 16-bit values (F2FP) is other: it is not executed by
-    the unit for conversions."""
+    """fp64, conversions (from and to 64 bits, between float32 and 16 bits, or others), special
+    functions, a kind of memory access, or other. bfloat16 becomes float32 by a shift, which is
+    other."""
     if i.name in _FP64:
         return "fp64"
     if i.name in ("F2F", "F2I", "I2F", "FRND"):
         return "conversions64" if {"F64", "S64", "U64"} & set(i.modifiers) else "conversions"
+    if i.name == "F2FP" or (i.name == "HADD2" and "F32" in i.modifiers):
+        return "conversions16"
     if i.name == "MUFU":
         return "special"
     return _MEMORY.get(i.name, "other")
@@ -60,11 +62,13 @@ _NEVER = 1_000_000  # instructions
 _Decided = frozenset[tuple[str, bool]]
 
 
-def loop_pass(flow: Flow, loop: Loop, wanted: Sequence[str], bits: int) -> Pass:
+def loop_pass(
+    flow: Flow, loop: Loop, wanted: Sequence[str], bits: int, shortest: bool = False
+) -> Pass:
     """The way through a loop, from its head back to it, with the most accesses of the ``wanted``
     kinds and of ``bits`` bits, so that every vector of a batch is valid; among those the longest
-    one without a call: calls are the compiler's slow ways for rare values, as in a division. Two
-    branches on the same predicate go the same way. Inner loops are left out."""
+    one (or ``shortest``) without a call: calls are the compiler's slow ways for rare values, as in
+    a division. Two branches on the same predicate go the same way. Inner loops are left out."""
     inside = frozenset[int]().union(*(inner.blocks for inner in loop.inner))
     # By block and what is decided when it is entered: accesses, instructions, the way.
     best: dict[int, dict[_Decided, tuple[int, int, tuple[int, ...]]]] = {
@@ -75,7 +79,8 @@ def loop_pass(flow: Flow, loop: Loop, wanted: Sequence[str], bits: int) -> Pass:
     for n in order:
         code = [] if n in inside else flow.blocks[n].code
         found = sum(i.name in wanted and i.bits == bits and i.address not in flow.off for i in code)
-        cost = -_NEVER if any(i.name == "CALL" for i in code) else len(code)
+        length_of = -len(code) if shortest else len(code)
+        cost = -_NEVER if any(i.name == "CALL" for i in code) else length_of
         for decided, (accesses, length, way) in best.get(n, {}).items():
             reached = (accesses + found, length + cost, (*way, n))
             for m, then in _onwards(flow, n, decided):

@@ -17,7 +17,10 @@ from .counts import Pass, loop_pass, straight_pass
 from .flow import Flow, Loop
 from .sass import Function
 
-_VARIANT = re.compile(r"7VariantI(f|d|N3c108BFloat16E|N3c104HalfE)Li(\d+)ELNS0_7MappingE(\d)E")
+# Variant<dtype, width, mapping, plain>; plain: compiled without an epilogue
+_VARIANT = re.compile(
+    r"7VariantI(f|d|N3c108BFloat16E|N3c104HalfE)Li(\d+)ELNS0_7MappingE(\d)ELb([01])E"
+)
 _DTYPES = {"f": "float32", "d": "float64", "N3c108BFloat16E": "bfloat16", "N3c104HalfE": "float16"}
 _ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MAPPINGS = ("channels_first", "channels_last", "channel_groups")
@@ -40,7 +43,7 @@ KERNELS = (
     Kernel("normalise_kernel", "two_pass_forward.cu", "NormaliseParams", 1, 0, 1),
     Kernel("backward_reduce_kernel", "two_pass_backward.cu", "BackwardReduceParams", 2, 1, 0),
     Kernel("backward_apply_kernel", "two_pass_backward.cu", "BackwardApplyParams", 2, 0, 1),
-    Kernel("resident_forward_kernel", "resident_forward.cu", "ResidentForwardParams", 1, 2, 1),
+    Kernel("resident_forward_kernel", "resident_forward.cu", "ResidentForwardParams", 1, 1, 1),
     Kernel("resident_backward_kernel", "resident_backward.cu", "ResidentBackwardParams", 2, 1, 1),
 )
 
@@ -135,6 +138,11 @@ def instance_of(function: Function, kernel: Kernel) -> tuple[str, int, str] | No
     return _DTYPES[match[1]], int(match[2]), MAPPINGS[int(match[3])]
 
 
+def without_epilogue(function: Function) -> bool:
+    match = _VARIANT.search(function.name)
+    return match is not None and match[4] == "1"
+
+
 def counts_of(function: Function, kernel: Kernel, assumed: dict[int, int]) -> Counts | None:
     """None for a function of another kernel."""
     instance = instance_of(function, kernel)
@@ -151,12 +159,14 @@ def counts_of(function: Function, kernel: Kernel, assumed: dict[int, int]) -> Co
             loops.append((loop, found))
     # Sums are computed again in double where they are not finite: by further loops, with more
     # FP64, which hardly ever run.
-    for role, count in (("sums", kernel.sums), ("write", kernel.writes)):
+    # What is left of a tile behind its full batches takes a second loop, with more instructions.
+    fetches = kernel.read if any(found.role == "fetch" for _, found in loops) else 0
+    for role, count in (("fetch", fetches), ("sums", kernel.sums), ("write", kernel.writes)):
         those = [pair for pair in loops if pair[1].role == role]
         if len(those) < count:
             raise ValueError(f"{function.name}: {len(those)} loops of the kind {role}, not {count}")
-        if dtype != "float64":  # else all of it is FP64, and the usual loop comes first
-            those.sort(key=lambda pair: pair[1].per_element("fp64"))
+        if dtype != "float64":  # else all of it is FP64, and the loop of full batches comes first
+            those.sort(key=lambda pair: (pair[1].per_element("fp64"), pair[1].per_element()))
         loops = [pair for pair in loops if pair[1].role != role] + those[:count]
     rest = straight_pass(flow, [loop for loop, _ in loops])
     main = tuple(found for _, found in loops)
@@ -176,10 +186,13 @@ def _role(flow: Flow, loop: Loop, kernel: Kernel, width: int, bits: int) -> Loop
     stores, copies = once.accesses("STG", bits), once.accesses("LDGSTS", bits)
     resident = kernel.name.startswith("resident")
     reads = once.accesses("LDS" if resident else "LDG", bits)
+    # A loop that writes a tile on chip also starts the copies of the next one. The compiler may
+    # split a store of 16 bytes, so that its elements are those that are read.
+    if stores or (copies and reads >= kernel.read):
+        written = max(stores, reads // kernel.read if resident else 0)
+        return LoopCounts("write", written * width, once)
     if copies:
         return LoopCounts("fetch", copies * width, once)
-    if stores:
-        return LoopCounts("write", stores * width, once)
     # Loops that add up doubles of other threads have nothing in the accumulation type.
     computes = any(i.name in ("FADD", "FFMA", "FMUL") for i in once.code) or bits == 64 * width
     if reads >= kernel.read and computes:

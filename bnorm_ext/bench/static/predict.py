@@ -14,7 +14,7 @@ from ..cost_model import FORMATS
 from . import roofline
 from .compile import listing
 from .gpus import Gpu
-from .kernels import KERNELS, Counts, Kernel, assumptions, counts_of, instance_of
+from .kernels import KERNELS, Counts, Kernel, assumptions, counts_of, instance_of, without_epilogue
 from .sass import Function, parse
 
 _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
@@ -23,8 +23,19 @@ _BY_NAME = {kernel.name: kernel for kernel in KERNELS}
 def counts(kernel: Kernel, arch: int, act: str = "identity") -> list[Counts]:
     """Of all instances of a kernel; compiles its file where it has not been compiled yet."""
     assumed = assumptions(kernel, act)
-    found = (counts_of(f, kernel, assumed) for f in _functions(kernel.file, arch))
+    found = (counts_of(f, kernel, assumed) for f in _taken(kernel, arch, plain=act == "identity"))
     return [c for c in found if c is not None]
+
+
+def _taken(kernel: Kernel, arch: int, plain: bool) -> list[Function]:
+    """The functions that calls take, one for each dtype, width and mapping. ``plain``: those that
+    are compiled without an epilogue, where there are such."""
+    taken: dict[tuple[str, int, str], Function] = {}
+    for function in _functions(kernel.file, arch):
+        instance = instance_of(function, kernel)
+        if instance is not None and (instance not in taken or without_epilogue(function) == plain):
+            taken[instance] = function
+    return list(taken.values())
 
 
 @functools.cache
@@ -34,7 +45,7 @@ def _functions(file: str, arch: int) -> list[Function]:
 
 @functools.cache
 def _instance(kernel: Kernel, arch: int, dtype: str, width: int, mapping: str) -> Counts:
-    for function in _functions(kernel.file, arch):
+    for function in _taken(kernel, arch, plain=True):
         if instance_of(function, kernel) == (dtype, width, mapping):
             found = counts_of(function, kernel, assumptions(kernel))
             assert found is not None

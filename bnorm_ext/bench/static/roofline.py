@@ -19,14 +19,17 @@ from typing import Any
 from .gpus import Gpu
 from .kernels import Counts, LoopCounts
 
-# Assumed, not measured; the same for all GPUs.
+# The same for all GPUs. The barriers are those of an H200 (bench/results/h200-terms.json); latency
+# and ramp are assumed.
 LATENCY = 0.7e-6  # s, of a load from memory under load
 RAMP = 2.0e-6  # s, from the start of a kernel to its first load, and from its last store to its end
-CLUSTER_BARRIER = 0.5e-6  # s
-GRID_BARRIER = 1.5e-6  # s, of a team's blocks through global memory
+CLUSTER_BARRIER = 0.19e-6  # s
+GRID_BARRIER = 1.7e-6  # s, of a team's blocks through global memory
 THREADS = 256  # of a block
 _SHARED = ("LDS", "STS", "LDGSTS")
-IN_FLIGHT = 4  # vectors of a tensor that a thread has asked for at once, in two passes
+# Vectors of all tensors that a thread has asked for at once, in two passes: the next batch is asked
+# for before the last one has arrived.
+IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def units(gpu: Gpu, loops: tuple[LoopCounts, ...], elements: float) -> dict[str,
         "fp64": total("fp64") / rates.fp64 / per_second,
         "conversions": total("conversions") / rates.conversions / per_second,
         "conversions64": total("conversions64") / rates.conversions64 / per_second,
+        "conversions16": total("conversions16") / rates.conversions16 / per_second,
         "special": total("special") / rates.special / per_second,
         "shared": shared / rates.shared_bytes / per_second,
     }
@@ -79,7 +83,6 @@ def two_pass(
     moved = tensors_moved * elements * item
     resident = min(gpu.rates.threads, _by_registers(gpu, counts))
     in_flight = gpu.multiprocessors * resident * IN_FLIGHT * plan["access_bytes"]
-    in_flight *= counts.kernel.read
     terms = {"bytes": moved / gpu.copy, **busy, "latency": moved / (in_flight / LATENCY)}
     return Prediction(terms, max(terms.values()) + RAMP)
 
