@@ -154,7 +154,7 @@ def test_a_gpu_that_is_here_is_known_by_its_name(monkeypatch) -> None:
 def test_groups_of_channels() -> None:
     """Where one channel's rows are not of whole 16 bytes."""
     text = explain((32, 2048, 7, 7), dtype=torch.bfloat16, device="A100").splitlines()
-    assert text[2].startswith("  256 blocks, 8 channels each; ")
+    assert text[2].startswith("  128 blocks, which take 256 groups of 8 channels in turn; ")
     assert "two passes" not in "".join(text)
     text = explain((64, 768, 17, 17), dtype=torch.bfloat16, device="H200").splitlines()
     assert text[2].startswith("  96 clusters of 6 blocks, 8 channels each; ")

@@ -1,5 +1,5 @@
 """Rates of GPUs, from data sheets and the CUDA programming guide. Measured is only the H200, by
-bench/terms.cu (bench/results/h200-terms.json): FP64 64, conversions from and to double 15, others
+bench/terms.cu (bench/results/cuda-terms.json): FP64 64, conversions from and to double 15, others
 63 to 64 per clock and multiprocessor, and a copy of 4.2 TB/s of large tensors."""
 
 from __future__ import annotations

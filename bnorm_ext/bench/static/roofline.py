@@ -19,7 +19,7 @@ from typing import Any
 from .gpus import Gpu
 from .kernels import Counts, LoopCounts
 
-# The same for all GPUs. The barriers are those of an H200 (bench/results/h200-terms.json); latency
+# The same for all GPUs. The barriers are those of an H200 (bench/results/cuda-terms.json); latency
 # and ramp are assumed.
 LATENCY = 0.7e-6  # s, of a load from memory under load
 RAMP = 2.0e-6  # s, from the start of a kernel to its first load, and from its last store to its end
