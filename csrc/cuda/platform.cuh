@@ -85,7 +85,10 @@ __device__ __forceinline__ Bytes<kBytes> load_bytes(const void* p) {
 template <int kBytes>
 __device__ __forceinline__ void store_bytes(void* p, Bytes<kBytes> value) {
   if constexpr (kBytes == 16) {
-    *static_cast<uint4*>(p) = {value.word[0], value.word[1], value.word[2], value.word[3]};
+    // Of an assignment the compiler makes four stores of a word in some loops.
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+                 : "memory");
   } else if constexpr (kBytes == 8) {
     *static_cast<uint2*>(p) = {value.word[0], value.word[1]};
   } else {
