@@ -31,8 +31,8 @@ SMALL = made((4, 6, 4, 8), torch.float32, "contiguous")
 TEAMS = made((24, 2, 32, 48), torch.float32, "contiguous")
 PAIRS = made((4, 6, 4, 8), torch.bfloat16, "contiguous")
 # Vectors of a channel: 784, four for each of a warp's first 16 lanes and three for each other one.
-MASKED, MASK = fused((4, 2, 28, 28), torch.float32, "contiguous", "relu", True)
-MASKED = without_kinks(MASKED, MASK)
+ODD_BATCHES, MASK = fused((4, 2, 28, 28), torch.float32, "contiguous", "relu", True)
+MASKED = without_kinks(ODD_BATCHES, MASK)
 
 
 @dataclass
@@ -52,6 +52,7 @@ FENCE = r"membar\.gl;"
 CLUSTER_BARRIER = r"barrier\.cluster\.(arrive|wait)[a-z.]*;"
 COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+)\]"
 DISTANCE = r"(shfl\.sync\.bfly\.b32\s+%r\d+\|%p\d+, %r\d+), %r\d+,"
+BATCH = r"(setp\.lt\.s32\s+%p\d+, %r\d+), 4;"  # fewer vectors left than a batch has
 PAIR = r"cvt\.rn\.bf16x2\.f32\s+(%r\d+), (%f\d+), (%f\d+);"
 SHUFFLE = r"(shfl\.sync\.bfly\.b32\s+[^;]+), (%r\d+|-1);"
 
@@ -146,7 +147,7 @@ MUTANTS = {
         "misaligned: ",
     ),
     "one value too many": Mutant(
-        "two_pass_forward", r"setp\.lt\.s64", "setp.le.s64", "", SMALL, {"path": "two_pass"}
+        "two_pass_forward", BATCH, r"\1, 3;", "outside: ", ODD_BATCHES, {"path": "two_pass"}
     ),
 }
 
