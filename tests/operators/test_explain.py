@@ -157,7 +157,8 @@ def test_groups_of_channels() -> None:
     assert text[2].startswith("  128 blocks, which take 256 groups of 8 channels in turn; ")
     assert "two passes" not in "".join(text)
     text = explain((64, 768, 17, 17), dtype=torch.bfloat16, device="H200").splitlines()
-    assert text[2].startswith("  32 clusters of 6 blocks, which take 96 groups of 8 channels in turn; ")
+    taken = "which take 96 groups of 8 channels in turn; "
+    assert text[2].startswith(f"  32 clusters of 6 blocks, {taken}")
     assert text[3].startswith("  a team, since 8 channels are 289 KB, and ")
 
 
