@@ -115,6 +115,23 @@ def test_teams_take_tiles_one_after_the_other() -> None:
             assert same_bits(emulated.run(c, seed=seed, **where), results)
 
 
+def test_clusters_take_tiles_one_after_the_other() -> None:
+    """The same of clusters, which read sums in each other's shared memory."""
+    where = {"path": "cluster", "device": "sm_90", "multiprocessors": 1}
+    for layout, shape, expected in (
+        ("contiguous", (12, 5, 32, 32), [(6, 2), (4, 2)]),  # three clusters, two
+        ("channels_last", (12, 80, 8, 8), [(2, 2), (2, 2)]),
+        ("contiguous", (48, 20, 9, 7), [(6, 2), (2, 2)]),
+    ):
+        c = made(shape, torch.float32, layout)
+        launches: list[str] = []
+        results = emulated.run(c, launches=launches.append, **where)
+        assert [launched(line)[1:] for line in launches] == expected
+        assert_promise(c, ours=results)
+        for seed in (1, 2):
+            assert same_bits(emulated.run(c, seed=seed, **where), results)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "groups"])
 @pytest.mark.parametrize("path", PATHS)
 def test_hard_data(path: str, layout: str) -> None:
