@@ -104,6 +104,7 @@ def test_teams_take_tiles_one_after_the_other() -> None:
         ("contiguous", (12, 5, 32, 32), [4, 4]),  # two teams, one
         ("channels_last", (12, 80, 8, 8), [4, 4]),
         ("contiguous", (48, 20, 9, 7), [3, 2]),
+        ("contiguous", (48, 9, 9, 7), [5, 3]),  # one value at a time: not copied asynchronously
     ):
         c = made(shape, torch.float32, layout)
         launches: list[str] = []
