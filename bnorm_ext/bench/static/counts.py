@@ -62,13 +62,11 @@ _NEVER = 1_000_000  # instructions
 _Decided = frozenset[tuple[str, bool]]
 
 
-def loop_pass(
-    flow: Flow, loop: Loop, wanted: Sequence[str], bits: int, shortest: bool = False
-) -> Pass:
+def loop_pass(flow: Flow, loop: Loop, wanted: Sequence[str], bits: int) -> Pass:
     """The way through a loop, from its head back to it, with the most accesses of the ``wanted``
     kinds and of ``bits`` bits, so that every vector of a batch is valid; among those the longest
-    one (or ``shortest``) without a call: calls are the compiler's slow ways for rare values, as in
-    a division. Two branches on the same predicate go the same way. Inner loops are left out."""
+    one without a call: calls are the compiler's slow ways for rare values, as in a division. Two
+    branches on the same predicate go the same way. Inner loops are left out."""
     inside = frozenset[int]().union(*(inner.blocks for inner in loop.inner))
     # By block and what is decided when it is entered: accesses, instructions, the way.
     best: dict[int, dict[_Decided, tuple[int, int, tuple[int, ...]]]] = {
@@ -79,8 +77,7 @@ def loop_pass(
     for n in order:
         code = [] if n in inside else flow.blocks[n].code
         found = sum(i.name in wanted and i.bits == bits and i.address not in flow.off for i in code)
-        length_of = -len(code) if shortest else len(code)
-        cost = -_NEVER if any(i.name == "CALL" for i in code) else length_of
+        cost = -_NEVER if any(i.name == "CALL" for i in code) else len(code)
         for decided, (accesses, length, way) in best.get(n, {}).items():
             reached = (accesses + found, length + cost, (*way, n))
             for m, then in _onwards(flow, n, decided):
