@@ -30,17 +30,20 @@ constexpr int kSamples = 9;  // of which the median is taken
 constexpr int kSteps = 4096;
 constexpr int kChains = 8;  // independent operations of a thread
 
-// Seconds of one call, the median.
-double seconds(const std::function<void()>& call) {
+// Seconds of one call on a stream, the median. `prepare` is called before each, and not timed.
+double seconds(
+    const std::function<void()>& call, const std::function<void()>& prepare = [] {},
+    cudaStream_t stream = nullptr) {
   cudaEvent_t begin, end;
   CHECK(cudaEventCreate(&begin));
   CHECK(cudaEventCreate(&end));
   std::vector<float> found;
   for (int i = 0; i < kSamples + 2; ++i) {
-    CHECK(cudaEventRecord(begin));
+    prepare();
+    CHECK(cudaEventRecord(begin, stream));
     call();
     CHECK(cudaGetLastError());
-    CHECK(cudaEventRecord(end));
+    CHECK(cudaEventRecord(end, stream));
     CHECK(cudaEventSynchronize(end));
     float ms = 0;
     CHECK(cudaEventElapsedTime(&ms, begin, end));
@@ -181,9 +184,6 @@ void memory(int multiprocessors) {
   CHECK(cudaMalloc(&other, 256 << 20));
   CHECK(cudaMemset(from, 1, most));
   CHECK(cudaMemset(to, 1, most));
-  cudaEvent_t begin, end;
-  CHECK(cudaEventCreate(&begin));
-  CHECK(cudaEventCreate(&end));
   std::printf("  \"cold\": {");
   const int64_t sizes[] = {1 << 20,  4 << 20,   8 << 20,   16 << 20, 32 << 20,
                            64 << 20, 128 << 20, 256 << 20, most};
@@ -191,25 +191,12 @@ void memory(int multiprocessors) {
     const int64_t count = bytes / 16;
     const int blocks =
         static_cast<int>(std::min<int64_t>((count + 4 * kThreads - 1) / (4 * kThreads), 1 << 20));
-    double copied = 0, only_read = 0;
-    for (int kind = 0; kind < 2; ++kind) {
-      std::vector<float> found;
-      for (int i = 0; i < kSamples + 2; ++i) {
-        // The L2 full of clean lines of something else.
-        read<<<8 * multiprocessors, kThreads>>>(other, to, (256 << 20) / 16);
-        CHECK(cudaEventRecord(begin));
-        if (kind == 0) copy<<<blocks, kThreads>>>(from, to, count);
-        if (kind == 1) read<<<blocks, kThreads>>>(from, to, count);
-        CHECK(cudaGetLastError());
-        CHECK(cudaEventRecord(end));
-        CHECK(cudaEventSynchronize(end));
-        float ms = 0;
-        CHECK(cudaEventElapsedTime(&ms, begin, end));
-        if (i >= 2) found.push_back(ms);
-      }
-      std::sort(found.begin(), found.end());
-      (kind == 0 ? copied : only_read) = found[kSamples / 2] * 1e-3;
-    }
+    // The L2 full of clean lines of something else.
+    const auto flush = [&] {
+      read<<<8 * multiprocessors, kThreads>>>(other, to, (256 << 20) / 16);
+    };
+    const double copied = seconds([&] { copy<<<blocks, kThreads>>>(from, to, count); }, flush);
+    const double only_read = seconds([&] { read<<<blocks, kThreads>>>(from, to, count); }, flush);
     std::printf(
         "%s\"%lld\": {\"copy_us\": %.2f, \"copy_TBs\": %.3f, \"read_us\": %.2f, \"read_TBs\": "
         "%.3f}",
@@ -268,21 +255,7 @@ double in_graph(int calls, const std::function<void(cudaStream_t)>& launch) {
   for (int i = 0; i < calls; ++i) launch(stream);
   CHECK(cudaStreamEndCapture(stream, &graph));
   CHECK(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  CHECK(cudaEventCreate(&begin));
-  CHECK(cudaEventCreate(&end));
-  std::vector<float> found;
-  for (int i = 0; i < kSamples + 2; ++i) {
-    CHECK(cudaEventRecord(begin, stream));
-    CHECK(cudaGraphLaunch(exec, stream));
-    CHECK(cudaEventRecord(end, stream));
-    CHECK(cudaEventSynchronize(end));
-    float ms = 0;
-    CHECK(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 2) found.push_back(ms);
-  }
-  std::sort(found.begin(), found.end());
-  return found[kSamples / 2] * 1e-3 / calls;
+  return seconds([&] { CHECK(cudaGraphLaunch(exec, stream)); }, [] {}, stream) / calls;
 }
 
 __global__ void cluster_barriers(int count, long long* cycles) {
