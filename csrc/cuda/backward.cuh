@@ -5,6 +5,8 @@
 
 #include "affine.cuh"
 #include "channel.cuh"
+#include "epilogue.cuh"
+#include "mask.cuh"
 #include "moments.cuh"
 #include "params.h"
 #include "tile_iterator.cuh"
@@ -12,6 +14,10 @@
 
 namespace bnorm_ext {
 namespace cuda {
+
+// Vectors of each of the two tensors that are loaded at a time: so as many bytes are in flight as in
+// forward.
+constexpr int kHalf = kBatch / 2;
 
 // A thread's sums of g and g * (x - mean), one pair per channel: over a run of at most kRun batches
 // in the accumulation type, each vector added up on its own; the runs in double.
@@ -102,6 +108,54 @@ struct ChannelGradients {
     if (p.sum_dy_xhat.data != nullptr) set(p.sum_dy_xhat, c, sum_dy_xhat);
   }
 };
+
+// Calls f(g, x, offset) for each of the iterator's vectors, which it reads, and end_run() after each run.
+// The mask's cursor is where the iterator is. kAhead: as TileIterator::pipelined. kLastTime: whether
+// nobody reads dy and x after that.
+template <typename V, bool kAhead, bool kLastTime, typename Params, typename Affines,
+          typename Cursor, typename F, typename EndRun>
+__device__ __forceinline__ void for_each_gradient(TileIterator<V::kWidth, V::kMapping> it,
+                                                  const TilePlan& plan, const Params& p,
+                                                  const Affines& affines, Cursor mask, F f,
+                                                  EndRun end_run) {
+  using T = typename V::T;
+  using Vector = Values<T, V::kWidth>;
+  const T *dy = static_cast<const T*>(p.dy), *x = static_cast<const T*>(p.x);
+  const EpilogueParams epilogue = epilogue_of<V>(p.epilogue);
+  const T* residual = static_cast<const T*>(epilogue.residual);
+  const bool masked = !V::kPlain && p.mask.bytes != nullptr;
+  struct Loaded {
+    Vector dy[kHalf], x[kHalf];
+  };
+#pragma unroll 1
+  while (it.more()) {
+    it.template pipelined<kHalf, kAhead, Loaded>(
+        plan,
+        [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
+#pragma unroll
+          for (int u = 0; u < kHalf; ++u) {
+            if (u >= valid) continue;
+            loaded.dy[u].load(dy + at[u], /*evict_first=*/kLastTime);
+            loaded.x[u].load(x + at[u], /*evict_first=*/kLastTime);
+          }
+        },
+        [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
+          const unsigned mask_bits = masked ? mask.template read<kHalf>(valid) : 0;
+#pragma unroll
+          for (int u = 0; u < kHalf; ++u) {
+            if (u >= valid) continue;
+            Vector residual_vec;
+            if (residual != nullptr) residual_vec.load(residual + at[u]);
+            Acc<T> g[V::kWidth];
+            epilogue_backward(epilogue, masked, mask_bits >> u * kByteBits, affines, loaded.dy[u],
+                              loaded.x[u], residual_vec, g);
+            f(g, loaded.x[u], at[u]);
+          }
+        },
+        /*whole_warp=*/false, kRun * kBatch / kHalf);
+    end_run();
+  }
+}
 
 // Writes dx and dresidual, those that are asked for:
 //   dresidual = g

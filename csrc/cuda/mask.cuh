@@ -50,6 +50,14 @@ class MaskCursor {
     if (kLast && plan.columns < lanes_) lanes_ = plan.columns;
   }
 
+  // Where the iterator's at_the_end() is, and from there backward.
+  __device__ __forceinline__ MaskCursor at_the_end(int remaining) const {
+    MaskCursor cursor = *this;
+    cursor.byte_ += (remaining - 1) * step_;
+    cursor.step_ = -step_;
+    return cursor;
+  }
+
   // Every lane of the warp must call; only the first `valid` vectors may have bits. The first lane
   // of a byte writes it: if any lane of the byte has a vector, the first one has.
   __device__ __forceinline__ void write(unsigned mask_bits, int valid) {

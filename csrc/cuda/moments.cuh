@@ -57,13 +57,14 @@ class MomentSums {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         if (u >= valid) continue;
-        A of_squares = 0;
+        // A vector of one value needs no sum of its own.
+        A of_squares = kPerVector == 1 ? squares : 0;
         sum += of_vector(batch[u], k, [&](A value) {
           const A d = value - anchor_[k];
           of_squares = fma(d, d, of_squares);
           return d;
         });
-        squares += of_squares;
+        squares = kPerVector == 1 ? of_squares : squares + of_squares;
       }
       sum_[k] += sum;
       squares_[k] += squares;

@@ -20,11 +20,10 @@ struct Pair {
 // Global memory through which the blocks of one launch combine their sums, and the counters that
 // synchronise them. Nothing where chunks is 1, nor in clusters.
 struct Staging {
-  Pair* partials = nullptr;  // [tiles, parts_of(chunks), channels per tile]; Grid: [2, teams,
-                             // chunks, channels per tile]
-  unsigned* semaphores =
-      nullptr;                 // semaphores_of(plan); Grid: [teams]; 0 before and after a launch
-  unsigned* phases = nullptr;  // Grid: [teams]; every barrier of the team adds 1
+  Pair* partials = nullptr;        // [tiles, parts_of(chunks), channels per tile]; Grid: [2, teams,
+                                   // chunks + 1, channels per tile], the last being totals
+  unsigned* semaphores = nullptr;  // semaphores_of(plan); 0 before and after a launch
+  unsigned* phases = nullptr;      // Grid: [teams], by which each team's barrier works (team.cuh)
 };
 
 // What follows the normalisation: y = act(z), z = fma(x - mean, weight * rstd, bias) + residual.

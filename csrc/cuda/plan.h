@@ -213,6 +213,20 @@ inline void split(TilePlan* plan, int64_t chunks) {
   plan->chunks = ceil_div(plan->length, plan->chunk_length) * plan->pieces;
 }
 
+// ChannelsLast: the blocks of a tile take turns, so that they sweep over the tensor together.
+inline void sweep(TilePlan* plan, const Shape& shape) {
+  plan->sweeps = true;
+  plan->chunk_length = plan->rows;
+  plan->stride = plan->chunks * plan->rows;
+  plan->step = plan->stride * shape.C;
+}
+
+// The same vectors of each thread, from the last one to the first one (TileIterator::at_the_end).
+BNORM_HOST_DEVICE TilePlan reversed(TilePlan plan) {
+  plan.step = -plan.step;
+  return plan;
+}
+
 // How many chunks of each piece make about `blocks` blocks in all. Fewer where a chunk would have
 // less than two batches per thread, which take about as long as the reduction of a block.
 inline int64_t filling(const TilePlan& plan, int64_t blocks) {
@@ -224,27 +238,24 @@ inline int64_t filling(const TilePlan& plan, int64_t blocks) {
 // The plan of a kernel of two passes, which adds up (`reduces`) or writes.
 inline TilePlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
                               const DeviceLimits& device, bool reduces) {
-  // In ChannelsLast the last block of a tile adds up what all its blocks have found, for every channel
-  // of the tile: so the tiles are narrow, a cache line of each row, and all blocks run at once.
+  // In ChannelsLast blocks add up what others have found for every channel of a tile: so the tiles are
+  // narrow, a cache line of each row, and all blocks run at once. Where a tensor is larger than the L2,
+  // memory is faster by two lines of each row.
   const bool in_one_wave = reduces && shape.layout == Layout::ChannelsLast;
+  const bool is_large =
+      device.l2_bytes > 0 && shape.N * shape.C * shape.S > device.l2_bytes / element_bytes;
   TilePlan plan = plan_tiles(shape, element_bytes, aligned);
-  if (in_one_wave && plan.width > 1) {
+  if (in_one_wave && plan.width > 1 && !is_large) {
     plan = plan_tiles(shape, element_bytes, aligned, kLineBytes / kVectorBytes);
   }
-  plan.evict_first =
-      device.l2_bytes > 0 && shape.N * shape.C * shape.S > device.l2_bytes / element_bytes;
+  plan.evict_first = is_large;
   // Elsewhere several times as many blocks as run at once, so that little of the device is idle when
   // the last ones run.
   constexpr int kWaves = 8;
   const int64_t of_multiprocessor = in_one_wave ? kResidentReducing : kWaves * kResidentPlain;
   split(&plan, filling(plan, of_multiprocessor * device.multiprocessors));
-  if (in_one_wave) {
-    // The second pass begins with what the first one has read last, which is still in the L2.
-    plan.sweeps = true;
-    plan.chunk_length = plan.rows;
-    plan.stride = plan.chunks * plan.rows;
-    plan.step = plan.stride * shape.C;
-  }
+  // The second pass begins with what the first one has read last, which is still in the L2.
+  if (in_one_wave) sweep(&plan, shape);
   return plan;
 }
 

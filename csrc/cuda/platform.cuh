@@ -82,6 +82,18 @@ __device__ __forceinline__ Bytes<kBytes> load_bytes(const void* p) {
     return *static_cast<const Bytes<kBytes>*>(p);
   }
 }
+
+// The same for what nobody reads again: of the lines in the L2, these give way first. Guarantee: .cs
+// changes how a line is cached ("likely accessed once"), not what is loaded.
+template <int kBytes>
+__device__ __forceinline__ Bytes<kBytes> load_bytes_evict_first(const void* p) {
+  if constexpr (kBytes == 16) {
+    const uint4 all = __ldcs(static_cast<const uint4*>(p));
+    return {{all.x, all.y, all.z, all.w}};
+  } else {
+    return load_bytes<kBytes>(p);  // lines of narrow accesses are read by several instructions
+  }
+}
 template <int kBytes>
 __device__ __forceinline__ void store_bytes(void* p, Bytes<kBytes> value) {
   if constexpr (kBytes == 16) {

@@ -123,25 +123,43 @@ __device__ __forceinline__ Pair chunk_sum(Pair (&value)[Iterator::kChannels], co
   }
 }
 
-// Adds part(r, i) over r < count in a fixed order: thread i < channels_of_tile returns the total of
-// channel i of the tile. Every thread must call, and there must be a barrier between two calls.
-template <typename Iterator, typename Part>
-__device__ __forceinline__ Pair sum_of_parts(int count, const TilePlan& plan, Part part) {
-  constexpr int kChannels = Iterator::kGrouped ? 1 : Iterator::kChannels;
-  const int columns = Iterator::kGrouped ? plan.group : plan.columns;
-  const int t = static_cast<int>(threadIdx.x), column = t & (columns - 1);
-  Pair sum[kChannels];
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) sum[k] = {0, 0};
-  for (int r = t / columns; r < count; r += kThreads / columns) {
-#pragma unroll
-    for (int k = 0; k < kChannels; ++k) {
-      const Pair more = part(r, column * kChannels + k);
-      sum[k].a += more.a;
-      sum[k].b += more.b;
+// Adds part(r, i) over r < count in a fixed order: thread i < channels returns the total of channel i,
+// the others return what is of no use. `channels`: a power of two, at most kThreads. Neighbouring
+// threads have neighbouring channels, so that a warp reads whole cache lines. Every thread must call,
+// and there must be a barrier between two calls.
+template <typename Part>
+__device__ __forceinline__ Pair sum_of_parts(int count, int channels, Part part) {
+  const int t = static_cast<int>(threadIdx.x), lane = t % kWarp, channel = t & (channels - 1);
+  Pair sum = {0, 0};
+#pragma unroll 4
+  for (int r = t / channels; r < count; r += kThreads / channels) {
+    const Pair more = part(r, channel);
+    sum.a += more.a;
+    sum.b += more.b;
+  }
+  // Lanes of the same channel are `channels` apart.
+  for (int apart = kWarp / 2; apart >= channels; apart /= 2) {
+    sum.a += __shfl_xor_sync(0xffffffffu, sum.a, apart);
+    sum.b += __shfl_xor_sync(0xffffffffu, sum.b, apart);
+  }
+  const Shared<Pair> found = dynamic_shared<Pair>(0);  // [rows, channels]
+  const bool in_warp = channels < kWarp;               // then each warp has found one row
+  const int rows = in_warp ? kWarps : kThreads / channels;
+  if (!in_warp) {
+    found[t] = sum;
+  } else if (lane < channels) {
+    found[t / kWarp * channels + lane] = sum;
+  }
+  __syncthreads();
+  Pair total = {0, 0};
+  if (t < channels) {
+    for (int row = 0; row < rows; ++row) {
+      const Pair more = found[row * channels + t];
+      total.a += more.a;
+      total.b += more.b;
     }
   }
-  return block_sum(sum, columns);
+  return total;
 }
 
 // Whether this block is the last of `count` to arrive at the semaphore; it then sees what the
@@ -178,9 +196,9 @@ __device__ __forceinline__ bool tile_sum(Pair (&value)[Iterator::kChannels], con
   // The barriers that are needed between two calls of block_sum are in last_to_arrive.
   const auto merge = [&](int64_t first, int64_t count, unsigned* semaphore) {
     if (!last_to_arrive(semaphore, count)) return false;
-    *total = sum_of_parts<Iterator>(
-        static_cast<int>(count), plan,
-        [&](int64_t part, int i) -> Pair { return of_tile[(first + part) * channels + i]; });
+    *total = sum_of_parts(static_cast<int>(count), channels, [&](int64_t part, int i) -> Pair {
+      return of_tile[(first + part) * channels + i];
+    });
     return true;
   };
   if (merges == 1) return merge(0, plan.chunks, semaphores);

@@ -75,16 +75,15 @@ TeamMemory::TeamMemory(const ResidentPlan& plan, const Input& in, bool counts_ti
   const int64_t teams = plan.path == Path::Grid && plan.tile_plan.chunks > 1 ? plan.teams : 0;
   const auto options = in.tensor.options();
   if (teams > 0) {
-    const int64_t pairs = 2 * plan.blocks() * channels_per_tile(plan.tile_plan);
+    const int64_t pairs = 2 * (plan.blocks() + teams) * channels_per_tile(plan.tile_plan);
     partials_ = at::empty({pairs * kPairBytes}, options.dtype(at::kByte));
     phases_ = SemaphoreMemory(teams, options, SemaphoreUse::Phases);
     staging_.partials = static_cast<Pair*>(partials_.data_ptr());
     staging_.phases = phases_.words();
   }
-  if (teams + counts_tiles == 0) return;
-  semaphores_ = SemaphoreMemory(teams + counts_tiles, options);
-  staging_.semaphores = semaphores_.words();
-  if (counts_tiles) tiles_done_ = staging_.semaphores + teams;
+  if (!counts_tiles) return;
+  semaphores_ = SemaphoreMemory(1, options);
+  tiles_done_ = semaphores_.words();
 }
 
 bool is_launched(cudaError_t error) {

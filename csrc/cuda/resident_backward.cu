@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "launch.cuh"
 #include "mask.cuh"
+#include "sweep_backward.cuh"
 #include "team.cuh"
 #include "tile_iterator.cuh"
 
@@ -134,8 +135,13 @@ __global__ void __launch_bounds__(kThreads, kShares)
 
 template <typename V>
 TeamKernel<ResidentBackwardParams>& team_kernel() {
-  static TeamKernel<ResidentBackwardParams> kernel(resident_backward_kernel<V>);
-  return kernel;
+  if constexpr (V::kMapping == Mapping::ChannelsLast) {
+    static TeamKernel<ResidentBackwardParams> kernel(sweep_backward_kernel<V>);
+    return kernel;
+  } else {
+    static TeamKernel<ResidentBackwardParams> kernel(resident_backward_kernel<V>);
+    return kernel;
+  }
 }
 
 }  // namespace

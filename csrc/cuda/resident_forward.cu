@@ -1,11 +1,12 @@
 // Training forward in one launch that reads x once: a team of blocks keeps its tile in shared
 // memory from the statistics to the normalisation.
 #include "channel.cuh"
-#include "epilogue.cuh"
+#include "forward.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "mask.cuh"
 #include "moments.cuh"
+#include "sweep_forward.cuh"
 #include "team.cuh"
 #include "tile_iterator.cuh"
 
@@ -117,34 +118,14 @@ __global__ void __launch_bounds__(kThreads, kShares)
     Pair total = chunk_sum(sum, start(), tile_plan, p.shape);
     total = team_total<Iterator>(total, p.plan, shared, p.staging, team, round);
 
-    Affine<A> affine = {};  // read but not used where the tile extends beyond the last channel
-    double mean = 0, var = 0;
-    A rstd = 0;
-    if (has_channel()) {
-      mean = anchor(channel()) + total.a * p.per_value;
-      var = variance_of(total, p.per_value);
-      rstd = rstd_of<A>(var, p.eps);
-      affine.mean = static_cast<A>(mean);
-      affine.scale = weight * rstd;
-      const bool is_recomputed = p.epilogue.act != Activation::Identity;  // z, by backward
-      affine.shift =
-          static_cast<A>(shift_of(bias, is_recomputed ? 0 : mean - affine.mean, affine.scale));
-    }
-    if (t < channels) set(table, t, affine);
+    BatchStatistics<A> found;  // read but not used where the tile extends beyond the last channel
+    if (has_channel()) found = {p, total, anchor(channel()), weight, bias};
+    if (t < channels) set(table, t, found.affine);
     __syncthreads();
     // After the barrier, so that the other threads write y meanwhile.
     if (team.rank == 0) {
-      if (has_channel()) {
-        const int64_t c = channel();
-        store_one(static_cast<A*>(p.mean) + c, affine.mean);
-        store_one(static_cast<A*>(p.rstd) + c, rstd);
-        update_running(p.running, c, mean, var, static_cast<double>(p.shape.N * p.shape.S));
-      }
-      if (p.running.num_batches_tracked != nullptr) {
-        const bool is_last =
-            p.tiles_done == nullptr ? tile == 0 : last_to_arrive(p.tiles_done, tile_plan.tiles);
-        if (is_last && t == 0) ++*p.running.num_batches_tracked;
-      }
+      if (has_channel()) found.write(p, channel());
+      count_batch(p, tile);
     }
     const AffineInRegisters<V> affines(table);
     // Lanes share the bytes of a mask: then all lanes of a warp iterate equally often.
@@ -182,8 +163,13 @@ __global__ void __launch_bounds__(kThreads, kShares)
 
 template <typename V>
 TeamKernel<ResidentForwardParams>& team_kernel() {
-  static TeamKernel<ResidentForwardParams> kernel(resident_forward_kernel<V>);
-  return kernel;
+  if constexpr (V::kMapping == Mapping::ChannelsLast) {
+    static TeamKernel<ResidentForwardParams> kernel(sweep_forward_kernel<V>);
+    return kernel;
+  } else {
+    static TeamKernel<ResidentForwardParams> kernel(resident_forward_kernel<V>);
+    return kernel;
+  }
 }
 
 }  // namespace

@@ -77,123 +77,144 @@ struct Wanted {
   bool may_be(Path p) const { return any || path == p; }
 };
 
-// The plan for a kernel that keeps `tensors` tensors of x's shape on chip (1 forward, 2 backward).
+inline ResidentPlan two_passes(const char* reason) {
+  ResidentPlan plan;
+  plan.reason = reason;
+  return plan;
+}
+
+// A cooperative launch cannot end before all its blocks have started. While kernels of a collective
+// hold multiprocessors, it waits for them; meanwhile they, and whatever the other ranks do after
+// them, wait for it. Fewer blocks would not help for certain: the device spreads them over all
+// multiprocessors, and how much of one a collective's block needs is not known.
+constexpr const char* kBesideCollectives =
+    "a cooperative grid and the collectives of other processes would wait for each other";
+
+// The plan of ChannelsLast, where nothing stays on chip: all blocks sweep over the tensor twice.
 // co_resident(tile_plan, path, team, shared_bytes): how many clusters of `team` blocks, or for
 // other paths how many blocks, the device holds at once.
+template <typename CoResident>
+ResidentPlan plan_sweeps(const Shape& shape, int element_bytes, bool aligned,
+                         const DeviceLimits& device, CoResident co_resident,
+                         const Wanted& wanted = {}) {
+  ResidentPlan plan;
+  plan.path = Path::Grid;
+  TilePlan& tiles = plan.tile_plan;
+  tiles = plan_two_pass(shape, element_bytes, aligned, device, /*reduces=*/true);
+  plan.shared_bytes = shared_layout(tiles.mapping, channels_per_tile(tiles)).vectors;
+  plan.teams = tiles.tiles;
+  const int64_t blocks = co_resident(tiles, Path::Grid, 1, plan.shared_bytes);
+  int64_t parts = filling(tiles, blocks);
+  if (wanted.may_be(Path::Block) && (parts == 1 || !wanted.any)) {
+    plan.path = Path::Block;
+    parts = 1;
+  } else if (!wanted.may_be(Path::Grid)) {
+    return two_passes("in channels_last blocks work alone or in a grid");
+  } else if (!device.cooperative || blocks < tiles.tiles) {
+    return two_passes("the blocks that a tensor in channels_last needs do not run at once");
+  } else if (device.beside_collectives && wanted.any) {
+    return two_passes(kBesideCollectives);
+  }
+  split(&tiles, parts);
+  sweep(&tiles, shape);
+  return plan;
+}
+
+// The plan for a kernel that keeps `tensors` tensors of x's shape on chip (1 forward, 2 backward), or
+// of ChannelsLast. co_resident as for plan_sweeps.
 template <typename CoResident>
 ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, int tensors,
                            const DeviceLimits& device, CoResident co_resident,
                            const Wanted& wanted = {}) {
+  if (!wanted.any && wanted.path == Path::TwoPass) return two_passes("two passes were asked for");
+  if (element_bytes > kWidestOnChip) return two_passes("float64 is not kept on chip");
+  if (shape.layout == Layout::ChannelsLast) {
+    return plan_sweeps(shape, element_bytes, aligned, device, co_resident, wanted);
+  }
   ResidentPlan plan;
-  const bool last = shape.layout == Layout::ChannelsLast;
-  const auto refuse = [&](const char* reason) {
-    plan.path = Path::TwoPass;
-    plan.reason = reason;
-    return plan;
-  };
-  if (!wanted.any && wanted.path == Path::TwoPass) return refuse("two passes were asked for");
-  if (element_bytes > kWidestOnChip) return refuse("float64 is not kept on chip");
-  // In ChannelsLast a block reads 256 bytes of each row, or 128 or 64 where only the narrower tile
-  // fits; of rows that are not whole vectors, 32 or 16 values.
-  const bool narrow = plan_tiles(shape, element_bytes, aligned).width == 1;
-  const int widest = narrow ? kNarrowColumns : kWideColumns, least = narrow ? kWideColumns : 4;
-  const TilePlan narrowest = plan_tiles(shape, element_bytes, aligned, least);
+  const TilePlan tile_plan = plan_tiles(shape, element_bytes, aligned);
   const int64_t full = device.shared_per_block;
   const int64_t half = device.shared_per_multiprocessor / kShares - kReservedBytes;
   const int64_t shares[] = {half < full ? half : full, full};
-  const int64_t vector_bytes = int64_t{narrowest.width} * element_bytes;
-  const auto bytes_of = [&](const TilePlan& tile_plan, int64_t vectors) {
+  const int64_t vector_bytes = int64_t{tile_plan.width} * element_bytes;
+  const auto bytes_of = [&](int64_t vectors) {
     return shared_layout(tile_plan.mapping, channels_per_tile(tile_plan)).vectors +
            vectors * tensors * kThreads * vector_bytes;
   };
   // A team has `parts` blocks for each piece.
-  const auto fits = [&](const TilePlan& tile_plan, int64_t parts, int64_t share) {
-    return bytes_of(tile_plan, ceil_div(ceil_div(tile_plan.length, parts), tile_plan.rows)) <=
-           share;
+  const auto fits = [&](int64_t parts, int64_t share) {
+    return bytes_of(ceil_div(ceil_div(tile_plan.length, parts), tile_plan.rows)) <= share;
   };
-  const auto take = [&](Path path, const TilePlan& tile_plan, int64_t parts) {
+  const auto take = [&](Path path, int64_t parts) {
     plan.tile_plan = tile_plan;
     split(&plan.tile_plan, parts);
     plan.path = path == Path::Cluster && plan.tile_plan.chunks == 1 ? Path::Block : path;
     plan.teams = plan.tile_plan.tiles;
     plan.vectors = static_cast<int>(plan.tile_plan.chunk_length / plan.tile_plan.rows);
-    plan.shared_bytes = static_cast<int>(bytes_of(plan.tile_plan, plan.vectors));
+    plan.shared_bytes = static_cast<int>(bytes_of(plan.vectors));
   };
 
-  // How long a multiprocessor is busy, in vectors of each of a block's threads: a barrier of a team of
-  // a grid takes as long as about kBarrier of them.
-  constexpr int64_t kBarrier = 12;
-  constexpr int kMostLast = 16;  // vectors of each of a thread's tensors, in ChannelsLast
+  // How long a multiprocessor is busy, in vectors of each of a block's threads: a barrier of a cluster,
+  // and one of a team of a grid, take as long as about so many of them.
+  constexpr int64_t kClusterBarrier = 4, kGridBarrier = 12;
   const auto cost = [&](const ResidentPlan& plan) {
     const int64_t rounds = ceil_div(plan.tile_plan.tiles, plan.teams);
-    const int64_t beside = plan.shared_bytes <= half ? kShares : 1;  // blocks
-    const bool waits = plan.path == Path::Grid && plan.tile_plan.chunks > 1;
-    return rounds * (plan.vectors * beside + (waits ? kBarrier : 0));
+    const bool is_alone = plan.shared_bytes > half ||
+                          (plan.path == Path::Block && plan.blocks() <= device.multiprocessors);
+    const int64_t beside = is_alone ? 1 : kShares;  // blocks of a multiprocessor
+    const int64_t barrier = plan.tile_plan.chunks == 1   ? 0
+                            : plan.path == Path::Cluster ? kClusterBarrier
+                                                         : kGridBarrier;
+    return rounds * (plan.vectors * beside + barrier);
   };
 
-  // Teams that fill the device, or larger ones where the tile does not fit otherwise.
+  // Teams that fill the device, or larger ones where the tile does not fit otherwise; or single blocks
+  // where that is faster.
   ResidentPlan clusters;
   const int64_t largest_team = wanted.may_be(Path::Cluster) ? device.max_cluster : 1;
+  const auto consider = [&](int64_t parts) {
+    take(parts * tile_plan.pieces > 1 ? Path::Cluster : Path::Block, parts);
+    const int blocks = static_cast<int>(plan.tile_plan.chunks);
+    int64_t teams = co_resident(plan.tile_plan, plan.path, blocks, plan.shared_bytes);
+    if (plan.path == Path::Block) teams /= blocks;
+    if (teams == 0) return false;
+    // Where there are more tiles than teams at once, each team takes several, one after the other: it
+    // fetches the next one while it writes this one.
+    plan.teams = ceil_div(plan.teams, ceil_div(plan.teams, teams));
+    if (clusters.teams == 0 || cost(plan) < cost(clusters)) clusters = plan;
+    return true;
+  };
   for (const int64_t share : shares) {
-    for (int columns = widest; columns >= least; columns /= 2) {
-      if (!wanted.may_be(Path::Block) && !wanted.may_be(Path::Cluster)) break;
-      const TilePlan tile_plan = plan_tiles(shape, element_bytes, aligned, columns);
-      const int64_t largest = largest_team / tile_plan.pieces;
-      int64_t parts = filling(tile_plan, int64_t{device.multiprocessors} * kShares);
-      if (parts * tile_plan.pieces < 2 && !wanted.may_be(Path::Block)) parts = 2;
-      if (parts > largest) parts = largest;
-      if (parts == 0) break;
-      while (parts < largest && !fits(tile_plan, parts, share)) ++parts;
-      // In ChannelsLast a cluster reads too little of each row at a time.
-      const bool may_be_cluster = !last || !wanted.any;
-      if (fits(tile_plan, parts, share) && (parts == 1 || may_be_cluster)) {
-        take(parts * tile_plan.pieces > 1 ? Path::Cluster : Path::Block, tile_plan, parts);
-        const int blocks = static_cast<int>(plan.tile_plan.chunks);
-        int64_t teams = co_resident(plan.tile_plan, plan.path, blocks, plan.shared_bytes);
-        if (plan.path == Path::Block) teams /= blocks;
-        // Where there are more tiles than teams at once, each team takes several, one after the
-        // other: it fetches the next one while it writes this one.
-        if (teams > 0) plan.teams = ceil_div(plan.teams, ceil_div(plan.teams, teams));
-        if (teams > 0 && clusters.teams == 0) clusters = plan;
-      }
-      if (!last) break;
-    }
+    if (!wanted.may_be(Path::Block) && !wanted.may_be(Path::Cluster)) break;
+    const int64_t largest = largest_team / tile_plan.pieces;
+    int64_t parts = filling(tile_plan, int64_t{device.multiprocessors} * kShares);
+    if (parts * tile_plan.pieces < 2 && !wanted.may_be(Path::Block)) parts = 2;
+    if (parts > largest) parts = largest;
+    if (parts == 0) break;
+    while (parts < largest && !fits(parts, share)) ++parts;
+    if (fits(parts, share) && consider(parts)) break;
   }
-  if (clusters.teams > 0 && (!wanted.any || last)) return clusters;
+  if (wanted.any && tile_plan.pieces == 1 && fits(1, full)) consider(1);
+  if (clusters.teams > 0 && !wanted.any) return clusters;
   const auto refuse_unless_clusters = [&](const char* reason) {
-    return clusters.teams > 0 ? clusters : refuse(reason);
+    return clusters.teams > 0 ? clusters : two_passes(reason);
   };
   if (!device.cooperative || !wanted.may_be(Path::Grid)) {
     return refuse_unless_clusters(
         "a tile does not fit into the shared memory of a block or a cluster");
   }
-  // A cooperative launch cannot end before all its blocks have started. While kernels of a
-  // collective hold multiprocessors, it waits for them; meanwhile they, and whatever the other
-  // ranks do after them, wait for it. Fewer blocks would not help for certain: the device spreads
-  // them over all multiprocessors, and how much of one a collective's block needs is not known.
-  if (device.beside_collectives && wanted.any) {
-    return refuse_unless_clusters(
-        "a cooperative grid and the collectives of other processes would wait for each "
-        "other");
-  }
+  if (device.beside_collectives && wanted.any) return refuse_unless_clusters(kBesideCollectives);
   for (const int64_t share : shares) {
-    const int64_t vectors =
-        (share - bytes_of(narrowest, 0)) / (int64_t{tensors} * kThreads * vector_bytes);
+    const int64_t vectors = (share - bytes_of(0)) / (int64_t{tensors} * kThreads * vector_bytes);
     if (vectors < 1) continue;
-    const int64_t needed = ceil_div(narrowest.length, vectors * narrowest.rows);
-    take(Path::Grid, narrowest, needed);
+    const int64_t needed = ceil_div(tile_plan.length, vectors * tile_plan.rows);
+    take(Path::Grid, needed);
     const int64_t blocks = co_resident(plan.tile_plan, Path::Grid, 1, plan.shared_bytes);
-    const int64_t parts = filling(narrowest, blocks);
-    if (parts > needed) take(Path::Grid, narrowest, parts);
+    const int64_t parts = filling(tile_plan, blocks);
+    if (parts > needed) take(Path::Grid, parts);
     const int64_t teams = blocks / plan.tile_plan.chunks;
     if (teams == 0) continue;
     plan.teams = ceil_div(plan.teams, ceil_div(plan.teams, teams));
-    // In ChannelsLast two passes are faster than several rounds, and than one that first loads much and
-    // then writes much: the second pass reads from the L2 what fits there.
-    const bool is_small = plan.teams == plan.tile_plan.tiles && plan.vectors <= kMostLast;
-    if (last && wanted.any && !is_small) {
-      return refuse_unless_clusters("two passes are faster for so large a tensor in channels_last");
-    }
     return clusters.teams > 0 && cost(clusters) <= cost(plan) ? clusters : plan;
   }
   return refuse_unless_clusters(

@@ -82,6 +82,8 @@ struct Team {
       : number(blockIdx.x / plan.tile_plan.chunks),
         rank(static_cast<int>(blockIdx.x - number * plan.tile_plan.chunks)),
         size(static_cast<int>(plan.tile_plan.chunks)) {}
+  __device__ __forceinline__ Team(int64_t number, int64_t rank, int64_t size)
+      : number(number), rank(static_cast<int>(rank)), size(static_cast<int>(size)) {}
 };
 
 // How long a block that waits for its team sleeps between two looks, in ns: a fraction of the time
@@ -91,30 +93,31 @@ struct Team {
 constexpr unsigned kSleep = 64;
 
 // A barrier of all threads of a team's blocks, which must all be resident at once; orders their
-// accesses to global memory. The last block to arrive wraps the semaphore around to 0 and begins
-// the next phase, for which the others wait.
+// accesses to global memory. The lower 31 bits of the team's word count the blocks that have arrived:
+// they are 0 between barriers, and between launches. The first block of the team adds what the others
+// leave to 2^31, so that the highest bit changes with the last arrival, for which each block waits.
 __device__ __forceinline__ void team_barrier(const Staging& staging, const Team& team) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    unsigned* phase = staging.phases + team.number;
-    const unsigned highest = static_cast<unsigned>(team.size - 1);
-    const unsigned before = load_acquire(phase);
-    // The block's sums are out, and the phase is read, before it arrives and perhaps ends the phase.
-    __threadfence();
-    if (atomicInc(staging.semaphores + team.number, highest) == highest) {
-      __threadfence();
-      atomicAdd(phase, 1u);
-    } else {
-      while (load_acquire(phase) == before) __nanosleep(kSleep);
-    }
+    constexpr unsigned kHighest = 0x80000000u;
+    unsigned* const word = staging.phases + team.number;
+    const unsigned others = static_cast<unsigned>(team.size - 1);
+    __threadfence();  // what the block has written is out before it arrives
+    const unsigned before = atomicAdd(word, team.rank == 0 ? kHighest - others : 1u);
+    while (((load_acquire(word) ^ before) & kHighest) == 0) __nanosleep(kSleep);
   }
   __syncthreads();
 }
 
+// Blocks of a team of a grid, at most, where every block adds up what all of them have found. In
+// larger teams each adds up a part of it, which takes a second barrier but reads little: all of it is
+// team.size^2 times a block's sums.
+constexpr int kAddedByAll = 72;
+
 // Adds `own`, which thread i < channels_of_tile of each block has for channel i of the tile, over
-// the blocks of the team in a fixed order: all blocks get the same total in the same threads.
-// `round` counts the calls of this launch. Every thread must call. The team must pass a barrier before
-// a block of a cluster ends.
+// the blocks of the team in a fixed order: thread i < channels_of_tile of every block gets the same
+// total. `round` counts the calls of this launch. Every thread must call. The team must pass a barrier
+// before a block of a cluster ends.
 template <typename Iterator>
 __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
                                            const SharedLayout& shared, const Staging& staging,
@@ -126,20 +129,35 @@ __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
   if (plan.path == Path::Cluster) {
     const int buffer = static_cast<int>(round % 2) * channels * kPairBytes;
     const Shared<Pair> mine = dynamic_shared<Pair>(shared.team + buffer);
-    constexpr int kChannels = Iterator::kGrouped ? 1 : Iterator::kChannels;  // of a column
-    if (t < channels) mine[sum_place<kChannels>(t)] = own;
+    if (t < channels) mine[t] = own;
     cluster_sync();
-    return sum_of_parts<Iterator>(team.size, plan.tile_plan, [&](int64_t rank, int i) -> Pair {
-      return in_block(mine, static_cast<unsigned>(rank))[sum_place<kChannels>(i)];
+    return sum_of_parts(team.size, channels, [&](int rank, int i) -> Pair {
+      return in_block(mine, static_cast<unsigned>(rank))[i];
     });
   }
-  const int64_t at = (round % 2 * plan.teams + team.number) * team.size * channels;
+  const int64_t at = (round % 2 * plan.teams + team.number) * (team.size + 1) * channels;
   const Workspace<Pair> of_team = Workspace<Pair>(staging.partials) + at;
   if (t < channels) of_team[team.rank * channels + t] = own;
   team_barrier(staging, team);
-  return sum_of_parts<Iterator>(team.size, plan.tile_plan, [&](int64_t rank, int i) -> Pair {
-    return of_team[rank * channels + i];
-  });
+  if (team.size <= kAddedByAll) {
+    return sum_of_parts(team.size, channels,
+                        [&](int64_t rank, int i) -> Pair { return of_team[rank * channels + i]; });
+  }
+  // Each block adds up its share of the channels, a power of two of them, for all the others.
+  int share = 1;
+  while (share * team.size < channels) share *= 2;
+  const int first = team.rank * share;
+  const Workspace<Pair> totals = of_team + team.size * channels;
+  if (first < channels) {
+    const Pair total = sum_of_parts(team.size, share, [&](int64_t rank, int i) -> Pair {
+      return of_team[rank * channels + first + i];
+    });
+    if (t < share) totals[first + t] = total;
+  }
+  team_barrier(staging, team);
+  Pair total = {0, 0};
+  if (t < channels) total = totals[t];
+  return total;
 }
 
 }  // namespace cuda

@@ -88,6 +88,13 @@ struct TileIterator {
     --remaining;
   }
 
+  // At the last vector, for a plan that is reversed (plan.h). Not in ChannelsFirst.
+  __device__ __forceinline__ TileIterator at_the_end(const TilePlan& plan) const {
+    TileIterator it = *this;
+    it.offset += (remaining - 1) * plan.step;
+    return it;
+  }
+
   // Whether a vector is left, for this thread or, with `whole_warp`, for any thread of the warp.
   // Then all threads of the warp must call.
   __device__ __forceinline__ bool more(bool whole_warp = false) const {

@@ -13,10 +13,6 @@ namespace bnorm_ext {
 namespace cuda {
 namespace {
 
-// Vectors of each of the two tensors that are loaded at a time: so as many bytes are in flight as in
-// forward.
-constexpr int kHalf = kBatch / 2;
-
 // Formula    sum(g) and sum(g * (x - mean)) * rstd: dbias and dweight, with g = dy * act'(z),
 //            z = fma(x - mean, weight * rstd, bias) + residual
 //            (Ioffe and Szegedy 2015, arXiv:1502.03167)
@@ -35,53 +31,17 @@ __global__ void __launch_bounds__(kThreads, kResidentReducing)
   using A = Acc<T>;
   using Iterator = TileIterator<V::kWidth, V::kMapping>;
   using Constants = Table<V, kAffineRows>;
-  const T* dy = static_cast<const T*>(p.dy);
-  const T* x = static_cast<const T*>(p.x);
-  const EpilogueParams epilogue = epilogue_of<V>(p.epilogue);
-  const T* residual = static_cast<const T*>(epilogue.residual);
-  const bool masked = !V::kPlain && p.mask.bytes != nullptr;
   // Rebuilt on demand, which leaves registers for the sums.
   const auto start = [&] { return Iterator(p.shape, p.plan, blockIdx.x); };
   const Constants table(reduce_shared_bytes(V::kMapping, Iterator::channels_of_tile(p.plan)),
                         start());
   fill(table, p, p.plan, start());
   const MeanInRegisters<V, Constants> affines(table);
-  using Vector = Values<T, V::kWidth>;
-  struct Loaded {
-    Vector dy[kHalf], x[kHalf];
-  };
-  const auto load = [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
-#pragma unroll
-    for (int u = 0; u < kHalf; ++u) {
-      if (u >= valid) continue;
-      loaded.dy[u].load(dy + at[u]);
-      loaded.x[u].load(x + at[u]);
-    }
-  };
   GradientSums<V> sums;
   sums.add_all(affines, [&](auto f, auto end_run) {
-    Iterator it = start();
-    MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
-#pragma unroll 1
-    while (it.more()) {
-      it.template pipelined<kHalf, V::kPlain, Loaded>(
-          p.plan, load,
-          [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
-            const unsigned mask_bits = masked ? mask.template read<kHalf>(valid) : 0;
-#pragma unroll
-            for (int u = 0; u < kHalf; ++u) {
-              if (u >= valid) continue;
-              Vector residual_vec;
-              if (residual != nullptr) residual_vec.load(residual + at[u]);
-              A g[V::kWidth];
-              epilogue_backward(epilogue, masked, mask_bits >> u * kByteBits, affines, loaded.dy[u],
-                                loaded.x[u], residual_vec, g);
-              f(g, loaded.x[u], at[u]);
-            }
-          },
-          /*whole_warp=*/false, kRun * kBatch / kHalf);
-      end_run();
-    }
+    const Iterator it = start();
+    const MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
+    for_each_gradient<V, V::kPlain, /*kLastTime=*/false>(it, p.plan, p, affines, mask, f, end_run);
   });
 
   Pair total;
@@ -152,9 +112,9 @@ __global__ void __launch_bounds__(kThreads, V::kPlain&& V::kMapping == Mapping::
 #pragma unroll
         for (int u = 0; u < kHalf; ++u) {
           if (u >= valid) continue;
-          loaded.dy[u].load(dy + at[u]);
-          if (needs_x) loaded.x[u].load(x + at[u]);
-          if (residual != nullptr) loaded.residual[u].load(residual + at[u]);
+          loaded.dy[u].load(dy + at[u], /*evict_first=*/true);
+          if (needs_x) loaded.x[u].load(x + at[u], /*evict_first=*/true);
+          if (residual != nullptr) loaded.residual[u].load(residual + at[u], /*evict_first=*/true);
         }
       },
       [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {

@@ -1,10 +1,10 @@
 // Forward in two passes: the statistics of a batch, then the normalisation by known statistics.
 #include "channel.cuh"
 #include "epilogue.cuh"
+#include "forward.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "mask.cuh"
-#include "moments.cuh"
 #include "reduce.cuh"
 #include "tile_iterator.cuh"
 
@@ -34,38 +34,10 @@ __global__ void __launch_bounds__(kThreads, kResidentReducing)
     return it.channel < p.shape.C ? anchor_of<T>(p.x, p.shape, it.channel_of(k)) : 0;
   };
   Pair sum[Iterator::kChannels] = {};
-  Iterator it = start();
-#pragma unroll 1
-  while (it.more()) {
-    MomentSums<V> run;
-    struct Loaded {
-      Values<T, V::kWidth> batch[kBatch];
-    };
-    it.template pipelined<kBatch, true, Loaded>(
-        p.plan,
-        [&](Loaded& loaded, const int64_t (&at)[kBatch], auto valid) {
-#pragma unroll
-          for (int u = 0; u < kBatch; ++u) {
-            if (u < valid) loaded.batch[u].load(x + at[u]);
-          }
-        },
-        [&](Loaded& loaded, const int64_t (&)[kBatch], auto valid) {
-          if (run.is_empty()) {
-            run.begin(loaded.batch, valid);
-          } else {
-            run.add(loaded.batch, valid);
-          }
-        },
-        /*whole_warp=*/false, kRun);
-    run.end(sum, about);
-  }
+  add_moments<V>(start(), p.plan, x, about, sum);
   if (!all_finite(sum)) {
     for (Pair& s : sum) s = {0, 0};
-    for (Iterator again = start(); again.more(); again.advance(p.plan)) {
-      Values<T, V::kWidth> vector;
-      vector.load(x + again.offset);
-      add_in_double<V>(vector, about, sum);
-    }
+    add_moments_in_double<V>(start(), p.plan, x, about, sum);
   }
 
   Pair total;
@@ -96,43 +68,17 @@ __global__ void __launch_bounds__(kThreads, V::kPlain ? kResidentPlain : 2)
     normalise_kernel(NormaliseParams p) {
   using T = typename V::T;
   using Constants = Table<V, kAffineRows>;
-  const T* x = static_cast<const T*>(p.x);
-  T* y = static_cast<T*>(p.y);
-  TileIterator<V::kWidth, V::kMapping> it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  const TileIterator<V::kWidth, V::kMapping> it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
   if (p.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     ++*p.num_batches_tracked;
   }
   const Constants table(/*byte_offset=*/0, it);
   fill(table, p, p.plan, it);
-  // Lanes share the bytes of a mask: then all lanes of a warp iterate equally often.
-  const bool writes_mask = !V::kPlain && p.mask.bytes != nullptr;
-  const EpilogueParams epilogue = epilogue_of<V>(p.epilogue);
-  MaskCursor<uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
+  const MaskCursor<uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
   const AffineInRegisters<V> affines(table);
-  const T* residual = static_cast<const T*>(epilogue.residual);
-  struct Loaded {
-    Values<T, V::kWidth> batch[kBatch], residual[kBatch];  // batch: x, then y
-  };
-  it.template pipelined<kBatch, true, Loaded>(
-      p.plan,
-      [&](Loaded& loaded, const int64_t (&at)[kBatch], auto valid) {
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (u >= valid) continue;
-          loaded.batch[u].load(x + at[u]);
-          if (residual != nullptr) loaded.residual[u].load(residual + at[u]);
-        }
-      },
-      [&](Loaded& loaded, const int64_t (&at)[kBatch], auto valid) {
-        const unsigned mask_bits =
-            epilogue_forward(epilogue, writes_mask, affines, loaded.batch, loaded.residual, valid);
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (u < valid) loaded.batch[u].store(y + at[u], p.plan.evict_first);
-        }
-        if (writes_mask) mask.write(mask_bits, valid);
-      },
-      writes_mask);
+  write_y<V>(it, p.plan, static_cast<const T*>(p.x), static_cast<T*>(p.y),
+             epilogue_of<V>(p.epilogue), affines, mask, !V::kPlain && p.mask.bytes != nullptr,
+             p.plan.evict_first);
 }
 
 }  // namespace

@@ -19,7 +19,11 @@ class Values {
   static_assert(kWidth == 1 || kWidth * sizeof(T) == 16, "one access of 16 bytes, or one value");
 
   __device__ __forceinline__ Values() {}
-  __device__ __forceinline__ void load(const T* p) { bytes_ = load_bytes<kWidth * sizeof(T)>(p); }
+  // evict_first: what is loaded gives way first in the L2
+  __device__ __forceinline__ void load(const T* p, bool evict_first = false) {
+    constexpr int kBytes = kWidth * sizeof(T);
+    bytes_ = evict_first ? load_bytes_evict_first<kBytes>(p) : load_bytes<kBytes>(p);
+  }
   __device__ __forceinline__ void take(uint4 all) {
     static_assert(sizeof(bytes_) == sizeof(all), "");
     bytes_ = {{all.x, all.y, all.z, all.w}};

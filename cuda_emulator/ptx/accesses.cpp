@@ -226,6 +226,7 @@ void add_family(std::vector<Kind>& kinds, const std::string& name, Form form, Ex
 void add_accesses(std::vector<Kind>& kinds) {
   add_family(kinds, "ld.param", Form::kLoad, &load_parameter);
   add_family(kinds, "ld.global", Form::kLoad, &load_global);
+  add_family(kinds, "ld.global.cs", Form::kLoad, &load_global);
   add_family(kinds, "st.global", Form::kStore, &store_global<detail::tensor_write>);
   add_family(kinds, "st.global.cs", Form::kStore, &store_global<detail::tensor_write_evict_first>);
   add_family(kinds, "ld.shared", Form::kLoad, &load_own_shared);

@@ -43,6 +43,11 @@ inline Bytes<kBytes> load_bytes(const void* p) {
 }
 
 template <int kBytes>
+inline Bytes<kBytes> load_bytes_evict_first(const void* p) {
+  return load_bytes<kBytes>(p);
+}
+
+template <int kBytes>
 inline void store_bytes(void* p, Bytes<kBytes> value) {
   static_assert(kBytes >= 1 && kBytes <= 16 && (kBytes & (kBytes - 1)) == 0, "");
   emulator::detail::tensor_write(p, &value, kBytes);
