@@ -104,14 +104,15 @@ ResidentPlan plan_sweeps(const Shape& shape, int element_bytes, bool aligned,
   plan.shared_bytes = shared_layout(tiles.mapping, channels_per_tile(tiles)).vectors;
   plan.teams = tiles.tiles;
   const int64_t blocks = co_resident(tiles, Path::Grid, 1, plan.shared_bytes);
+  if (blocks == 0) return two_passes("the device has no room for a block");
   int64_t parts = filling(tiles, blocks);
-  if (wanted.may_be(Path::Block) && (parts == 1 || !wanted.any)) {
+  if (!wanted.any && wanted.path == Path::Block) parts = 1;
+  if (parts == 1) {
     plan.path = Path::Block;
-    parts = 1;
   } else if (!wanted.may_be(Path::Grid)) {
     return two_passes("in channels_last blocks work alone or in a grid");
-  } else if (!device.cooperative || blocks < tiles.tiles) {
-    return two_passes("the blocks that a tensor in channels_last needs do not run at once");
+  } else if (!device.cooperative) {
+    return two_passes("the device has no cooperative launches");
   } else if (device.beside_collectives && wanted.any) {
     return two_passes(kBesideCollectives);
   }

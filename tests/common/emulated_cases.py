@@ -61,8 +61,8 @@ SHAPES_AND_LAYOUTS = [
 
 
 def made(shape: tuple[int, ...], dtype: torch.dtype, layout: str, **kwargs: object) -> Case:
-    if layout == "channels_last" and len(shape) == 5:
-        layout = "channels_last_3d"
+    if layout == "channels_last":
+        layout = {2: "contiguous", 5: "channels_last_3d"}.get(len(shape), layout)
     x = normal(shape, seed=7, mean=0.5, std=2)
     return case(x, dtype, layout=layout, **kwargs)  # type: ignore[arg-type]
 

@@ -88,6 +88,12 @@ void visit_whole(const Shape& s, int bytes, const TilePlan& plan) {
     for (threadIdx.x = 0; threadIdx.x < kThreads; ++threadIdx.x) {
       Iterator it(s, plan, static_cast<unsigned>(block));
       if (it.remaining > 0 && it.channel >= s.C) return fail(s, bytes, "no such channel");
+      if (kMapping == Mapping::ChannelsLast && it.remaining > 0) {
+        const TilePlan back = reversed(plan);
+        Iterator from_end = it.at_the_end(plan);
+        while (from_end.remaining > 1) from_end.advance(back);
+        if (from_end.offset != it.offset) fail(s, bytes, "another way back");
+      }
       it.batches(plan, [&](const int64_t (&at)[kBatch], int valid) {
         for (int u = 0; u < valid; ++u) {
           if (at[u] % kWidth != 0 || at[u] < 0 || at[u] + kWidth > s.numel()) {
@@ -186,8 +192,9 @@ void check_resident(const Shape& s, int bytes, int tensors, const DeviceLimits& 
           shared.vectors + int64_t{tensors} * plan.vectors * kThreads * tile_plan.width * bytes) {
     fail(s, bytes, "shared memory that overlaps");
   }
-  if (int64_t{plan.vectors} * tile_plan.rows < tile_plan.chunk_length)
+  if (!tile_plan.sweeps && int64_t{plan.vectors} * tile_plan.rows < tile_plan.chunk_length)
     fail(s, bytes, "too few vectors");
+  if (tile_plan.sweeps != (s.layout == Layout::ChannelsLast)) fail(s, bytes, "sweeps");
   const int64_t held =
       ByLimits{device}(tile_plan, plan.path, static_cast<int>(team), plan.shared_bytes);
   if (plan.teams < 1 || plan.teams > tile_plan.tiles) fail(s, bytes, "a number of teams");

@@ -36,6 +36,8 @@ struct Bytes {
 template <int kBytes>
 Bytes<kBytes> load_bytes(const void*);
 template <int kBytes>
+Bytes<kBytes> load_bytes_evict_first(const void*);
+template <int kBytes>
 void store_bytes(void*, Bytes<kBytes>);
 template <int kBytes>
 void store_bytes_evict_first(void*, Bytes<kBytes>);
