@@ -266,27 +266,22 @@ __global__ void cluster_barriers(int count, long long* cycles) {
 }
 
 // As in csrc/cuda/team.cuh. sleep: ns between two looks, 0 for none.
-__global__ void team_barriers(int count, int team_size, unsigned* semaphores, unsigned* phases,
-                              unsigned sleep, long long* cycles) {
-  const unsigned team = blockIdx.x / team_size;
+__global__ void team_barriers(int count, int team_size, unsigned* words, unsigned sleep,
+                              long long* cycles) {
+  unsigned* const word = words + blockIdx.x / team_size;
   cg::this_grid().sync();
   const long long begin = clock64();
   for (int i = 0; i < count; ++i) {
     __syncthreads();
     if (threadIdx.x == 0) {
-      const unsigned highest = static_cast<unsigned>(team_size - 1);
-      unsigned before;
-      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(before) : "l"(phases + team) : "memory");
+      constexpr unsigned kHighest = 0x80000000u;
+      const unsigned others = static_cast<unsigned>(team_size - 1);
       __threadfence();
-      if (atomicInc(semaphores + team, highest) == highest) {
-        __threadfence();
-        atomicAdd(phases + team, 1u);
-      } else {
-        unsigned now = before;
-        while (now == before) {
-          asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(phases + team) : "memory");
-          if (sleep != 0) __nanosleep(sleep);
-        }
+      const unsigned before = atomicAdd(word, blockIdx.x % team_size == 0 ? kHighest - others : 1u);
+      unsigned now = before;
+      while (((now ^ before) & kHighest) == 0) {
+        asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
+        if (sleep != 0) __nanosleep(sleep);
       }
     }
     __syncthreads();
@@ -351,8 +346,8 @@ int main() {
       if (size > grid) continue;
       int count = kBarriers;
       int used = size;
-      unsigned *semaphores = words, *phases = words + 4096, s = sleep;
-      void* arguments[] = {&count, &used, &semaphores, &phases, &s, &cycles};
+      unsigned s = sleep;
+      void* arguments[] = {&count, &used, &words, &s, &cycles};
       seconds([&] {
         CHECK(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(team_barriers),
                                           dim3(grid / size * size), dim3(kThreads), arguments, 0,
