@@ -219,18 +219,38 @@ def test_errors() -> None:
             explain(shape, device="A100")
 
 
-def test_cost_model(capsys) -> None:
-    """Bytes by the path."""
-    assert cost_model.predict((8, 64, 9, 9), torch.float64, "contiguous", 2, "H200") == (
-        "two_pass",
-        5 * 8 * 64 * 81 * 8,
-        3 * 8 * 64 * 81 * 8,
+@pytest.mark.parametrize(
+    ("dtype", "layout", "path", "reads"),
+    [
+        (torch.float64, "contiguous", "two_pass", 2),
+        (torch.float32, "channels_last", "grid", 2),
+        (torch.float32, "contiguous", "block", 1),
+    ],
+)
+@pytest.mark.parametrize("tensors", [1, 2])
+def test_cost_model_counts_bytes_by_the_path(dtype, layout, path, reads, tensors) -> None:
+    tensor = 64 * 256 * 8 * 8 * dtype.itemsize
+    assert cost_model.predict((64, 256, 8, 8), dtype, layout, tensors, "H200") == (
+        path,
+        reads == 1,
+        (reads * tensors + 1) * tensor,
+        (tensors + 1) * tensor,
     )
-    arguments = "--bandwidth 1e12 --net resnet18 --batch 8 --dtype bfloat16 --layout contiguous"
-    assert cost_model.main([*arguments.split(), "--device", "NVIDIA H200"]) == 0
+
+
+def test_cost_model(capsys) -> None:
+    arguments = "--bandwidth 1e12 --net resnet18 --batch 8 --dtype bfloat16 --layout"
+    where = ["--device", "NVIDIA H200"]
+    assert cost_model.main([*arguments.split(), "contiguous", *where]) == 0
     lines = capsys.readouterr().out.splitlines()
     (large,) = [x for x in lines if "8x64x112x112" in x and "fwd" in x]
     assert large.split()[4:7] == ["cluster", "25.7", "MB"]
     (small,) = [x for x in lines if "8x256x14x14" in x and "bwd" in x]
     assert small.split()[4:7] == ["block", "2.4", "MB"]
     assert lines[-1].startswith("resnet18         8 bfloat16  contiguous     fwd ")
+    assert lines[-1].count("on chip 20/20") == 2
+    assert cost_model.main([*arguments.split(), "channels_last", *where]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (large,) = [x for x in lines if "8x64x112x112" in x and "fwd" in x]
+    assert large.split()[4:7] == ["grid", "38.5", "MB"]
+    assert lines[-1].count("on chip  0/20") == 2
