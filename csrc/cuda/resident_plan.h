@@ -34,8 +34,8 @@ struct ResidentPlan {
   Path path = Path::TwoPass;
   const char* reason = "";
   TilePlan tile_plan;    // its chunks are the blocks of a team
-  int64_t teams = 0;     // that are launched, perhaps fewer than tiles
-  int vectors = 0;       // per thread, of each tensor that stays on chip
+  int64_t teams = 0;     // that are launched, perhaps fewer than tiles (not in ChannelsLast)
+  int vectors = 0;       // per thread, of each tensor that stays on chip; 0: none stays
   int shared_bytes = 0;  // per block
 
   int64_t blocks() const { return teams * tile_plan.chunks; }
