@@ -50,7 +50,7 @@ def test_channels_last_is_read_twice_in_one_launch(shape: tuple[int, ...]) -> No
     assert f"backward: one launch that reads x and dy {twice}: 4 reads + 1 write\n" in text
     assert "on chip" not in text
     assert "a block has" not in text
-    assert text.count("blocks in a cooperative grid, ") == 2
+    assert text.count("blocks in a cooperative grid, ") == text.count(" channels each; ") == 2
     assert text.count("  a team, so that all multiprocessors have work") == 2
     beside = explain(shape, memory_format=torch.channels_last, device="H200", processes=2)
     assert beside.count("two passes, ") == beside.count("would wait for each other") == 2
