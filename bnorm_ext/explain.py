@@ -13,6 +13,7 @@ from ._cuda import processes as ranks
 from ._load import load
 
 _KB = 1024
+_MB = 1 << 20
 
 
 class _Device(NamedTuple):
@@ -21,6 +22,7 @@ class _Device(NamedTuple):
     capability: tuple[int, int]
     shared_per_multiprocessor: int  # bytes
     shared_per_block: int  # bytes, the maximum that a kernel can opt in to
+    l2_bytes: int  # 0: unknown
 
     @property
     def clusters(self) -> bool:
@@ -39,24 +41,25 @@ _SHARED = {
     (10, 3): (228, 227),
     (12, 0): (100, 99),
 }
-# Multiprocessors and compute capability, from the vendor's data sheets.
+# Multiprocessors, compute capability and MB of L2, from the vendor's data sheets; the L2 of an H200
+# is what one has reported (bench/results/cuda-terms.json).
 _GPUS = {
-    "T4": (40, (7, 5)),
-    "A100": (108, (8, 0)),
-    "A30": (56, (8, 0)),
-    "A10": (72, (8, 6)),
-    "RTX 3090": (82, (8, 6)),
-    "RTX 4090": (128, (8, 9)),
-    "L4": (58, (8, 9)),
-    "L40": (142, (8, 9)),
-    "L40S": (142, (8, 9)),
-    "H100": (132, (9, 0)),
-    "H100 PCIe": (114, (9, 0)),
-    "H200": (132, (9, 0)),
-    "GH200": (132, (9, 0)),
-    "B200": (148, (10, 0)),
-    "B300": (148, (10, 3)),
-    "RTX 5090": (170, (12, 0)),
+    "T4": (40, (7, 5), 4),
+    "A100": (108, (8, 0), 40),
+    "A30": (56, (8, 0), 24),
+    "A10": (72, (8, 6), 6),
+    "RTX 3090": (82, (8, 6), 6),
+    "RTX 4090": (128, (8, 9), 72),
+    "L4": (58, (8, 9), 48),
+    "L40": (142, (8, 9), 96),
+    "L40S": (142, (8, 9), 96),
+    "H100": (132, (9, 0), 50),
+    "H100 PCIe": (114, (9, 0), 50),
+    "H200": (132, (9, 0), 60),
+    "GH200": (132, (9, 0), 50),
+    "B200": (148, (10, 0), 126),
+    "B300": (148, (10, 3), 126),
+    "RTX 5090": (170, (12, 0), 96),
 }
 
 # Words in the names that CUDA reports which do not tell GPUs apart: vendor, memory size, and board.
@@ -87,9 +90,10 @@ def explain(
 
     Returns:
         A text that says for the forward and the backward pass which path is taken, its teams of
-        blocks, what each block keeps in shared memory, how often the tensor is read and written,
-        and why no better path is taken. It follows from the limits of the device. Under MPS or MIG
-        less of the device is available; a launch may then be refused, and two passes are taken.
+        blocks, whether the tensor stays on chip or is read twice, the second time partly from the
+        L2, how often it is read and written, and why two launches are taken. It follows from the
+        limits of the device. Under MPS or MIG less of the device is available; a launch may then be
+        refused, and two passes are taken.
 
     Raises:
         ValueError: a shape without channels or elements, or a device that is neither known nor
@@ -130,13 +134,13 @@ def explain(
 def launch_plan(
     x: Tensor, tensors: int, gpu: _Device, *, beside_collectives: bool = False
 ) -> dict[str, Any]:
-    """The launch plan of the forward pass (`tensors` is 1: it keeps x on chip) or the backward pass
-    (2: x and dy), as a dictionary. In two passes `tiles`, `team` and `channels` are those of the
-    kernel that adds up; those of the kernel that writes are `write_tiles` etc."""
+    """The launch plan of the forward pass (`tensors` is 1: it reads x) or the backward pass (2: x
+    and dy), as a dictionary. `on_chip`: they are read once; else twice, in one launch or, where
+    `path` is "two_pass", in two."""
     compiled: Any = load()
     plan: dict[str, Any] = compiled.explain_plan(
         x, tensors, gpu.multiprocessors, gpu.shared_per_multiprocessor, gpu.shared_per_block,
-        gpu.clusters, aligned=True, beside_collectives=beside_collectives,
+        gpu.l2_bytes, gpu.clusters, aligned=True, beside_collectives=beside_collectives,
     )  # fmt: skip
     return plan
 
@@ -150,10 +154,9 @@ def resolve_device(device: str | torch.device | None) -> _Device:
                 return _measured(torch.device("cuda", index))
         name = _known_name(device)
         if name is not None:
-            multiprocessors, capability = _GPUS[name]
-            return _Device(
-                name, multiprocessors, capability, *(n * _KB for n in _SHARED[capability])
-            )
+            multiprocessors, capability, l2 = _GPUS[name]
+            of_multiprocessor, of_block = (n * _KB for n in _SHARED[capability])
+            return _Device(name, multiprocessors, capability, of_multiprocessor, of_block, l2 * _MB)
     known = ", ".join(_GPUS)
     try:
         wanted = torch.device(device if device is not None else "cuda")
@@ -185,6 +188,7 @@ def _measured(wanted: torch.device) -> _Device:
         (p.major, p.minor),
         p.shared_memory_per_multiprocessor,
         p.shared_memory_per_block_optin,
+        p.L2_cache_size,
     )
 
 
@@ -194,17 +198,9 @@ def _describe(plan: dict[str, Any], tensors: int) -> list[str]:
     each, threads = _channels(plan["channels"]), f"{plan['threads']} threads"
     access = f"{plan['access_bytes']}-byte accesses"
     if path == "two_pass":
-        sums, writing = (
-            f"{number} x {blocks} blocks, {_channels(channels)} each"
-            for number, blocks, channels in (
-                (tiles, team, plan["channels"]),
-                (plan["write_tiles"], plan["write_team"], plan["write_channels"]),
-            )
-        )
-        kernels = sums if sums == writing else f"{sums}, then {writing}"
         return [
             f"two passes, {2 * reads} reads + 1 write: {plan['reason']}",
-            f"  {kernels}; {threads} a block, {access}",
+            f"  {tiles} x {team} blocks, {each} each; {threads} a block, {access}",
         ]
     teams = {
         "block": f"{plan['teams']} blocks",
@@ -212,11 +208,15 @@ def _describe(plan: dict[str, Any], tensors: int) -> list[str]:
         "grid": f"{plan['teams']} team{'s' * (plan['teams'] > 1)} of {team} blocks in a "
         "cooperative grid",
     }[path]
-    several = path == "grid" or plan["teams"] < tiles
+    several = plan["teams"] < tiles
     all_of_them = f"{tiles} channels" if plan["channels"] == 1 else f"{tiles} groups of {each}"
     work = f", which take {all_of_them} in turn" if several else f", {each} each"
+    if plan["on_chip"]:
+        way = f"keeps {of} on chip: {reads} read{'s' * (reads > 1)}"
+    else:
+        way = f"reads {of} twice, the second time partly from the L2: {2 * reads} reads"
     lines = [
-        f"one launch that keeps {of} on chip: {reads} read{'s' * (reads > 1)} + 1 write",
+        f"one launch that {way} + 1 write",
         f"  {teams}{work}; {threads} and {plan['shared_bytes'] / _KB:.1f} KB of shared memory a "
         f"block, {access}",
     ]
@@ -225,7 +225,7 @@ def _describe(plan: dict[str, Any], tensors: int) -> list[str]:
         lines.append(
             f"  a team, since {each} {'is' if plan['channels'] == 1 else 'are'} {tile / _KB:.0f} "
             f"KB, and a block has {share / _KB:.0f} KB"
-            if tile > share
+            if plan["on_chip"] and tile > share
             else "  a team, so that all multiprocessors have work"
         )
     return lines

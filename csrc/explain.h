@@ -5,10 +5,10 @@
 
 namespace bnorm_ext {
 
-// tensors: that stay on chip, 1 forward, 2 backward. Bytes are of shared memory. beside_collectives:
-// as in DeviceLimits.
+// tensors: that are read, 1 forward, 2 backward. shared_*: bytes. l2_bytes, beside_collectives: as in
+// DeviceLimits.
 pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessors,
-                            int shared_per_multiprocessor, int shared_per_block, bool clusters,
-                            bool aligned, bool beside_collectives);
+                            int shared_per_multiprocessor, int shared_per_block, int l2_bytes,
+                            bool clusters, bool aligned, bool beside_collectives);
 
 }  // namespace bnorm_ext

@@ -7,7 +7,9 @@
 //   ChannelsFirst  one column, one channel per tile; the channel's N * S values are numbered in
 //                  vectors, and row r takes vectors r, r + kThreads, ... of its chunk
 //   ChannelsLast   each column is one vector of channels; row r takes rows r, r + rows, ... of
-//                  the chunk's rows of the matrix [N * S, C]
+//                  the chunk's rows of the matrix [N * S, C]. Where blocks sweep over the tensor
+//                  together (`sweeps`), chunk k takes rows k * rows + r, then every
+//                  (chunks * rows)-th one after it
 //   ChannelGroups  where a row of S values is not a whole number of vectors, but the rows of 2 to
 //                  16 channels together are: a tile is such a group of channels, each column one
 //                  vector of its group * S values, which belong to two channels at most; row r

@@ -1,16 +1,21 @@
-// Whether a tensor stays on chip, in shared memory, between the statistics and the writing, and how
-// it is distributed then. Decided from sizes, device limits and how many blocks the runtime says
-// are resident at once, in plain C++ like plan.h.
+// In how many launches a tensor is worked on, whether it stays on chip between the statistics and the
+// writing, and how it is distributed. Decided from sizes, device limits and how many blocks the runtime
+// says are resident at once, in plain C++ like plan.h.
 //
 // Paths
-//   TwoPass  any size: partial sums, merged by the last blocks of a tile to arrive, then a second
-//            kernel that reads everything again
-//   Block    a tile stays in the shared memory of one block
-//   Cluster  a tile stays in the shared memory of a team of blocks, a thread block cluster, which
-//            exchange partial sums through it (sm_90 and newer)
-//   Grid     a tile stays in the shared memory of a team of blocks of a cooperative launch, which
-//            exchange partial sums through global memory; not beside collectives
-// Where there are more tiles than teams at once, each team takes one tile after the other.
+//   TwoPass  two launches. The first one adds up, and the last blocks of a tile to arrive merge the
+//            partial sums; the second one reads everything again and writes
+//   Block    one launch; a team is one block, which needs no other
+//   Cluster  one launch; a team is a thread block cluster, whose blocks exchange partial sums through
+//            their shared memory (sm_90 and newer). Not in ChannelsLast
+//   Grid     one cooperative launch; a team is some of its blocks, which exchange partial sums through
+//            global memory. Not beside collectives
+//
+// Where the tensor is between the sums and the writing
+//   ChannelsFirst, ChannelGroups   on chip: a team keeps its tile in shared memory, and reads it once.
+//            Where there are more tiles than teams at once, each team takes one tile after the other.
+//   ChannelsLast                   not on chip: a team sweeps over its tile twice, forward to add up and
+//            backward to write, so that what it has read last comes from the L2. Each tile has its team.
 #pragma once
 
 #include "plan.h"
@@ -29,8 +34,8 @@ struct ResidentPlan {
   Path path = Path::TwoPass;
   const char* reason = "";
   TilePlan tile_plan;    // its chunks are the blocks of a team
-  int64_t teams = 0;     // that are launched, perhaps fewer than tiles
-  int vectors = 0;       // per thread, of each tensor that stays on chip
+  int64_t teams = 0;     // that are launched, perhaps fewer than tiles (not in ChannelsLast)
+  int vectors = 0;       // per thread, of each tensor that stays on chip; 0: none stays
   int shared_bytes = 0;  // per block
 
   int64_t blocks() const { return teams * tile_plan.chunks; }

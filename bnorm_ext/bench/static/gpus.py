@@ -46,24 +46,22 @@ class Memory(NamedTuple):
 
     bandwidth: float  # bytes/s, of the data sheet
     clock: float  # Hz, boost
-    l2: int  # bytes
 
 
-_MB = 1 << 20
 MEMORY = {
-    "T4": Memory(320e9, 1.590e9, 4 * _MB),
-    "A10": Memory(600e9, 1.695e9, 6 * _MB),
-    "A100": Memory(2039e9, 1.410e9, 40 * _MB),
-    "RTX 3090": Memory(936e9, 1.695e9, 6 * _MB),
-    "L4": Memory(300e9, 2.040e9, 48 * _MB),
-    "L40S": Memory(864e9, 2.520e9, 96 * _MB),
-    "RTX 4090": Memory(1008e9, 2.520e9, 72 * _MB),
-    "H100": Memory(3350e9, 1.980e9, 50 * _MB),
-    "H200": Memory(4800e9, 1.980e9, 50 * _MB),
-    "GH200": Memory(4000e9, 1.980e9, 50 * _MB),
-    "B200": Memory(8000e9, 1.965e9, 126 * _MB),
-    "B300": Memory(8000e9, 1.920e9, 126 * _MB),
-    "RTX 5090": Memory(1792e9, 2.407e9, 96 * _MB),
+    "T4": Memory(320e9, 1.590e9),
+    "A10": Memory(600e9, 1.695e9),
+    "A100": Memory(2039e9, 1.410e9),
+    "RTX 3090": Memory(936e9, 1.695e9),
+    "L4": Memory(300e9, 2.040e9),
+    "L40S": Memory(864e9, 2.520e9),
+    "RTX 4090": Memory(1008e9, 2.520e9),
+    "H100": Memory(3350e9, 1.980e9),
+    "H200": Memory(4800e9, 1.980e9),
+    "GH200": Memory(4000e9, 1.980e9),
+    "B200": Memory(8000e9, 1.965e9),
+    "B300": Memory(8000e9, 1.920e9),
+    "RTX 5090": Memory(1792e9, 2.407e9),
 }
 
 #: Share of the data sheet's bandwidth that a plain copy of a large tensor reaches. Measured on
@@ -76,7 +74,7 @@ class Gpu(NamedTuple):
     name: str
     capability: tuple[int, int]
     multiprocessors: int
-    shared_per_multiprocessor: int
+    l2_bytes: int
     rates: Rates
     memory: Memory
 
@@ -101,7 +99,7 @@ def gpu(name: str) -> Gpu:
         known.name,
         known.capability,
         known.multiprocessors,
-        known.shared_per_multiprocessor,
+        known.l2_bytes,
         RATES[known.capability],
         MEMORY[known.name],
     )

@@ -37,6 +37,11 @@ class Kernel:
     sums: int = 0  # loops over the tile that add something up
     writes: int = 0  # loops that store a result
 
+    @property
+    def on_chip(self) -> bool:
+        """Whether it copies its tile into shared memory, and computes from there."""
+        return self.name.startswith("resident")
+
 
 KERNELS = (
     Kernel("statistics_kernel", "two_pass_forward.cu", "StatisticsParams", 1, 1, 0),
@@ -45,6 +50,8 @@ KERNELS = (
     Kernel("backward_apply_kernel", "two_pass_backward.cu", "BackwardApplyParams", 2, 0, 1),
     Kernel("resident_forward_kernel", "resident_forward.cu", "ResidentForwardParams", 1, 1, 1),
     Kernel("resident_backward_kernel", "resident_backward.cu", "ResidentBackwardParams", 2, 1, 1),
+    Kernel("sweep_forward_kernel", "resident_forward.cu", "ResidentForwardParams", 1, 1, 1),
+    Kernel("sweep_backward_kernel", "resident_backward.cu", "ResidentBackwardParams", 2, 1, 1),
 )
 
 
@@ -121,6 +128,8 @@ def assumptions(
         pointers["mean_dy"] = True
     if kernel.params in ("NormaliseParams", "BackwardApplyParams"):
         switches["plan.evict_first"] = 0
+    if kernel.params.startswith("Resident"):
+        switches["plan.tile_plan.evict_first"] = 0
     if kernel.params == "ResidentBackwardParams":
         switches["constant_statistics"] = 0
     at = offsets([(kernel.params, name) for name in (*pointers, *switches)])
@@ -184,12 +193,11 @@ def _innermost(loops: Sequence[Loop]) -> list[Loop]:
 def _role(flow: Flow, loop: Loop, kernel: Kernel, width: int, bits: int) -> LoopCounts | None:
     once = loop_pass(flow, loop, ("LDG", "STG", "LDS", "LDGSTS"), bits)
     stores, copies = once.accesses("STG", bits), once.accesses("LDGSTS", bits)
-    resident = kernel.name.startswith("resident")
-    reads = once.accesses("LDS" if resident else "LDG", bits)
+    reads = once.accesses("LDS" if kernel.on_chip else "LDG", bits)
     # A loop that writes a tile on chip also starts the copies of the next one. The compiler may
     # split a store of 16 bytes, so that its elements are those that are read.
     if stores or (copies and reads >= kernel.read):
-        written = max(stores, reads // kernel.read if resident else 0)
+        written = max(stores, reads // kernel.read if kernel.on_chip else 0)
         return LoopCounts("write", written * width, once)
     if copies:
         return LoopCounts("fetch", copies * width, once)

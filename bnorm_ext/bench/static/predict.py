@@ -55,7 +55,7 @@ def _instance(kernel: Kernel, arch: int, dtype: str, width: int, mapping: str) -
 
 @dataclass(frozen=True)
 class Layer:
-    """Forward (1 tensor on chip) or backward (2) of one batch norm."""
+    """Forward or backward of one batch norm."""
 
     path: str
     launches: tuple[roofline.Prediction, ...]
@@ -73,7 +73,8 @@ class Layer:
 def predict(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, tensors: int, gpu: Gpu
 ) -> Layer:
-    """Without an activation, a residual or a mask."""
+    """Without an activation, a residual or a mask. `tensors`: that are read, 1 forward, 2
+    backward."""
     x = torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[layout])
     plan = launch_plan(x, tensors, resolve_device(gpu.name))
     elements, item, name = math.prod(shape), dtype.itemsize, str(dtype)[6:]
@@ -84,17 +85,22 @@ def predict(
         return _instance(_BY_NAME[kernel], gpu.compiled_for, name, width, mapping)
 
     if plan["path"] == "two_pass":
-        kernels = (
-            (("statistics_kernel", 1), ("normalise_kernel", 2))
+        first, second = (
+            ("statistics_kernel", "normalise_kernel")
             if tensors == 1
-            else (("backward_reduce_kernel", 2), ("backward_apply_kernel", 3))
+            else ("backward_reduce_kernel", "backward_apply_kernel")
         )
-        launches = tuple(
-            roofline.two_pass(gpu, of(kernel), elements, moved, item, plan)
-            for kernel, moved in kernels
+        launches: tuple[roofline.Prediction, ...] = (
+            roofline.two_pass(gpu, of(first), elements, tensors, item, plan),
+            roofline.two_pass(gpu, of(second), elements, tensors + 1, item, plan, tensors),
         )
     else:
-        kernel = "resident_forward_kernel" if tensors == 1 else "resident_backward_kernel"
-        launches = (roofline.resident(gpu, of(kernel), elements, tensors + 1, item, plan),)
+        direction = "forward" if tensors == 1 else "backward"
+        if plan["on_chip"]:
+            counts = of(f"resident_{direction}_kernel")
+            launches = (roofline.resident(gpu, counts, elements, tensors + 1, item, plan),)
+        else:
+            counts = of(f"sweep_{direction}_kernel")
+            launches = (roofline.sweeps(gpu, counts, elements, tensors, item, plan),)
     floor = (tensors + 1) * elements * item / gpu.copy + roofline.RAMP
     return Layer(plan["path"], launches, floor)

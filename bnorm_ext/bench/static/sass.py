@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _FUNCTION = re.compile(r"\s+Function : (\S+)")
 _USAGE = re.compile(r"\s*Function (\S+):$")
@@ -104,4 +104,15 @@ def parse(listing: str) -> list[Function]:
             registers[used_by] = int(match[1])
     for function in functions:
         function.registers = registers.get(function.name, 0)
+        function.code = [_as_jump(i, function.code) for i in function.code]
     return functions
+
+
+def _as_jump(i: Instruction, code: list[Instruction]) -> Instruction:
+    """The compiler also leaves loops by a call, which does not come back: what is called goes on to
+    the end of the kernel. That is a branch."""
+    if i.name != "CALL" or i.target is None:
+        return i
+    called = (j for j in code if j.address >= i.target and j.guard is None)
+    end = next((j for j in called if j.name in ("EXIT", "RET")), None)
+    return replace(i, name="BRA") if end is not None and end.name == "EXIT" else i
