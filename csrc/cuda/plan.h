@@ -28,9 +28,8 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 // How many blocks of a kernel of two passes a multiprocessor holds at once, at least: the kernels are
-// compiled for it. Those that add up keep the sums of many channels in registers; of those that write,
-// only the ones without an epilogue (Variant::kPlain) have room for more.
-constexpr int kResidentReducing = 2, kResidentPlain = 3;
+// compiled for it. More would leave too few registers for the sums of many channels.
+constexpr int kResident = 2;
 constexpr int kVectorBytes = 16, kLineBytes = 128;
 // Vectors of a batch. A thread loads the next batch before it uses the last one, so that 64 bytes are
 // in flight.
@@ -239,23 +238,20 @@ inline int64_t filling(const TilePlan& plan, int64_t blocks) {
 inline TilePlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
                               const DeviceLimits& device, bool reduces) {
   // In ChannelsLast blocks add up what others have found for every channel of a tile: so the tiles are
-  // narrow, a cache line of each row, and all blocks run at once. Where a tensor is larger than the L2,
-  // memory is faster by two lines of each row.
-  const bool in_one_wave = reduces && shape.layout == Layout::ChannelsLast;
+  // narrow, a cache line of each row. Where a tensor is larger than the L2, memory is faster by two lines
+  // of each row. The second pass has the same plan: each block begins with what it has read last, which
+  // is still in the L2.
+  const bool last = shape.layout == Layout::ChannelsLast;
   const bool is_large =
       device.l2_bytes > 0 && shape.N * shape.C * shape.S > device.l2_bytes / element_bytes;
   TilePlan plan = plan_tiles(shape, element_bytes, aligned);
-  if (in_one_wave && plan.width > 1 && !is_large) {
+  if (last && plan.width > 1 && !is_large) {
     plan = plan_tiles(shape, element_bytes, aligned, kLineBytes / kVectorBytes);
   }
   plan.evict_first = is_large;
-  // Elsewhere several times as many blocks as run at once, so that little of the device is idle when
-  // the last ones run.
-  constexpr int kWaves = 8;
-  const int64_t of_multiprocessor = in_one_wave ? kResidentReducing : kWaves * kResidentPlain;
-  split(&plan, filling(plan, of_multiprocessor * device.multiprocessors));
-  // The second pass begins with what the first one has read last, which is still in the L2.
-  if (in_one_wave) sweep(&plan, shape);
+  // All blocks run at once, where there are not more tiles than that.
+  split(&plan, filling(plan, int64_t{kResident} * device.multiprocessors));
+  if (last) sweep(&plan, shape);
   return plan;
 }
 

@@ -25,7 +25,7 @@ namespace {
 // Requires   semaphores that are 0 and that nobody else uses until the launch is over; a mask only
 //            with a piecewise linear act
 template <typename V>
-__global__ void __launch_bounds__(kThreads, kResidentReducing)
+__global__ void __launch_bounds__(kThreads, kResident)
     backward_reduce_kernel(BackwardReduceParams p) {
   using T = typename V::T;
   using A = Acc<T>;
@@ -70,9 +70,7 @@ __global__ void __launch_bounds__(kThreads, kResidentReducing)
 // Numerics   in the accumulation type, each result rounded once
 // Requires   a mask only with a piecewise linear act
 template <typename V>
-__global__ void __launch_bounds__(kThreads, V::kPlain&& V::kMapping == Mapping::ChannelsFirst
-                                                ? kResidentPlain
-                                                : kResidentReducing)
+__global__ void __launch_bounds__(kThreads, kResident)
     backward_apply_kernel(BackwardApplyParams p) {
   using T = typename V::T;
   using A = Acc<T>;
@@ -82,7 +80,8 @@ __global__ void __launch_bounds__(kThreads, V::kPlain&& V::kMapping == Mapping::
   const T* x = static_cast<const T*>(p.x);
   const EpilogueParams epilogue = epilogue_of<V>(p.epilogue);
   const T* residual = static_cast<const T*>(epilogue.residual);
-  Iterator it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  const SecondPass<V> pass(p.shape, p.plan);
+  const Iterator& it = pass.start;
   const bool constant_statistics = p.mean_dy == nullptr,
              masked = !V::kPlain && p.mask.bytes != nullptr;
   const bool needs_x = !constant_statistics || (epilogue.act != Activation::Identity && !masked);
@@ -100,14 +99,16 @@ __global__ void __launch_bounds__(kThreads, V::kPlain&& V::kMapping == Mapping::
     table.set(kProjScale, i, proj_scale);
   }
   fill(table, p, p.plan, it);
-  MaskCursor<const uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
+  using Cursor = MaskCursor<const uint8_t, V::kWidth, V::kMapping>;
+  Cursor mask = pass.of(Cursor(p.mask, p.plan, it));
   const MeanInRegisters<V, Constants> affines(table);
   const GradientWriter<V> gradients(p, constant_statistics, p.plan.evict_first, table);
   struct Loaded {
     Values<T, V::kWidth> dy[kHalf], x[kHalf], residual[kHalf];
   };
-  it.template pipelined<kHalf, true, Loaded>(
-      p.plan,
+  Iterator walk = pass.it;
+  walk.template pipelined<kHalf, true, Loaded>(
+      pass.plan,
       [&](Loaded& loaded, const int64_t (&at)[kHalf], auto valid) {
 #pragma unroll
         for (int u = 0; u < kHalf; ++u) {

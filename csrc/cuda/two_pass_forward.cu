@@ -21,8 +21,7 @@ namespace {
 // Numerics   moments.cuh; merged in double
 // Requires   semaphores that are 0 and that nobody else uses until the launch is over
 template <typename V>
-__global__ void __launch_bounds__(kThreads, kResidentReducing)
-    statistics_kernel(StatisticsParams p) {
+__global__ void __launch_bounds__(kThreads, kResident) statistics_kernel(StatisticsParams p) {
   using T = typename V::T;
   using A = Acc<T>;
   using Iterator = TileIterator<V::kWidth, V::kMapping>;
@@ -64,11 +63,11 @@ __global__ void __launch_bounds__(kThreads, kResidentReducing)
 // Numerics   in the accumulation type, rounded once
 // Requires   a mask only with a piecewise linear act
 template <typename V>
-__global__ void __launch_bounds__(kThreads, V::kPlain ? kResidentPlain : 2)
-    normalise_kernel(NormaliseParams p) {
+__global__ void __launch_bounds__(kThreads, kResident) normalise_kernel(NormaliseParams p) {
   using T = typename V::T;
   using Constants = Table<V, kAffineRows>;
-  const TileIterator<V::kWidth, V::kMapping> it(p.shape, p.plan, gridDim.x - 1 - blockIdx.x);
+  const SecondPass<V> pass(p.shape, p.plan);
+  const auto& it = pass.start;
   if (p.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     ++*p.num_batches_tracked;
   }
@@ -76,9 +75,9 @@ __global__ void __launch_bounds__(kThreads, V::kPlain ? kResidentPlain : 2)
   fill(table, p, p.plan, it);
   const MaskCursor<uint8_t, V::kWidth, V::kMapping> mask(p.mask, p.plan, it);
   const AffineInRegisters<V> affines(table);
-  write_y<V>(it, p.plan, static_cast<const T*>(p.x), static_cast<T*>(p.y),
-             epilogue_of<V>(p.epilogue), affines, mask, !V::kPlain && p.mask.bytes != nullptr,
-             p.plan.evict_first);
+  write_y<V>(pass.it, pass.plan, static_cast<const T*>(p.x), static_cast<T*>(p.y),
+             epilogue_of<V>(p.epilogue), affines, pass.of(mask),
+             !V::kPlain && p.mask.bytes != nullptr, p.plan.evict_first);
 }
 
 }  // namespace
