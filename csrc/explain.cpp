@@ -22,10 +22,8 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   const cuda::ResidentPlan plan =
       cuda::plan_resident(in.shape, bytes, aligned, tensors, device, cuda::ByLimits{device});
   const bool resident = plan.path != cuda::Path::TwoPass;
-  const auto pass = [&](bool reduces) {
-    return cuda::plan_two_pass(in.shape, bytes, aligned, device, reduces);
-  };
-  const cuda::TilePlan walk = resident ? plan.tile_plan : pass(/*reduces=*/true);
+  const cuda::TilePlan walk =
+      resident ? plan.tile_plan : cuda::plan_two_pass(in.shape, bytes, aligned, device);
   constexpr const char* kNames[] = {"two_pass", "block", "cluster", "grid"};
   pybind11::dict found;
   found["path"] = kNames[static_cast<int>(plan.path)];
@@ -41,12 +39,6 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   found["shared_bytes"] = plan.shared_bytes;
   const int64_t channels = std::min<int64_t>(channels_per_tile(walk), in.shape.C);
   found["channels"] = channels;
-  if (!resident) {
-    const cuda::TilePlan writing = pass(/*reduces=*/false);
-    found["write_tiles"] = writing.tiles;
-    found["write_team"] = writing.chunks;
-    found["write_channels"] = std::min<int64_t>(channels_per_tile(writing), in.shape.C);
-  }
   found["tile_bytes"] = in.shape.count() * channels * bytes * tensors;
   found["share_bytes"] =
       std::min(shared_per_block, shared_per_multiprocessor / cuda::kShares - cuda::kReservedBytes);

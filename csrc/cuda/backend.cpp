@@ -47,7 +47,7 @@ bool is_aligned(const ForwardCall& c) {
 void run_normalise(const ForwardCall& c, const Statistics& statistics,
                    int64_t* num_batches_tracked = nullptr) {
   auto p = params<NormaliseParams>(c);
-  p.plan = plan_for(c.in, is_aligned(c), /*reduces=*/false);
+  p.plan = plan_for(c.in, is_aligned(c));
   p.statistics = statistics;
   p.num_batches_tracked = num_batches_tracked;
   C10_CUDA_CHECK(launch_normalise(p, stream()));
@@ -61,7 +61,7 @@ void normalise(ForwardCall& c, const Statistics& statistics) {
 StatisticsParams statistics_params(const Input& in) {
   StatisticsParams p;
   set_shape(&p, in.shape);
-  p.plan = plan_for(in, aligned(in.tensor.const_data_ptr()), /*reduces=*/true);
+  p.plan = plan_for(in, aligned(in.tensor.const_data_ptr()));
   p.dtype = in.dtype;
   p.x = in.tensor.const_data_ptr();
   return p;
@@ -166,7 +166,7 @@ bool is_aligned(const BackwardCall& c, const Tensor& dx, const Tensor& dresidual
 void run_reduce(const BackwardCall& c, const BackwardOutputs& out, void* mean_g,
                 void* mean_g_xhat) {
   auto p = params<BackwardReduceParams>(c);
-  p.plan = plan_for(c.in, is_aligned(c, {}, {}), /*reduces=*/true);
+  p.plan = plan_for(c.in, is_aligned(c, {}, {}));
   const StagingMemory staging(p.plan, c.in);
   p.staging = *staging;
   p.sum_dy = channel_vector(out.sum_g);
@@ -182,7 +182,7 @@ void run_apply(const BackwardCall& c, const BackwardOutputs& out, const void* me
                const void* mean_g_xhat) {
   if (!out.dx.defined() && !out.dresidual.defined()) return;
   auto p = params<BackwardApplyParams>(c);
-  p.plan = plan_for(c.in, is_aligned(c, out.dx, out.dresidual), /*reduces=*/false);
+  p.plan = plan_for(c.in, is_aligned(c, out.dx, out.dresidual));
   if (out.dx.defined()) p.dx = out.dx.data_ptr();
   if (out.dresidual.defined()) p.dresidual = out.dresidual.data_ptr();
   p.mean_dy = mean_g;

@@ -68,8 +68,8 @@ inline EpilogueParams epilogue_params(const Epilogue& e) {
   return {e.act, e.slope, e.reads_mask() ? nullptr : data_of(e.residual)};
 }
 
-inline TilePlan plan_for(const Input& in, bool is_aligned, bool reduces) {
-  const TilePlan plan = plan_two_pass(in.shape, element_bytes(in), is_aligned, limits(), reduces);
+inline TilePlan plan_for(const Input& in, bool is_aligned) {
+  const TilePlan plan = plan_two_pass(in.shape, element_bytes(in), is_aligned, limits());
   TORCH_CHECK(in.shape.N == 1 || plan.row_length <= kLongestRow || plan.row_length == INT64_MAX,
               "batch_norm: ", in.shape.S, " positions of a channel in ", in.shape.N,
               " samples are more than the CUDA kernels count");

@@ -234,9 +234,9 @@ inline int64_t filling(const TilePlan& plan, int64_t blocks) {
   return fill < 1 ? 1 : fill < most ? fill : most;
 }
 
-// The plan of a kernel of two passes, which adds up (`reduces`) or writes.
+// The plan of both kernels of two passes, the one that adds up and the one that writes.
 inline TilePlan plan_two_pass(const Shape& shape, int element_bytes, bool aligned,
-                              const DeviceLimits& device, bool reduces) {
+                              const DeviceLimits& device) {
   // In ChannelsLast blocks add up what others have found for every channel of a tile: so the tiles are
   // narrow, a cache line of each row. Where a tensor is larger than the L2, memory is faster by two lines
   // of each row. The second pass has the same plan: each block begins with what it has read last, which

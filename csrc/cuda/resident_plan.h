@@ -100,7 +100,7 @@ ResidentPlan plan_sweeps(const Shape& shape, int element_bytes, bool aligned,
   ResidentPlan plan;
   plan.path = Path::Grid;
   TilePlan& tiles = plan.tile_plan;
-  tiles = plan_two_pass(shape, element_bytes, aligned, device, /*reduces=*/true);
+  tiles = plan_two_pass(shape, element_bytes, aligned, device);
   plan.shared_bytes = shared_layout(tiles.mapping, channels_per_tile(tiles)).vectors;
   plan.teams = tiles.tiles;
   const int64_t blocks = co_resident(tiles, Path::Grid, 1, plan.shared_bytes);

@@ -275,27 +275,25 @@ int check(const Shape& s) {
   for (const int bytes : {2, 4, 8}) {
     for (const bool aligned : {true, false}) {
       for (const int multiprocessors : {1, 4, 132}) {
-        for (const bool reduces : {true, false}) {
-          DeviceLimits device;
-          device.multiprocessors = multiprocessors;
-          const TilePlan plan = plan_two_pass(s, bytes, aligned, device, reduces);
-          check_limits(s, bytes, aligned, plan);
-          check_exchange(s, bytes, plan);
-          switch (plan.width) {
-            case 1:
-              check_width<1>(s, bytes, plan, whole);
-              break;
-            case 2:
-              check_width<2>(s, bytes, plan, whole);
-              break;
-            case 4:
-              check_width<4>(s, bytes, plan, whole);
-              break;
-            default:
-              check_width<8>(s, bytes, plan, whole);
-          }
-          ++plans;
+        DeviceLimits device;
+        device.multiprocessors = multiprocessors;
+        const TilePlan plan = plan_two_pass(s, bytes, aligned, device);
+        check_limits(s, bytes, aligned, plan);
+        check_exchange(s, bytes, plan);
+        switch (plan.width) {
+          case 1:
+            check_width<1>(s, bytes, plan, whole);
+            break;
+          case 2:
+            check_width<2>(s, bytes, plan, whole);
+            break;
+          case 4:
+            check_width<4>(s, bytes, plan, whole);
+            break;
+          default:
+            check_width<8>(s, bytes, plan, whole);
         }
+        ++plans;
       }
     }
   }
