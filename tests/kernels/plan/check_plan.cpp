@@ -79,6 +79,18 @@ void check_limits(const Shape& s, int bytes, bool aligned, const TilePlan& plan)
   }
 }
 
+// A tile has a semaphore for its last block and, where its chunks are merged in two steps, one for each
+// kMerged of them; likewise a place for the sums of each chunk and of each merge (tile_sum).
+void check_exchange(const Shape& s, int bytes, const TilePlan& plan) {
+  const bool in_two_steps = plan.chunks > 2 * kMerged;
+  const int64_t merges = in_two_steps ? (plan.chunks - 1) / kMerged + 1 : 0;
+  if (semaphores_of(plan) != plan.tiles * (1 + merges)) fail(s, bytes, "a number of semaphores");
+  const int64_t places = plan.tiles * (plan.chunks + merges);
+  if (plan.chunks > 1 && partials_of(plan) != places * channels_per_tile(plan)) {
+    fail(s, bytes, "a number of partial sums");
+  }
+}
+
 template <int kWidth, Mapping kMapping>
 void visit_whole(const Shape& s, int bytes, const TilePlan& plan) {
   using Iterator = TileIterator<kWidth, kMapping>;
@@ -267,6 +279,7 @@ int check(const Shape& s) {
         device.multiprocessors = multiprocessors;
         const TilePlan plan = plan_two_pass(s, bytes, aligned, device);
         check_limits(s, bytes, aligned, plan);
+        check_exchange(s, bytes, plan);
         switch (plan.width) {
           case 1:
             check_width<1>(s, bytes, plan, whole);
