@@ -94,14 +94,16 @@ __device__ __forceinline__ void count_batch(const ResidentForwardParams& p, int6
   if (is_last && threadIdx.x == 0) ++*p.running.num_batches_tracked;
 }
 
-// Reads the iterator's vectors of x and of the residual for the last time, and writes y and, if `writes_mask`, the mask,
+// Reads the iterator's vectors of x and of the residual for the last time, and writes y and, if `masked`, the mask,
 // whose cursor is where the iterator is; y evict_first as Values::store.
 template <typename V, typename Affines, typename Cursor>
 __device__ __forceinline__ void write_y(TileIterator<V::kWidth, V::kMapping> it,
                                         const TilePlan& plan, const typename V::T* x,
                                         typename V::T* y, const EpilogueParams& epilogue,
-                                        const Affines& affines, Cursor mask, bool writes_mask,
+                                        const Affines& affines, Cursor mask, bool masked,
                                         bool evict_first) {
+  // The compiler sees early that there is no mask without an epilogue, and spills no registers.
+  const bool writes_mask = !V::kPlain && masked;
   using Vector = Values<typename V::T, V::kWidth>;
   const auto* residual = static_cast<const typename V::T*>(epilogue.residual);
   struct Loaded {

@@ -261,8 +261,9 @@ def test_the_kernels_have_the_loops_that_are_counted(arch):
             # Each element is at least loaded or stored once, and no kernel takes a hundred
             # instructions for one.
             assert 0 < c.per_element() < 100, c
-            # No activation is computed, no way of storing is counted twice, and a batch has at most
-            # four vectors.
+            # No activation is computed (for narrow accesses, the evaluator loses the parameter in
+            # the forward kernel on chip), no way of storing is counted twice, and a batch has at
+            # most four vectors.
             assert c.per_element("special") == 0 or c.width == 1, c
             computing = [loop for loop in c.loops if loop.role != "fetch"]
             assert all(loop.elements <= 4 * c.width for loop in computing), c
