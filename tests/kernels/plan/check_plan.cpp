@@ -135,6 +135,12 @@ void visit_some(const Shape& s, int bytes, const TilePlan& plan) {
       threadIdx.x = t;
       Iterator it(s, plan, static_cast<unsigned>(block));
       int64_t index = it.chunk / plan.pieces * plan.chunk_length + it.row;
+      if (kMapping == Mapping::ChannelsLast && it.remaining > 0) {
+        const int64_t end = index + (it.remaining - 1) * plan.stride;
+        if (it.at_the_end(plan).offset != end * s.C + it.channel) {
+          return fail(s, bytes, "a wrong end in a huge tensor");
+        }
+      }
       for (int step = 0; step < 100 && it.remaining > 0; ++step) {
         const __int128 row = Iterator::kAlong ? index * kWidth / s.S : index;
         __int128 right = row * s.C + it.channel;
