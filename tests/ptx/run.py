@@ -33,18 +33,15 @@ EXECUTED = HERE / "executed.txt"
 COVERAGE = ptx.FOLDER / "coverage"
 SECONDS = 1500  # a job may take no longer
 
-FILES = ["kernels", "fused", "mask", "resident", "smooth", "memory"]
+FILES = ["kernels", "fused", "mask", "resident", "runs", "sweeps", "smooth", "memory"]
 # Tests that expect the launches of an sm_80. An sm_75 has less shared memory, and an sm_90 more.
 RESIDENT = "tests/emulated/test_emulated_resident.py"
 OF_SM_80 = {
     75: [
         "test_results[block-few channels-torch.float32]",
         "test_results[block-rows longer than a block-torch.float32]",
-        "test_results[block-odd, last-torch.float32]",
-        "test_results[block-few channels, last-torch.float32]",
         "test_teams[block-shape0-expected0]",
         "test_teams[grid-shape2-expected2]",
-        "test_hard_data[block-channels_last]",
         "test_values_that_are_not_finite[grid-inf]",
         "test_values_that_are_not_finite[grid--inf]",
         "test_values_that_are_not_finite[grid-nan]",
