@@ -214,5 +214,25 @@ struct TileIterator {
   }
 };
 
+// The way of a second pass, which begins with what the first one has read last. In ChannelsLast each
+// block takes its own vectors from the last one to the first one; elsewhere the blocks are reversed.
+template <typename V>
+struct SecondPass {
+  static constexpr bool kBack = V::kMapping == Mapping::ChannelsLast;
+  using Iterator = TileIterator<V::kWidth, V::kMapping>;
+  Iterator start;  // the block's first vector
+  Iterator it;
+  TilePlan plan;
+
+  __device__ __forceinline__ SecondPass(const Shape& shape, const TilePlan& first)
+      : start(shape, first, kBack ? blockIdx.x : gridDim.x - 1 - blockIdx.x),
+        it(kBack ? start.at_the_end(first) : start),
+        plan(kBack ? reversed(first) : first) {}
+  template <typename Cursor>
+  __device__ __forceinline__ Cursor of(const Cursor& mask) const {
+    return kBack ? mask.at_the_end(start.remaining) : mask;
+  }
+};
+
 }  // namespace cuda
 }  // namespace bnorm_ext
