@@ -142,7 +142,7 @@ def forward(s: emulated.Session, x: Tensor, eps: float) -> tuple[Tensor, ...]:
 
 
 def test_where_all_words_are_in_use_a_call_has_its_own() -> None:
-    """Right, and again nothing stays in the pool."""
+    """Right, and again nothing stays in the pool. What a grid needs are words for barriers."""
     c = made(SHAPE, torch.float32, "contiguous")
     with emulated.session(**CASES["grid"]) as s:
         x = s.copy(c.x)
@@ -152,7 +152,7 @@ def test_where_all_words_are_in_use_a_call_has_its_own() -> None:
             for bits in range(20, 7, -1):  # of what is free, the largest ranges first
                 for branch in branches:
                     with on_stream(branch):
-                        words(2**bits)
+                        words(2**bits, phases=True)
             with pool() as graphs, Operations() as operations:
                 found = forward(s, x, c.eps)
                 graphs.check(found)
@@ -160,7 +160,7 @@ def test_where_all_words_are_in_use_a_call_has_its_own() -> None:
             assert torch.equal(found[0], expected)
         graph.destroy()
         with capture() as graph, Operations() as operations:
-            words(100)
+            words(100, phases=True)
         assert operations.names == []
         graph.destroy()
 

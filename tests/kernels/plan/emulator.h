@@ -10,7 +10,7 @@
 struct Index {
   unsigned x = 0;
 };
-inline Index threadIdx, blockIdx;
+inline Index threadIdx, blockIdx, gridDim;
 
 inline int __any_sync(unsigned, int predicate) {
   return predicate;
