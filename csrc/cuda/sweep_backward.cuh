@@ -19,7 +19,7 @@ namespace cuda {
 // Requires   all blocks resident at once, unless a tile is one block's; 16- or 32-bit values; a mask
 //            only with a piecewise linear act
 template <typename V>
-__global__ void __launch_bounds__(kThreads, kShares)
+__global__ void __launch_bounds__(kThreads, kResident)
     sweep_backward_kernel(ResidentBackwardParams p) {
   using T = typename V::T;
   using A = Acc<T>;

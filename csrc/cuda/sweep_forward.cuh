@@ -17,7 +17,8 @@ namespace cuda {
 // Numerics   as resident_forward_kernel
 // Requires   all blocks resident at once, unless a tile is one block's; 16- or 32-bit values
 template <typename V>
-__global__ void __launch_bounds__(kThreads, kShares) sweep_forward_kernel(ResidentForwardParams p) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    sweep_forward_kernel(ResidentForwardParams p) {
   using T = typename V::T;
   using A = Acc<T>;
   using Iterator = TileIterator<V::kWidth, V::kMapping>;

@@ -88,8 +88,7 @@ struct Team {
 
 // How long a block that waits for its team sleeps between two looks, in ns: a fraction of the time
 // that a barrier takes, so that the multiprocessor's other block has the issue slots meanwhile. On an
-// H200 a barrier takes 1.5 to 1.6 us without this sleep, 1.7 to 1.8 us with it
-// (bench/results/h200-terms.json); what the other block gains is not yet measured.
+// H200 kernels take as long without it (bench/results/cuda-kernels.json).
 constexpr unsigned kSleep = 64;
 
 // A barrier of all threads of a team's blocks, which must all be resident at once; orders their
