@@ -109,6 +109,29 @@ struct ChannelGradients {
   }
 };
 
+// Sets the rows of TileTable that dx needs, by the total that thread i has of channel i of the tile, and if
+// `writes` writes the sums that the caller asked for. Every thread must call: there is a barrier, after
+// which every thread may read the table.
+template <typename Table, typename Params>
+__device__ __forceinline__ void set_gradients(const Table& table, const Params& p, int64_t tile,
+                                              int channels, const Pair& total, bool writes) {
+  using A = typename Table::A;
+  const int t = static_cast<int>(threadIdx.x);
+  const int64_t c = tile * channels + t;
+  A mean_dy = 0, proj_scale = 0;  // read but not used beyond the last channel
+  if (t < channels && c < p.shape.C) {
+    const ChannelGradients<A> gradients(p, c, total);
+    mean_dy = gradients.mean_dy;
+    proj_scale = gradients.rstd * gradients.mean_dy_xhat;
+    if (writes) gradients.write_sums(p, c);
+  }
+  if (t < channels) {
+    table.set(kMeanDy, t, mean_dy);
+    table.set(kProjScale, t, proj_scale);
+  }
+  __syncthreads();
+}
+
 // Calls f(g, x, offset) for each of the iterator's vectors, which it reads, and end_run() after each run.
 // The mask's cursor is where the iterator is. kAhead: as TileIterator::pipelined. kLastTime: whether
 // nobody reads dy and x after that.

@@ -103,19 +103,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
     sums.add_all(affines, [&](auto f, auto end_run) { for_each_used(f, end_run, [](int) {}); });
     Pair total = chunk_sum(sums.sum, start(), tile_plan, p.shape);
     total = team_total<Iterator>(total, p.plan, shared, p.staging, team, round);
-    A mean_dy = 0, proj_scale = 0;
-    const int64_t c = channel();
-    if (t < channels && c < p.shape.C) {
-      const ChannelGradients<A> gradients(p, c, total);
-      mean_dy = gradients.mean_dy;
-      proj_scale = gradients.rstd * gradients.mean_dy_xhat;
-      if (team.rank == 0) gradients.write_sums(p, c);
-    }
-    if (t < channels) {
-      table.set(kMeanDy, t, mean_dy);
-      table.set(kProjScale, t, proj_scale);
-    }
-    __syncthreads();
+    set_gradients(table, p, tile, channels, total, /*writes=*/team.rank == 0);
 
     const GradientWriter<V> gradients(p, p.constant_statistics, /*evict_first=*/false, table);
     Iterator next = start_of(tile + p.plan.teams);

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   using Iterator = TileIterator<V::kWidth, V::kMapping>;
   using Cursor = MaskCursor<const uint8_t, V::kWidth, V::kMapping>;
   const TilePlan& tile_plan = p.plan.tile_plan;
-  const int channels = Iterator::channels_of_tile(tile_plan), t = static_cast<int>(threadIdx.x);
+  const int channels = Iterator::channels_of_tile(tile_plan);
   // Rebuilt on demand, which leaves registers for the sums.
   const auto start = [&] { return Iterator(p.shape, tile_plan, blockIdx.x); };
   const SharedLayout shared = shared_layout(V::kMapping, channels);
@@ -42,19 +42,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const Team team(start().tile, start().chunk, tile_plan.chunks);
   Pair total = chunk_sum(sums.sum, start(), tile_plan, p.shape);
   total = team_total<Iterator>(total, p.plan, shared, p.staging, team, /*round=*/0);
-  A mean_dy = 0, proj_scale = 0;
-  const int64_t c = start().tile * channels + t;
-  if (t < channels && c < p.shape.C) {
-    const ChannelGradients<A> gradients(p, c, total);
-    mean_dy = gradients.mean_dy;
-    proj_scale = gradients.rstd * gradients.mean_dy_xhat;
-    if (team.rank == 0) gradients.write_sums(p, c);
-  }
-  if (t < channels) {
-    table.set(kMeanDy, t, mean_dy);
-    table.set(kProjScale, t, proj_scale);
-  }
-  __syncthreads();
+  set_gradients(table, p, team.number, channels, total, /*writes=*/team.rank == 0);
 
   const GradientWriter<V> gradients(p, p.constant_statistics, tile_plan.evict_first, table);
   const Iterator it = start();
