@@ -76,15 +76,22 @@ def has_boost_context() -> bool:
 
 def compile_object(source: Path, flags: Sequence[str], includes: Sequence[Path]) -> Path:
     """The object of `source`; its name is a hash of everything in it but system headers."""
-    parts = [" ".join(flags).encode(), compiler_version(), bytes(source), source.read_bytes()]
-    parts += map(header_bytes, [HERE, *includes])
+    where = [argument for folder in [INCLUDE, *includes] for argument in ("-I", str(folder))]
+    language = ["-x", "c++"]
+    parts = [" ".join(flags).encode(), compiler_version()]
+    if source.suffix == ".cu":
+        # Kernels are hashed preprocessed, so that a change of a header, or a copy of the folder with
+        # one, compiles only those that see it.
+        seen = run_compiler([*flags, *where, *language, "-E", "-P", str(source)])
+        parts += [seen.stdout.encode(), seen.stderr.encode()]
+    else:
+        parts += [bytes(source), source.read_bytes(), *map(header_bytes, [HERE, *includes])]
     target = CACHE / f"{source.stem}-{digest(parts)}.o"
     if target.exists():
         return target
     CACHE.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(f".{os.getpid()}.o")
-    where = [argument for folder in [INCLUDE, *includes] for argument in ("-I", str(folder))]
-    done = run_compiler([*flags, *where, "-x", "c++", "-c", str(source), "-o", str(temporary)])
+    done = run_compiler([*flags, *where, *language, "-c", str(source), "-o", str(temporary)])
     if done.returncode != 0 or done.stderr:
         temporary.unlink(missing_ok=True)
         raise RuntimeError(f"{source} does not compile without errors and warnings:\n{done.stderr}")

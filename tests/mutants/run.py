@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.common import emulated  # noqa: E402
 
-# A mutant may leave a variable unused.
-FLAGS = [*emulated.FLAGS, "-w"]
+# A mutant may leave a variable unused. It runs once, which optimised code would not pay for.
+FLAGS = [*emulated.FLAGS, "-w", "-O0"]
 
 
 def fields(patch: str) -> dict[str, str]:
