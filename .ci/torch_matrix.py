@@ -37,6 +37,7 @@ VERSIONS = (
 )
 DEFAULT_TESTS = '-m "not slow"'
 COUNTS = ("passed", "failed", "skipped")
+SHOWN_LINES = 30  # of a failed step; the log has all
 
 
 class Failed(Exception):
@@ -172,6 +173,7 @@ class Trial:
             log.seek(start)
             output = log.read()
         if check and code != 0:
+            print(*output.splitlines()[-SHOWN_LINES:], sep="\n", flush=True)
             raise Failed(f"{name}: {first_error(output)}")
         return output
 

@@ -80,8 +80,8 @@ def compile_object(source: Path, flags: Sequence[str], includes: Sequence[Path])
     language = ["-x", "c++"]
     parts = [" ".join(flags).encode(), compiler_version()]
     if source.suffix == ".cu":
-        # Kernels are hashed preprocessed, so that a change of a header, or a copy of the folder with
-        # one, compiles only those that see it.
+        # Kernels are hashed preprocessed, so that a change of a header, or a changed copy of the
+        # folder, compiles only those that see it.
         seen = run_compiler([*flags, *where, *language, "-E", "-P", str(source)])
         parts += [seen.stdout.encode(), seen.stderr.encode()]
     else:
