@@ -5,34 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import pickle
 from collections import deque
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 import bnorm_ext
-from bnorm_ext.fuse.fused_module import _FUSION
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
-
-    def forward(self, x):
-        return self.act(self.bn(self.conv(x)))
-
-
-def images(dtype=torch.float32):
-    return torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def reasons(report):
-    return "; ".join(reason for _, reason in report.not_traced)
+from tests.common.fuse_block import Block, images, reasons
 
 
 class Skip(Block):
@@ -136,27 +118,6 @@ def test_modes_that_a_forward_asks_for(question):
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with context():
             torch.testing.assert_close(fused(images()), net(images()))
-
-
-def test_files_are_not_opened(tmp_path):
-    class Opens(Block):
-        def forward(self, x):
-            with open(tmp_path / "log", "a") as file:
-                file.write("called\n")
-            return self.act(self.bn(self.conv(x)))
-
-    _, report = bnorm_ext.fuse_batchnorm_act(Opens())
-    assert "opens a file" in reasons(report)
-    assert not (tmp_path / "log").exists()
-
-
-def test_graph_modules_stay_what_they_are():
-    net = fx.symbolic_trace(nn.Sequential(Block(), Block())).eval()
-    fused, report = bnorm_ext.fuse_batchnorm_act(net)
-    assert "a graph of torch.fx" in reasons(report)
-    fused.recompile()
-    for other in (fused, copy.deepcopy(fused), fused.eval()):
-        torch.testing.assert_close(other(images()), net(images()))
 
 
 class InPlaceOperator(Block):
@@ -319,17 +280,6 @@ def test_modules_in_different_modes():
     torch.testing.assert_close(fused(images()), net(images()))
 
 
-def test_containers_in_attributes_survive_copying():
-    fused, _ = bnorm_ext.fuse_batchnorm_act(Configured().eval())
-    for net in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        fusion = vars(net)[_FUSION]
-        called = [None] * len(fusion.program.modules)
-        assert fusion.guard.check(net, called)  # so that the graph runs
-        net.config.scale = 2.0
-        assert not fusion.guard.check(net, called)
-        net.config.scale = 1.0
-
-
 class Falls(Block):
     def forward(self, x):
         try:
@@ -378,27 +328,3 @@ def test_cleaning_up_is_no_handling():
     _, report = bnorm_ext.fuse_batchnorm_act(Finally())
     assert report.not_traced == []
     assert report.fused
-
-
-def test_classes_that_others_have_made_stay():
-    fused, _ = bnorm_ext.fuse_batchnorm_act(Block().eval())
-    expected = fused(images())
-    made = type("Wrapped", (type(fused),), {})
-    fused.__class__ = made
-    bnorm_ext.revert_batchnorm(fused)
-    assert type(fused) is made
-    assert type(fused.bn) is nn.BatchNorm2d
-    assert _FUSION not in vars(fused)
-    torch.testing.assert_close(fused(images()), expected)
-
-
-class HasUnfuse(Block):
-    def unfuse(self):
-        return "own"
-
-
-def test_a_method_of_the_model_is_not_hidden():
-    fused, report = bnorm_ext.fuse_batchnorm_act(HasUnfuse())
-    assert report.fused
-    assert fused.unfuse() == "own"
-    assert type(bnorm_ext.revert_batchnorm(fused)) is HasUnfuse
