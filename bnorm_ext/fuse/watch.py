@@ -10,10 +10,12 @@ from __future__ import annotations
 import builtins
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import random
 import sys
+import threading
 import time
 import types
 import warnings
@@ -155,6 +157,9 @@ def watching(observer: Observer) -> Iterator[None]:
 
     The profiler hook ends with the first exception that it raises. One fault is enough: ``fault``
     has noted it, even if the code catches the exception.
+
+    What runs inside of a garbage collection is not the code's: finalizers of objects that anybody
+    left behind earlier, which may close files, warn or log.
     """
     functions = {_code(cls.forward): cls.__name__ for cls in _subclasses(torch.autograd.Function)}
     seen, fault = observer.seen, observer.fault
@@ -208,7 +213,16 @@ def watching(observer: Observer) -> Iterator[None]:
             if issubclass(owner, datetime.date) and called.__name__ in _NOW:
                 raise fault(_CLOCK)
 
+    thread, collecting = threading.get_ident(), False
+
+    def collection(phase: str, _: dict[str, int]) -> None:
+        nonlocal collecting
+        if threading.get_ident() == thread:
+            collecting = phase == "start"
+
     def watch(frame: types.FrameType, event: str, argument: Any) -> None:
+        if collecting:
+            return
         if event == "call":
             called_python(frame)
         elif event == "c_call":
@@ -218,11 +232,13 @@ def watching(observer: Observer) -> Iterator[None]:
             if asked:
                 observer.answers(asked, frame.f_locals)
 
+    gc.callbacks.append(collection)
     sys.setprofile(watch)
     try:
         yield
     finally:
         sys.setprofile(None)
+        gc.callbacks.remove(collection)
 
 
 def _is_generator(value: Any) -> bool:

@@ -77,7 +77,7 @@ class ActNet(Net):
 
 def fuse(model: nn.Module) -> nn.Module:
     fused, report = bnorm_ext.fuse_batchnorm_act(model)
-    assert [name for name, *_ in report.fused] == ["bn1", "bn2", "bn3"]
+    assert [name for name, *_ in report.fused] == ["bn1", "bn2", "bn3"], report
     return fused
 
 
