@@ -159,7 +159,7 @@ def watching(observer: Observer) -> Iterator[None]:
     has noted it, even if the code catches the exception.
 
     What runs inside of a garbage collection is not the code's: finalizers of objects that anybody
-    left behind earlier, which may close files, warn or log.
+    left behind earlier, which may close files, warn or log, and callbacks that read the clock.
     """
     functions = {_code(cls.forward): cls.__name__ for cls in _subclasses(torch.autograd.Function)}
     seen, fault = observer.seen, observer.fault
@@ -215,10 +215,15 @@ def watching(observer: Observer) -> Iterator[None]:
 
     thread, collecting = threading.get_ident(), False
 
-    def collection(phase: str, _: dict[str, int]) -> None:
+    def before_collection(phase: str, _: dict[str, int]) -> None:
         nonlocal collecting
-        if threading.get_ident() == thread:
-            collecting = phase == "start"
+        if phase == "start" and threading.get_ident() == thread:
+            collecting = True
+
+    def after_collection(phase: str, _: dict[str, int]) -> None:
+        nonlocal collecting
+        if phase == "stop" and threading.get_ident() == thread:
+            collecting = False
 
     def watch(frame: types.FrameType, event: str, argument: Any) -> None:
         if collecting:
@@ -232,13 +237,16 @@ def watching(observer: Observer) -> Iterator[None]:
             if asked:
                 observer.answers(asked, frame.f_locals)
 
-    gc.callbacks.append(collection)
+    # The first and the last, so that the callbacks of others run between them.
+    gc.callbacks.insert(0, before_collection)
+    gc.callbacks.append(after_collection)
     sys.setprofile(watch)
     try:
         yield
     finally:
         sys.setprofile(None)
-        gc.callbacks.remove(collection)
+        gc.callbacks.remove(before_collection)
+        gc.callbacks.remove(after_collection)
 
 
 def _is_generator(value: Any) -> bool:

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import time
 from types import SimpleNamespace
 
 import torch
@@ -95,12 +96,13 @@ class LeftBehind:
         LeftBehind.ended += 1
 
 
-def test_finalizers_that_run_meanwhile_are_not_the_forwards():
-    class Collects(Block):
-        def forward(self, x):
-            gc.collect()  # as may happen at any allocation
-            return super().forward(x)
+class Collects(Block):
+    def forward(self, x):
+        gc.collect()  # as may happen at any allocation
+        return super().forward(x)
 
+
+def test_finalizers_that_run_meanwhile_are_not_the_forwards():
     net, ended = Collects(), LeftBehind.ended
     gc.disable()
     try:
@@ -109,5 +111,22 @@ def test_finalizers_that_run_meanwhile_are_not_the_forwards():
     finally:
         gc.enable()
     assert LeftBehind.ended == ended + 1
+    assert report.not_traced == []
+    assert report.fused
+
+
+def test_callbacks_of_the_garbage_collector_are_not_the_forwards():
+    phases = []
+
+    def timer(phase, info):
+        phases.append((phase, time.perf_counter()))
+
+    gc.callbacks.append(timer)
+    try:
+        _, report = bnorm_ext.fuse_batchnorm_act(Collects())
+        assert gc.callbacks[-1] is timer
+    finally:
+        gc.callbacks.remove(timer)
+    assert {phase for phase, _ in phases} == {"start", "stop"}
     assert report.not_traced == []
     assert report.fused
