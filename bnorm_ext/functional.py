@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from . import _transforms
 from ._arguments import Arguments
-from ._compat import FORWARD_LEVEL, FORWARD_STATE, transforms_active
+from ._compat import FORWARD_LEVEL, FORWARD_STATE, is_exporting, transforms_active
 from ._cuda import has_code, has_code_while_tracing
 from ._load import warn_without_cuda_kernels
 from ._ops import ASKED_DEVICES, KERNEL_DEVICES
@@ -130,7 +130,7 @@ def batch_norm(
                 and not has_code_while_tracing(input.device.index)
             )
             or type(input) not in (Tensor, Parameter)
-            or torch.compiler.is_exporting()
+            or is_exporting()
             or (training and counts_apart(num_batches_tracked, input))
         )
         return _native(call) if native else _compiled(call)
@@ -144,7 +144,7 @@ def batch_norm(
         tracing = torch.jit.is_tracing()
         if (
             tracing
-            or torch.compiler.is_exporting()
+            or is_exporting()
             or _takes_native_path(input)
             # Which eps is too small depends on the version of torch: left to native.
             or eps <= 0
@@ -264,7 +264,7 @@ def _native(call: Arguments) -> Tensor:
         momentum = 1.0 / float(counter.detach().clone().add_(1))
     # In a recorded graph it is incremented first, as by native's modules: quantisation tools match
     # patterns in that order.
-    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    recorded = is_exporting() or torch.jit.is_tracing()
     if recorded and counter is not None:
         counter.add_(1)
     # By name: torch.compile of torch 2.8 cannot slice a named tuple.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,10 +73,12 @@ class _BatchNormActMixin(_BatchNormMixin):
     @property
     def eps(self) -> float:
         # A tool that builds another layer from the attributes of a batch norm reads eps. It does
-        # not know of the activation and would drop it silently, so it gets an error instead.
-        name = sys._getframe(1).f_globals.get("__name__", "")
-        if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
-            self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
+        # not know of the activation and would drop it silently, so it gets an error instead. No
+        # such tool is traced by Dynamo, which cannot trace sys._getframe before torch 2.9.
+        if not torch.compiler.is_dynamo_compiling():
+            name = sys._getframe(1).f_globals.get("__name__", "")
+            if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
+                self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
         held: Any = self.__dict__["eps"] if "eps" in self.__dict__ else self.__getattr__("eps")
         value: float = held
         return value

@@ -41,6 +41,9 @@ NAMES: dict[str, str] = {
     "torch.nn.Module._modules": "slower: children are found by named_modules",
     "torch.nn.Module._call_impl": "fusing is refused; a graph calls the function, not the module",
     "torch.nn.Module._compiled_call_impl": "fusing is refused",
+    "torch.compiler._is_exporting_flag": (
+        "slower with torch 2.8 to 2.11: torch.compile takes torch's batch norm everywhere"
+    ),
     "torch.distributed.distributed_c10d._resolve_process_group": (
         "SyncBatchNorm does not check that all ranks run the same layer"
     ),
@@ -56,6 +59,23 @@ def process_group_named(name: str) -> Any:
         return None
     resolve = getattr(torch.distributed.distributed_c10d, "_resolve_process_group", None)
     return None if resolve is None else resolve(name)
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+_HAS_EXPORTING_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def is_exporting() -> bool:
+    """Whether torch.export records what is called.
+
+    torch.compiler.is_exporting says so too, but while Dynamo of torch 2.8 to 2.11 traces for
+    torch.compile it is always True. The variable behind it is right there.
+    """
+    if _HAS_EXPORTING_FLAG:
+        exporting: bool = torch.compiler._is_exporting_flag
+        return exporting
+    return torch.compiler.is_exporting()
 
 
 # --- transforms -----------------------------------------------------------------------------------

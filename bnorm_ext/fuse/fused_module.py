@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from .._compat import is_exporting
 from .._compat.modules import change_class, has_global_module_hooks
 from .copying import copy_with_same_tensors
 from .guards import Guard
@@ -117,10 +118,10 @@ fused_class = cast(
 def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a tool is tracing or exporting. It has to see the modules, not the graph."""
     if torch.compiler.is_dynamo_compiling():
-        return torch.compiler.is_exporting()
+        return is_exporting()
     return (
         torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
+        or is_exporting()
         or any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))
     )
 
