@@ -15,8 +15,9 @@ def as_floats(training: bool, momentum: Any, eps: Any, counter: Any) -> tuple[An
     given = (0.0 if cumulative else momentum, eps)
     if not all(isinstance(value, (int, float)) for value in given):
         F.batch_norm(torch.empty(0, 1), None, None, None, None, training, *given)
+    number = float(eps)
     # An eps that is too small stays as it is, because native's error shows it.
-    return None if cumulative else float(momentum), eps if eps <= 0 else float(eps)
+    return None if cumulative else float(momentum), eps if number <= 0 else number
 
 
 def counts_apart(counter: Any, input: Any) -> bool:

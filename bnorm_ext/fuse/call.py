@@ -37,7 +37,8 @@ ADDITIONS: dict[str, Callable[[Any, Any], Any]] = {
 CHANGES_RESIDUAL = ("r += y", "r.add_(y)")
 
 # Tested first, because it costs least.
-_WITHOUT_ACT = frozenset({BatchNorm1d, BatchNorm2d, BatchNorm3d})
+# A tuple, because Dynamo of torch 2.8 does not look for a class in a frozenset.
+_WITHOUT_ACT = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 def batch_norm_add_act(

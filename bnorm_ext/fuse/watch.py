@@ -27,10 +27,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from .bytecode import Questions, asks_for_types, handles_exceptions, questions
 from .process_state import DRAWS
 
+_CHECKPOINTS = "checkpoints, or hooks the tensors saved for backward"
 _GRADIENTS = "switches gradients on or off"
 _SEEDS = "seeds a random number generator"
 _CLOCK = "reads the clock, which tracing would freeze"
@@ -48,7 +50,8 @@ def _code(function: Any) -> types.CodeType | None:
 # Code of Python functions -> what a forward does that calls them.
 _CALLS: dict[types.CodeType | None, str] = {
     _code(torch.autocast.__enter__): "enters the context autocast",
-    _code(saved_tensors_hooks.__enter__): "checkpoints, or hooks the tensors saved for backward",
+    _code(checkpoint): _CHECKPOINTS,
+    _code(saved_tensors_hooks.__enter__): _CHECKPOINTS,
     _code(torch.no_grad.__enter__): _GRADIENTS,
     _code(torch.enable_grad.__enter__): _GRADIENTS,
     _code(torch.set_grad_enabled.__init__): _GRADIENTS,
