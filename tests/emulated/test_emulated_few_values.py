@@ -1,0 +1,44 @@
+"""Two to four values per channel, where the rounding of the mean does not average out: the kernels
+account for what it leaves out, in both directions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bnorm_ext.bench import promise
+from tests.common import emulated
+from tests.common.cases import assert_kept, case, normal
+from tests.common.emulated import Epilogue
+from tests.common.emulated_cases import known, native, without_kinks
+
+PATHS = [
+    pytest.param(dtype, path, id=f"{str(dtype).removeprefix('torch.')}-{path}")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    for path in (("two_pass",) if dtype == torch.float64 else ("two_pass", "block"))
+]
+SHAPES = [
+    pytest.param((2, 40), "contiguous", id="rows"),
+    pytest.param((3, 7), "contiguous", id="odd rows"),
+    pytest.param((1, 6, 1, 4), "contiguous", id="positions"),
+    pytest.param((1, 8, 3, 1), "contiguous", id="groups of channels"),
+    pytest.param((2, 16, 1, 2), "channels_last", id="channels last"),
+]
+ACTS = ["identity", "relu", "silu", "hardswish"]
+
+
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
+@pytest.mark.parametrize(("dtype", "path"), PATHS)
+def test_bounds(dtype: torch.dtype, path: str, shape: tuple[int, ...], layout: str) -> None:
+    """Both bounds, and the second as if the mean was 0: its rounding reaches no result."""
+    for i, act in enumerate(ACTS):
+        for mean in (3.0, 1e3 if dtype == torch.bfloat16 else 1e4):
+            c = case(normal(shape, 50 + i, mean), dtype, layout=layout, seed=i)
+            residual = torch.empty_like(c.x).copy_(normal(shape, i)) if i % 2 else None
+            e = Epilogue(act, 0.1, residual)
+            c = without_kinks(c, e)
+            m = promise.measure(c, known(e))
+            ours = emulated.run(c, e, path=path)
+            ours = {name: t for name, t in ours.items() if name in m.reference}
+            m = m._replace(ratio=torch.zeros_like(m.ratio))
+            assert_kept(promise.shares(ours, native(c, e), m, known(e)))
