@@ -30,7 +30,7 @@ ACTS = ["identity", "relu", "silu", "hardswish"]
 @pytest.mark.parametrize(("shape", "layout"), SHAPES)
 @pytest.mark.parametrize(("dtype", "path"), PATHS)
 def test_bounds(dtype: torch.dtype, path: str, shape: tuple[int, ...], layout: str) -> None:
-    """Both bounds, and the second as if the mean was 0: its rounding reaches no result."""
+    """Both bounds. The second does not depend on the mean: its rounding reaches no result."""
     for i, act in enumerate(ACTS):
         for mean in (3.0, 1e3 if dtype == torch.bfloat16 else 1e4):
             c = case(normal(shape, 50 + i, mean), dtype, layout=layout, seed=i)
@@ -40,5 +40,4 @@ def test_bounds(dtype: torch.dtype, path: str, shape: tuple[int, ...], layout: s
             m = promise.measure(c, known(e))
             ours = emulated.run(c, e, path=path)
             ours = {name: t for name, t in ours.items() if name in m.reference}
-            m = m._replace(ratio=torch.zeros_like(m.ratio))
             assert_kept(promise.shares(ours, native(c, e), m, known(e)))
