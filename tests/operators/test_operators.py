@@ -162,3 +162,28 @@ def test_in_place_update_counts_as_one(device):
     before = [t._version for t in buffers]
     ops.batch_norm_training(a.x, None, None, None, *buffers, 0.1, 1e-5)
     assert [t._version for t in buffers] == [v + 1 for v in before]
+
+
+def test_mean_with_and_without_what_rounding_has_left_out(device):
+    """Both forms are taken; the second row changes what x - mean gives."""
+    a = Arguments((4, 3, 5, 5), device)
+    zeros = torch.zeros_like(a.mean)
+    rest = torch.full_like(a.mean, 2**-30)
+
+    def results(mean):
+        given = (a.weight, a.bias, mean, a.rstd)
+        y, _ = ops.batch_norm_apply(a.x, None, *given)
+        sums = ops.batch_norm_backward_reduce(a.dy, a.x, None, *given, None)
+        dx, _ = ops.batch_norm_backward_apply(a.dy, a.x, None, *given, None, *sums)
+        return y, *sums, dx
+
+    alone, exact = results(a.mean), results(torch.stack([a.mean, zeros]))
+    assert all(map(torch.equal, alone, exact))
+    moved = results(torch.stack([a.mean, 2**20 * rest]))
+    for one, other in zip(moved, results(a.mean + 2**20 * rest), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    both = torch.stack([a.mean, zeros])
+    for wrong in (both.repeat(2, 1), both[:, :-1], both[None], both.t().contiguous().t(),
+                  both.half(), a.mean[None]):  # fmt: skip
+        with pytest.raises(RuntimeError, match="mean must be 3 contiguous values"):
+            results(wrong)
