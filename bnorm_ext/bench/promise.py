@@ -105,26 +105,10 @@ def _broadcast(t: Tensor, like: Tensor) -> Tensor:
     return t.double().reshape(1, -1, *[1] * (like.dim() - 2))
 
 
-def _sum(t: Tensor) -> Tensor:
-    """(N, C, ...) -> (C,), with what additions in float64 round off (Knuth's TwoSum): plain sums
-    are too rough to measure those of float64 by."""
-    t = t.transpose(0, 1).flatten(1)
-    lost = torch.zeros_like(t[:, 0])
-    while t.shape[1] > 1:
-        half = t.shape[1] // 2
-        a, b, rest = t[:, :half], t[:, half : 2 * half], t[:, 2 * half :]
-        s = a + b
-        part = s - a
-        lost = lost + ((a - (s - part)) + (b - part)).sum(1)
-        t = torch.cat([s, rest], 1)
-    # Where a value is infinite, what it has lost is NaN.
-    return t[:, 0] + lost.where(lost.isfinite(), 0)
-
-
 def pre_activation(c: Case, e: Epilogue = PLAIN) -> Tensor:
     """z in float64."""
     z = batch_norm_reference(
-        c.x, c.running_mean, c.running_var, c.weight, c.bias, c.training, 0, c.eps
+        c.x, c.running_mean, c.running_var, c.weight, c.bias, c.training, 0, c.eps, careful=True
     ).y
     return z if e.residual is None else z + e.residual.double()
 
@@ -140,12 +124,16 @@ def slope_at(z: Tensor, e: Epilogue) -> Tensor:
 def measure(c: Case, e: Epilogue = PLAIN) -> Measure:
     """The float64 results of a case and the scales that errors are relative to."""
     statistics = (c.running_mean, c.running_var)
-    f = batch_norm_reference(c.x, *statistics, c.weight, c.bias, c.training, c.momentum, c.eps)
-    plain = batch_norm_reference(c.x, *statistics, None, None, c.training, 0, c.eps)
+    f = batch_norm_reference(
+        c.x, *statistics, c.weight, c.bias, c.training, c.momentum, c.eps, careful=True
+    )
+    plain = batch_norm_reference(c.x, *statistics, None, None, c.training, 0, c.eps, careful=True)
     dims = [0, *range(2, c.x.dim())]
     z, dy, xhat = pre_activation(c, e), c.dy.double(), per_channel(plain.y)
     g = dy if e.act == "identity" else dy * slope_at(z, e)
-    b = batch_norm_backward_reference(g, c.x, *statistics, c.weight, c.training, c.eps)
+    b = batch_norm_backward_reference(
+        g, c.x, *statistics, c.weight, c.training, c.eps, careful=True
+    )
     weight = torch.ones_like(f.mean) if c.weight is None else c.weight.double().flatten().abs()
     of_z = weight * xhat
     if c.bias is not None:
@@ -162,10 +150,9 @@ def measure(c: Case, e: Epilogue = PLAIN) -> Measure:
     if e.residual is not None:
         reference["dresidual"], scale["dresidual"] = g, per_channel(of_g)
     if c.weight is not None:
-        reference["dweight"] = _sum(g * plain.y)
-        scale["dweight"] = (of_g * plain.y.abs()).sum(dims)
+        reference["dweight"], scale["dweight"] = b.dweight, (of_g * plain.y.abs()).sum(dims)
     if c.bias is not None:
-        reference["dbias"], scale["dbias"] = _sum(g), of_g.sum(dims)
+        reference["dbias"], scale["dbias"] = b.dbias, of_g.sum(dims)
     m = abs(c.momentum) if c.training else 0.0
     keep = abs(1 - c.momentum) if c.training else 1.0
     if f.running_mean is not None and c.running_mean is not None:

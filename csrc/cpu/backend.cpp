@@ -234,9 +234,9 @@ void run_backward(const BackwardCall& c, bool constant_statistics, const Backwar
     }
     const auto set_coefficients = [&](int64_t i, double g_mean, double g_xhat_mean) {
       // x - mean - rest in dx: what the rest gives goes into the constant term.
-      const A rest = known_rest<A>(c.statistics, i);
-      k1[i] = static_cast<A>(less_rest(g_mean, rest, rstd[i] * g_xhat_mean));
+      const A rest = known_rest<A>(c.statistics, i), mean = static_cast<A>(g_mean);
       k2[i] = static_cast<A>(g_xhat_mean);
+      k1[i] = static_cast<A>(less_rest(mean, rest, rstd[i] * k2[i]));
       scale[i] = static_cast<A>(get_or(c.weight, i, 1)) * rstd[i];
     };
     const auto sums = kernels().sums[static_cast<int>(c.in.dtype)];
