@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bnorm_ext.bench import promise
+from bnorm_ext.bench import numerics, promise
+from bnorm_ext.bench.cases import DTYPES
 from tests.common import emulated
 from tests.common.cases import assert_kept, case, normal
 from tests.common.emulated import Epilogue
@@ -41,3 +42,19 @@ def test_bounds(dtype: torch.dtype, path: str, shape: tuple[int, ...], layout: s
             ours = emulated.run(c, e, path=path)
             ours = {name: t for name, t in ours.items() if name in m.reference}
             assert_kept(promise.shares(ours, native(c, e), m, known(e)))
+
+
+@pytest.mark.parametrize("path", ["two_pass", None])
+def test_random_small_cases(path: str | None) -> None:
+    """Those of `bench.numerics` with up to 64 values per channel: all dtypes, layouts, activations."""
+    broken = []
+    for i in range(200):
+        d = numerics.draw(11, i, list(DTYPES), numerics.COUNTS[:2])
+        c, given = numerics.made(d, 11)
+        e = Epilogue(given.act, given.slope, given.residual)
+        m = promise.measure(c, given)
+        ours = emulated.run(c, e, path=path)
+        ours = {name: t for name, t in ours.items() if name in m.reference}
+        found = promise.shares(ours, native(c, e), m, given)
+        broken += [f"{d}: {n} {s}" for n, s in found.items() if s.beside > 1 or s.alone > 1]
+    assert not broken, "\n" + "\n".join(broken)
