@@ -46,7 +46,7 @@ def test_bounds(dtype: torch.dtype, path: str, shape: tuple[int, ...], layout: s
 
 @pytest.mark.parametrize("path", ["two_pass", None])
 def test_random_small_cases(path: str | None) -> None:
-    """Those of `bench.numerics` with up to 64 values per channel: all dtypes, layouts, activations."""
+    """Those of `bench.numerics` with up to 64 values per channel, in every dtype and layout."""
     broken = []
     for i in range(200):
         d = numerics.draw(11, i, list(DTYPES), numerics.COUNTS[:2])
