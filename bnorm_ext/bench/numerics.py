@@ -225,7 +225,7 @@ def parser(command: str) -> Parser:
                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = p.add_argument
     add("--quick", action="store_true", help="few cases: less than half a minute")
-    add("--cases", type=whole(1), metavar="N", help="default: 20000, with --quick 1500")
+    add("--cases", type=whole(1), metavar="N", help="default: 20000, with --quick 1000")
     add("--seed", type=whole(0, 2**31), default=0)
     add("--dtype", nargs="+", metavar="D", help=f"{', '.join(DTYPES)}; default: all")
     add("--small", action="store_true", help=f"at most {COUNTS[-2][1]} values per channel")
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         torch.empty(0, device=o.device)
     except (ValueError, RuntimeError) as error:
         p.error(str(error))
-    count = o.cases or (1500 if o.quick else 20000)
+    count = o.cases or (1000 if o.quick else 20000)
     counts = COUNTS[:-1] if o.small else COUNTS
     started = time.monotonic()
     tables = (
