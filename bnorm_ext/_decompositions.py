@@ -77,6 +77,15 @@ def fold_vector(t: Tensor | None, dim: int | None, B: int) -> Tensor | None:
     return t.reshape(-1).clone()  # not a view: the caller copies updates back itself
 
 
+def fold_mean(t: Tensor, dim: int | None, B: int) -> Tensor:
+    """As `fold_vector`, for a mean: (C,), or (2, C) as `batch_norm_training` returns it."""
+    if dim is None:
+        t = t.unsqueeze(-2).expand(*t.shape[:-1], B, -1)
+    else:
+        t = t.movedim(dim, -2)
+    return t.flatten(-2).contiguous()
+
+
 def unfold(x: Tensor, B: int) -> Tensor:
     """(N, B * C, ...) -> (N, B, C, ...)."""
     unfolded: Tensor = x.unflatten(1, (B, -1))

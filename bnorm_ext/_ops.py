@@ -76,6 +76,11 @@ def _statistic(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty((x.shape[1],), dtype=dtype or _accumulation_type(x.dtype))
 
 
+def _mean(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """As ``mean_like`` in ``csrc/tensors.cpp``."""
+    return x.new_empty((2, x.shape[1]), dtype=dtype or _accumulation_type(x.dtype))
+
+
 def _mask(a: SimpleNamespace) -> Tensor:
     wanted = a.save_mask and a.residual is not None and a.act in PIECEWISE and a.x.numel() != 0
     mask: Tensor = a.x.new_empty((_mask_bytes(a.x) if wanted else 0,), dtype=torch.uint8)
@@ -135,12 +140,12 @@ def _gradient_of_residual(a: SimpleNamespace) -> Tensor | None:
 
 def _merged(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
     acc = _accumulation_type(a.dtype)
-    return _statistic(a.mean, acc), _statistic(a.mean, acc)
+    return _mean(a.mean, acc), _statistic(a.mean, acc)
 
 
 #: The fakes, of the operator's arguments by the names that the schema gives them.
 _FAKES: dict[str, Callable[[SimpleNamespace], tuple[Tensor | None, ...]]] = {
-    "batch_norm_training": lambda a: (_output(a.x), _statistic(a.x), _statistic(a.x), _mask(a)),
+    "batch_norm_training": lambda a: (_output(a.x), _mean(a.x), _statistic(a.x), _mask(a)),
     "batch_norm_inference": lambda a: (_output(a.x), _mask(a)),
     "batch_norm_backward": _gradients,
     "batch_norm_stats": lambda a: (_statistic(a.x, torch.double), _statistic(a.x, torch.double)),

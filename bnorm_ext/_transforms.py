@@ -21,7 +21,15 @@ from torch.autograd import forward_ad
 
 from . import _compat, _refusals
 from ._arguments import Arguments
-from ._decompositions import Normalised, accumulation_type, fold, fold_vector, per_channel, unfold
+from ._decompositions import (
+    Normalised,
+    accumulation_type,
+    fold,
+    fold_mean,
+    fold_vector,
+    per_channel,
+    unfold,
+)
 from .activations import check_residual, compose
 
 
@@ -178,7 +186,8 @@ class _Forward(torch.autograd.Function):
                     t.copy_(all_new[0]) if d is None else t.movedim(d, 0).copy_(all_new)
             if counter is not None:
                 counter.add_(1)
-        return (unfold(y, B), mean.reshape(B, -1), rstd.reshape(B, -1)), (1, 0, 0)
+        means = mean.unflatten(-1, (B, -1))
+        return (unfold(y, B), means, rstd.reshape(B, -1)), (1, means.dim() - 2, 0)
 
 
 class _Backward(torch.autograd.Function):
@@ -268,8 +277,8 @@ class _Backward(torch.autograd.Function):
         g, w = dy.to(acc), per_channel(weight, x)
         p_g = n.project(g)
         t_dx = torch.zeros_like(n.xhat)
-        t_dweight = torch.zeros_like(mean)
-        t_dbias = torch.zeros_like(mean)
+        t_dweight = torch.zeros_like(rstd)
+        t_dbias = torch.zeros_like(rstd)
         if ddy is not None:
             v = ddy.to(acc)
             t_dx = t_dx + w * n.rstd * n.project(v)
@@ -295,8 +304,9 @@ class _Backward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         B = info.batch_size
         dy, x = (fold(t, d, B) for t, d in zip(args[:2], in_dims[:2], strict=True))
-        vectors = [fold_vector(t, d, B) for t, d in zip(args[2:6], in_dims[2:6], strict=True)]
-        dx, dweight, dbias = _Backward.apply(dy, x, *vectors, *args[6:])
+        weight, bias, rstd = (fold_vector(args[i], in_dims[i], B) for i in (2, 3, 5))
+        mean = fold_mean(args[4], in_dims[4], B)
+        dx, dweight, dbias = _Backward.apply(dy, x, weight, bias, mean, rstd, *args[6:])
         return (
             None if dx is None else unfold(dx, B),
             None if dweight is None else dweight.reshape(B, -1),

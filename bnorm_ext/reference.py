@@ -51,17 +51,42 @@ def _per_channel(t: Tensor, x: Tensor) -> Tensor:
     return t.detach().double().reshape(1, -1, *[1] * (x.dim() - 2))
 
 
-def _normalise(x: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> _Normalised:
+def _sum(t: Tensor, careful: bool) -> Tensor:
+    """(N, C, ...) -> (C,). Careful: with what the additions round off (Knuth's TwoSum), because to
+    results in float64 a plain sum of thousands of values is no reference."""
+    if not careful or t.numel() == 0:
+        return t.sum(_dims(t))
+    t = t.transpose(0, 1).flatten(1)
+    lost = torch.zeros_like(t[:, 0])
+    while t.shape[1] > 1:
+        half = t.shape[1] // 2
+        a, b, rest = t[:, :half], t[:, half : 2 * half], t[:, 2 * half :]
+        s = a + b
+        part = s - a
+        lost = lost + ((a - (s - part)) + (b - part)).sum(1)
+        t = torch.cat([s, rest], 1)
+    # Where a value is infinite, what it has lost is NaN.
+    return t[:, 0] + lost.where(lost.isfinite(), 0)
+
+
+def _mean(t: Tensor, careful: bool) -> Tensor:
+    """(N, C, ...) -> (1, C, 1, ...)"""
+    return _per_channel(_sum(t, careful) / (t.numel() / t.shape[1]), t)
+
+
+def _normalise(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, eps: float, careful: bool
+) -> _Normalised:
     """Normalises by the given statistics or, if they are None, by those of the batch."""
     x = x.detach().double()
     if mean is None or var is None:
         # The mean is subtracted in two parts. A mean that is much larger than the deviations would
         # otherwise be rounded to float64 first, and for float64 input that error matters.
-        shift = x.mean(_dims(x), keepdim=True)
-        rest = (x - shift).mean(_dims(x), keepdim=True)
+        shift = _mean(x, careful)
+        rest = _mean(x - shift, careful)
         centred = (x - shift) - rest
         m = shift + rest
-        v = centred.square().mean(_dims(x), keepdim=True)
+        v = _mean(centred.square(), careful)
     else:
         m, v = _per_channel(mean, x), _per_channel(var, x)
         centred = x - m
@@ -78,6 +103,8 @@ def batch_norm_reference(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    careful: bool = False,
 ) -> ForwardReference:
     """The forward pass: ``y = (x - mean) * rstd * weight + bias`` per channel (arXiv:1502.03167,
     algorithm 1).
@@ -87,11 +114,13 @@ def batch_norm_reference(
         training: whether to normalise by the statistics of the batch.
         momentum: weight of the batch in the new running statistics. For a cumulative average it is
             1 / (number of batches, this one included).
+        careful: whether sums are exact to the last bit or two, for results in float64; slower.
 
     Returns:
         The results, with the new running statistics; no argument is changed.
     """
-    n = _normalise(x, *(None, None) if training else (running_mean, running_var), eps)
+    statistics = (None, None) if training else (running_mean, running_var)
+    n = _normalise(x, *statistics, eps, careful)
     y = n.xhat
     if weight is not None:
         y = y * _per_channel(weight, x)
@@ -115,20 +144,23 @@ def batch_norm_backward_reference(
     weight: Tensor | None = None,
     training: bool = False,
     eps: float = 1e-5,
+    *,
+    careful: bool = False,
 ) -> BackwardReference:
     """The gradients for dy (N, C, ...), from the arguments of the forward pass.
 
     In training the statistics depend on x, which gives the two projections; in inference they are
     constants.
     """
-    n = _normalise(x, *(None, None) if training else (running_mean, running_var), eps)
+    statistics = (None, None) if training else (running_mean, running_var)
+    n = _normalise(x, *statistics, eps, careful)
     dy = dy.detach().double()
     dx = dy
     if training:
-        along_mean = dy.mean(_dims(x), keepdim=True)
-        along_xhat = (dy * n.xhat).mean(_dims(x), keepdim=True)
+        along_mean = _mean(dy, careful)
+        along_xhat = _mean(dy * n.xhat, careful)
         dx = dy - along_mean - n.xhat * along_xhat
     dx = dx * n.rstd
     if weight is not None:
         dx = dx * _per_channel(weight, x)
-    return BackwardReference(dx, (dy * n.xhat).sum(_dims(x)), dy.sum(_dims(x)))
+    return BackwardReference(dx, _sum(dy * n.xhat, careful), _sum(dy, careful))

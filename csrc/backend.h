@@ -41,16 +41,16 @@ struct Backend {
   // device-specific.
   int64_t (*mask_bytes)(const Input& in);
 
-  // Training forward: mean and rstd ([C], acc) of the batch, y from them, running statistics and
-  // counter.
+  // Training forward: mean [2, C] (mean_like in tensors.h) and rstd [C] of the batch, both acc, y from
+  // them, running statistics and counter.
   void (*train)(ForwardCall& call, double eps, const RunningUpdate& running, const at::Tensor& mean,
                 const at::Tensor& rstd);
   // y from statistics that are known.
   void (*normalise)(ForwardCall& call, const Statistics& statistics);
   // mean and biased variance of x, both [C] in double.
   void (*statistics)(Input& in, const at::Tensor& mean, const at::Tensor& var);
-  // mean, var [W, C] and count [W] of W processes, contiguous, into mean and rstd ([C], acc) of all
-  // of them, running statistics and counter.
+  // mean, var [W, C] and count [W] of W processes, contiguous, into mean [2, C] and rstd [C], acc, of
+  // all of them, running statistics and counter.
   void (*merge)(const at::Tensor& mean, const at::Tensor& var, const at::Tensor& count, double eps,
                 const RunningUpdate& running, const at::Tensor& merged_mean,
                 const at::Tensor& merged_rstd);

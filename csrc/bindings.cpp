@@ -1,9 +1,10 @@
 // The table of contents: the operators torch.ops.bnorm_ext.* with the kernels behind them, and the
 // Python module _C with the facts that are only known at run time.
 //
-// Shapes: x, y, dy, dx, residual (N, C, ...); weight, bias and running statistics (C,); mean and
-// rstd (C,) in the accumulation type (float for 16-bit x). A tensor that was not asked for is
-// returned undefined.
+// Shapes: x, y, dy, dx, residual (N, C, ...); weight, bias and running statistics (C,); rstd (C,) and
+// mean (2, C) in the accumulation type (float for 16-bit x). mean[0] is the mean, rounded: native's
+// save_mean. mean[1] is what rounding has left out. What takes mean and rstd takes mean[0] alone too.
+// A tensor that was not asked for is returned undefined.
 //
 // y = act(z), z = (x - mean) * rstd * weight + bias + residual; act is one of identity, relu,
 // relu6, leaky_relu, silu, hardswish (csrc/activation.h). Backward computes z once more from x,

@@ -42,6 +42,9 @@ void check_backward(const GradientArguments& a, const at::Tensor& mean, const at
 // `t` is [C], of the accumulation type of x and on its device.
 void check_statistic(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x);
 
+// `t` is what mean_like gives for x, or its first row alone.
+void check_mean(const char* op, const at::Tensor& t, const at::Tensor& x);
+
 // mean and var are (W, C), count is (W,), all in double and on one device.
 void check_merge(const char* op, const at::Tensor& mean, const at::Tensor& var,
                  const at::Tensor& count);

@@ -21,7 +21,8 @@ struct Normalised {
     dims.push_back(0);
     for (int64_t d = 2; d < rank; ++d) dims.push_back(d);
     const Tensor x = in.x.to(type);
-    Tensor mean = broadcast(in.mean);
+    const bool has_rest = in.mean.dim() == 2;
+    Tensor mean = broadcast(has_rest ? in.mean.select(0, 0) : in.mean);
     rstd = broadcast(in.rstd);
     if (train) {
       const Tensor mean_of_x = average(x);
@@ -29,7 +30,9 @@ struct Normalised {
       const Tensor var_of_x = average((x - mean).square());
       rstd = (rstd.detach().pow(-2) + (var_of_x - var_of_x.detach())).rsqrt();
     }
-    xhat = (x - mean) * rstd;
+    Tensor centred = x - mean;
+    if (has_rest) centred = centred - broadcast(in.mean.select(0, 1)).detach();
+    xhat = centred * rstd;
     scale = given(in.weight) ? broadcast(*in.weight) * rstd : rstd;
   }
 

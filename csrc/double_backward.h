@@ -15,7 +15,7 @@ namespace bnorm_ext {
 struct BackwardInputs {
   at::Tensor dy, x;
   OptionalTensor residual, weight, bias;
-  // Of the batch with `train`, else the running ones in the same form: [C], acc.
+  // Of the batch with `train`, else the running ones: [C], acc; of the mean also [2, C] (mean_like).
   at::Tensor mean, rstd;
   bool train;
   OptionalTensor mask;

@@ -84,7 +84,7 @@ ForwardOutputs batch_norm_training(const Tensor& x, const OptionalTensor& residu
   const c10::DeviceGuard guard(x.device());
   ForwardCall c =
       forward_call("batch_norm", x, residual, weight, bias, act, negative_slope, save_mask);
-  Tensor mean = statistic_like(x), rstd = statistic_like(x);
+  Tensor mean = mean_like(x), rstd = statistic_like(x);
   if (x.numel() == 0) {
     mean.zero_();
     rstd.zero_();
@@ -127,7 +127,7 @@ TensorPair batch_norm_merge_stats(const Tensor& mean, const Tensor& var, const T
       running_var, num_batches_tracked, /*training=*/true, momentum,
       eps};
   check_forward(arguments);
-  Tensor merged_mean = statistic_like(like), merged_rstd = statistic_like(like);
+  Tensor merged_mean = mean_like(like), merged_rstd = statistic_like(like);
   backend_of(mean).merge(mean.contiguous(), var.contiguous(), count.contiguous(), eps,
                          running_update(arguments), merged_mean, merged_rstd);
   return {merged_mean, merged_rstd};

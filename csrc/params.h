@@ -54,6 +54,7 @@ struct Statistics {
   ChannelVector var;   // [C] the variance, or rstd where is_rstd
   bool is_rstd = false;
   double eps = 0;
+  ChannelVector rest = {};  // [C] what rounding the mean has left out of it, or none
 };
 
 // The running statistics, and how a training step updates them.
@@ -65,12 +66,19 @@ struct RunningUpdate {
   bool cumulative = false;                 // momentum is 1 / (num_batches_tracked + 1)
 };
 
-// The constant term of z = fma(x - mean, scale, shift): the bias, corrected by `rest`, the error of
-// rounding the mean to the accumulation type. Pass 0 where backward recomputes z from the rounded
-// mean: forward and backward must find z on the same side of an activation's kink.
-BNORM_HOST_DEVICE double shift_of(double bias, double rest, double scale) {
-  const double more = rest * scale;
-  return more - more == 0 ? bias - more : bias;  // an infinite weight leaves y infinite
+// value - rest * factor, where `value` was computed with the rounded mean and `rest` is what rounding
+// it has left out: kernels subtract the rounded mean from every x, and the rest is accounted for once
+// per channel. An infinite weight or gradient leaves the value as it is.
+BNORM_HOST_DEVICE double less_rest(double value, double rest, double factor) {
+  const double more = rest * factor;
+  return more - more == 0 ? value - more : value;
+}
+
+// The constant term of z = fma(x - mean, scale, shift). Forward and backward compute it from the same
+// numbers by this function: they must find z on the same side of an activation's kink.
+template <typename A>
+BNORM_HOST_DEVICE A shift_of(double bias, A rest, A scale) {
+  return static_cast<A>(less_rest(bias, rest, scale));
 }
 
 }  // namespace bnorm_ext

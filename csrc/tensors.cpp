@@ -57,7 +57,13 @@ ChannelVector channel_vector(const OptionalTensor& t) {
 }
 
 Statistics known_statistics(const at::Tensor& mean, const at::Tensor& rstd) {
-  return {channel_vector(mean), channel_vector(rstd), /*is_rstd=*/true, /*eps=*/0};
+  const ChannelVector rounded{mean.data_ptr(), 1, dtype_of(mean)};
+  ChannelVector rest;
+  if (mean.dim() == 2) {
+    rest = rounded;
+    rest.data = static_cast<char*>(mean.data_ptr()) + mean.size(1) * mean.element_size();
+  }
+  return {rounded, channel_vector(rstd), /*is_rstd=*/true, /*eps=*/0, rest};
 }
 
 at::Tensor in_layout_of(const at::Tensor& other, const Input& like) {
@@ -91,6 +97,10 @@ at::Tensor parameter_gradient_like(const OptionalTensor& parameter, const at::Te
 
 at::Tensor statistic_like(const at::Tensor& x) {
   return at::empty({x.size(1)}, x.options().dtype(accumulation_type(x.scalar_type())));
+}
+
+at::Tensor mean_like(const at::Tensor& x) {
+  return at::empty({2, x.size(1)}, x.options().dtype(accumulation_type(x.scalar_type())));
 }
 
 }  // namespace bnorm_ext

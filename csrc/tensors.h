@@ -35,7 +35,8 @@ Input resolve(const at::Tensor& x);
 // The caller's tensor of C elements, or an absent one.
 ChannelVector channel_vector(const OptionalTensor& t);
 
-// Statistics in the form that a training forward pass returns them in: mean and rstd.
+// Statistics in the form that a training forward pass returns them in: mean [2, C] (mean_like), or [C]
+// where nothing is known of its rounding, and rstd [C].
 Statistics known_statistics(const at::Tensor& mean, const at::Tensor& rstd);
 
 // `other` in the layout of `like`: itself where it is dense so, else a copy.
@@ -57,5 +58,9 @@ at::Tensor parameter_gradient_like(const OptionalTensor& parameter, const at::Te
 
 // Uninitialised: one value per channel of x, in the accumulation type.
 at::Tensor statistic_like(const at::Tensor& x);
+
+// Uninitialised, [2, C]: the mean of each channel of x, rounded to the accumulation type, and what
+// rounding it has left out.
+at::Tensor mean_like(const at::Tensor& x);
 
 }  // namespace bnorm_ext

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 #: Each is also a module of its own: `bnorm-bench train` is `python -m bench.train`.
-PROGRAMS = ("train", "profile", "sync", "cost_model", "compare", "plots")
+PROGRAMS = ("train", "profile", "sync", "cost_model", "compare", "plots", "numerics")
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:

@@ -1,7 +1,7 @@
 """The gate: the results of a provider are compared with the float64 reference before it is timed.
 
 The error of a channel is its largest absolute error, relative to the sum of the magnitudes of the
-terms of the value (as `tests/common/cases.py` measures it). The bound is one that any sound
+terms of the value (as `promise.py` measures it). The bound is one that any sound
 implementation meets: 64 + sqrt(n) units of roundoff of the accumulation type, because that is how a
 plain sum of n values rounds, times 1 + |mean| / std, because deviations are as exact as the mean.
 For results in a 16-bit type, 4 units of that type are added.

@@ -72,12 +72,12 @@ def _gradients(ctx: Any, dy: Tensor, wanted: Sequence[bool]) -> Gradients:
     _, act, negative_slope, group = ctx.arguments
     given = (dy, x, residual, weight, bias, mean, rstd, mask)
     dx = dresidual = dweight = dbias = None
-    means = [torch.zeros_like(mean)] * 2
+    means = [torch.zeros_like(rstd)] * 2
     if wanted[0] or wanted[2] or wanted[3]:
         sums = _ops.batch_norm_backward_reduce(*given, act, negative_slope)
         if wanted[0]:
             over_all = all_reduce(torch.cat(sums).double(), group) / count
-            means = list(over_all.to(mean.dtype).view(2, -1))
+            means = list(over_all.to(rstd.dtype).view(2, -1))
         if wanted[2]:
             dweight = sums[1].to(weight.dtype).view_as(weight)
         if wanted[3]:
@@ -99,7 +99,7 @@ def _differentiable_gradients(ctx: Any, dy: Tensor, wanted: Sequence[bool]) -> G
         # gradient for dy = 1, are constants.
         ones = torch.ones_like(dy)
         given = (ones, x, residual, weight, bias, mean, rstd, mask)
-        zeros = torch.zeros_like(mean)
+        zeros = torch.zeros_like(rstd)
         with torch.no_grad():
             slopes = _ops.batch_norm_backward_apply(*given, zeros, zeros, act, negative_slope)[1]
         factor = 1 if slopes is None else slopes  # None: an empty batch

@@ -25,7 +25,7 @@ class Buffers(NamedTuple):
 class Statistics(NamedTuple):
     """Of all ranks' values."""
 
-    mean: Tensor  #: (C,), in the accumulation type
+    mean: Tensor  #: (2, C), in the accumulation type: rounded, and what rounding has left out
     rstd: Tensor  #: (C,), in the accumulation type
     total: Tensor  #: (), values per channel, double, on the device
 

@@ -44,7 +44,8 @@ void train(ForwardCall& c, double eps, const RunningUpdate& running, const Tenso
     using A = decltype(zero);
     Coefficients<A> coefficients(2, c.in.shape.C);
     A *scale = coefficients[0], *shift = coefficients[1];
-    A *mean_of = mean.data_ptr<A>(), *rstd_of_c = rstd.data_ptr<A>();
+    A *mean_of = mean.data_ptr<A>(), *rest_of = mean_of + c.in.shape.C;
+    A* rstd_of_c = rstd.data_ptr<A>();
     ForwardParams p = forward_params(c);
     p.mean = mean_of;
     p.scale = scale;
@@ -61,14 +62,14 @@ void train(ForwardCall& c, double eps, const RunningUpdate& running, const Tenso
           moments(p, span, c0, c1, out);
         },
         [&](int64_t i, const ChannelMoments& total) {
-          const auto [batch_mean, var] = total.result();
-          mean_of[i] = static_cast<A>(batch_mean);
-          rstd_of_c[i] = static_cast<A>(rstd_of<A>(var, eps));
+          const auto batch = total.result();
+          const auto split = split_mean<A>(batch.anchor, batch.delta);
+          mean_of[i] = split.mean;
+          rest_of[i] = split.rest;
+          rstd_of_c[i] = static_cast<A>(rstd_of<A>(batch.var, eps));
           scale[i] = static_cast<A>(get_or(c.weight, i, 1)) * rstd_of_c[i];
-          // With an activation, backward makes z again from the rounded mean.
-          const double rest = p.act == Activation::Identity ? batch_mean - mean_of[i] : 0;
-          shift[i] = static_cast<A>(shift_of(get_or(c.bias, i, 0), rest, scale[i]));
-          running_statistics.update(i, batch_mean, var);
+          shift[i] = shift_of<A>(get_or(c.bias, i, 0), split.rest, scale[i]);
+          running_statistics.update(i, batch.mean, batch.var);
         },
         [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); }, true);
   });
@@ -80,6 +81,10 @@ A known_rstd(const Statistics& s, int64_t c) {
   const double var = get(s.var, c);
   return static_cast<A>(s.is_rstd ? var : rstd_of<A>(var, s.eps));
 }
+template <typename A>
+A known_rest(const Statistics& s, int64_t c) {
+  return static_cast<A>(get_or(s.rest, c, 0));
+}
 
 void normalise(ForwardCall& c, const Statistics& statistics) {
   with_accumulator(c.in.dtype, [&](auto zero) {
@@ -90,7 +95,7 @@ void normalise(ForwardCall& c, const Statistics& statistics) {
     for (int64_t i = 0; i < C; ++i) {
       mean[i] = static_cast<A>(get(statistics.mean, i));
       scale[i] = static_cast<A>(get_or(c.weight, i, 1)) * known_rstd<A>(statistics, i);
-      shift[i] = static_cast<A>(get_or(c.bias, i, 0));
+      shift[i] = shift_of(get_or(c.bias, i, 0), known_rest<A>(statistics, i), scale[i]);
     }
     ForwardParams p = forward_params(c);
     p.mean = mean;
@@ -114,19 +119,20 @@ void statistics(Input& in, const Tensor& mean, const Tensor& var) {
         moments(p, span, c0, c1, out);
       },
       [&](int64_t c, const ChannelMoments& total) {
-        const auto [batch_mean, batch_var] = total.result();
-        mean_of[c] = batch_mean;
-        var_of[c] = batch_var;
+        const auto batch = total.result();
+        mean_of[c] = batch.mean;
+        var_of[c] = batch.var;
       },
       [](const Span&, int64_t, int64_t) {}, false);
 }
 
 void merge(const Tensor& mean, const Tensor& var, const Tensor& count, double eps,
            const RunningUpdate& running, const Tensor& merged_mean, const Tensor& merged_rstd) {
-  const double all = count.sum().item<double>();
-  TORCH_CHECK_VALUE(
-      all > 1, "batch_norm_merge_stats: expected more than 1 value per channel, but got ", all);
-  const RunningStatistics running_statistics(running, static_cast<int64_t>(all));
+  const double values = count.sum().item<double>();
+  TORCH_CHECK_VALUE(values > 1,
+                    "batch_norm_merge_stats: expected more than 1 value per channel, but got ",
+                    values);
+  const RunningStatistics running_statistics(running, static_cast<int64_t>(values));
   const auto means = mean.accessor<double, 2>(), vars = var.accessor<double, 2>();
   const auto counts = count.accessor<double, 1>();
   with_accumulator(dtype_of(merged_mean), [&](auto zero) {
@@ -136,10 +142,12 @@ void merge(const Tensor& mean, const Tensor& var, const Tensor& count, double ep
       for (int64_t w = 0; w < mean.size(0); ++w) {
         if (counts[w] > 0) moments.add({means[w][c], 0, vars[w][c] * counts[w]}, counts[w]);
       }
-      const auto [all_mean, all_var] = moments.result();
-      merged_mean.data_ptr<A>()[c] = static_cast<A>(all_mean);
-      merged_rstd.data_ptr<A>()[c] = static_cast<A>(rstd_of<A>(all_var, eps));
-      running_statistics.update(c, all_mean, all_var);
+      const auto all = moments.result();
+      const auto split = split_mean<A>(all.anchor, all.delta);
+      merged_mean.data_ptr<A>()[c] = split.mean;
+      merged_mean.data_ptr<A>()[mean.size(1) + c] = split.rest;
+      merged_rstd.data_ptr<A>()[c] = static_cast<A>(rstd_of<A>(all.var, eps));
+      running_statistics.update(c, all.mean, all.var);
     }
   });
   running_statistics.count_batch();
@@ -221,12 +229,14 @@ void run_backward(const BackwardCall& c, bool constant_statistics, const Backwar
       p.shift = shift;
       for (int64_t i = 0; i < C; ++i) {
         scale[i] = static_cast<A>(get_or(c.weight, i, 1)) * rstd[i];
-        shift[i] = static_cast<A>(get_or(c.bias, i, 0));
+        shift[i] = shift_of(get_or(c.bias, i, 0), known_rest<A>(c.statistics, i), scale[i]);
       }
     }
     const auto set_coefficients = [&](int64_t i, double g_mean, double g_xhat_mean) {
-      k1[i] = static_cast<A>(g_mean);
+      // x - mean - rest in dx: what the rest gives goes into the constant term.
+      const A rest = known_rest<A>(c.statistics, i), mean = static_cast<A>(g_mean);
       k2[i] = static_cast<A>(g_xhat_mean);
+      k1[i] = static_cast<A>(less_rest(mean, rest, rstd[i] * k2[i]));
       scale[i] = static_cast<A>(get_or(c.weight, i, 1)) * rstd[i];
     };
     const auto sums = kernels().sums[static_cast<int>(c.in.dtype)];
@@ -249,7 +259,9 @@ void run_backward(const BackwardCall& c, bool constant_statistics, const Backwar
           sums(p, span, c0, c1, partial);
         },
         [&](int64_t i, const ChannelSums& total) {
-          const A g = static_cast<A>(total.dy), g_xhat = static_cast<A>(total.dy_xhat);
+          const double rest_xhat = known_rest<A>(c.statistics, i) * static_cast<double>(rstd[i]);
+          const A g = static_cast<A>(total.dy),
+                  g_xhat = static_cast<A>(less_rest(total.dy_xhat, rest_xhat, total.dy));
           set_coefficients(i, own_means ? g / count : 0, own_means ? g_xhat / count : 0);
           if (sum_g.data != nullptr) set(sum_g, i, g);
           if (sum_g_xhat.data != nullptr) set(sum_g_xhat, i, g_xhat);

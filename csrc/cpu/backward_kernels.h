@@ -4,7 +4,8 @@
 //           z = fma(x - mean, scale, shift) + residual, scale = weight * rstd:
 //           sums: of g and of g * xhat over a chunk;
 //           dx: dx = ((g - mean_g) - xhat * mean_g_xhat) * scale, dresidual = g; in inference,
-//           where the statistics are constants, dx = g * scale
+//           where the statistics are constants, dx = g * scale. What rounding has left out of the
+//           mean is in shift and in mean_g (cpu/backend.cpp; less_rest in params.h)
 //           (Ioffe and Szegedy 2015, arXiv:1502.03167)
 // Bytes     sums: reads dy and x; dx: reads dy and x, writes dx and, if wanted, dresidual. Both
 //           read the residual, if there is one, or the mask of one bit per element in its place.

@@ -67,10 +67,11 @@ class ChannelMoments {
   }
   struct MeanVar {
     double mean, var;
+    double anchor, delta;  // the mean is their sum
   };
   MeanVar result() const {
     const double per_value = 1 / count_, d = d_ * per_value, v = d2_ * per_value - d * d;
-    return {anchor_ + d, clamp_variance(v)};
+    return {anchor_ + d, clamp_variance(v), anchor_, d};
   }
 
  private:

@@ -23,7 +23,7 @@ struct Affine {
     const MeanRstd<A> known(statistics, c);
     mean = known.mean;
     scale = get_or(weight, c, A{1}) * known.rstd;
-    shift = static_cast<A>(shift_of(get_or(bias, c, A{0}), get(statistics.mean, c) - mean, scale));
+    shift = shift_of(get_or(bias, c, A{0}), known.rest, scale);
   }
 };
 

@@ -105,15 +105,8 @@ void train(ForwardCall& c, double eps, const RunningUpdate& running, const Tenso
   p.mean = mean.data_ptr();
   p.rstd = rstd.data_ptr();
   p.running = running;
-  // Without an activation backward does not recompute z, so y may use the mean in double.
-  Tensor wide_mean;
-  if (c.epilogue.act == Activation::Identity && c.in.dtype != DType::Double) {
-    wide_mean = at::empty_like(mean, mean.options().dtype(at::kDouble));
-    p.wide_mean = wide_mean.data_ptr<double>();
-  }
   C10_CUDA_CHECK(launch_statistics(p, stream()));
-  run_normalise(c, known_statistics(wide_mean.defined() ? wide_mean : mean, rstd),
-                running.num_batches_tracked);
+  run_normalise(c, known_statistics(mean, rstd), running.num_batches_tracked);
 }
 
 void merge(const Tensor& mean, const Tensor& var, const Tensor& count, double eps,

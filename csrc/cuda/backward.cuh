@@ -88,15 +88,15 @@ struct GradientSums {
 // What the total of a channel's sums gives.
 template <typename A>
 struct ChannelGradients {
-  A rstd;
+  MeanRstd<A> known;
   A sum_dy, sum_dy_xhat;    // dbias and dweight
   A mean_dy, mean_dy_xhat;  // of the sums as the caller sees them, that is after rounding to A
 
   template <typename Params>
   __device__ __forceinline__ ChannelGradients(const Params& p, int64_t c, const Pair& total)
-      : rstd(MeanRstd<A>(p.statistics, c).rstd),
+      : known(p.statistics, c),
         sum_dy(static_cast<A>(total.a)),
-        sum_dy_xhat(static_cast<A>(total.b * rstd)) {
+        sum_dy_xhat(static_cast<A>(less_rest(total.b, known.rest, total.a) * known.rstd)) {
     const double n = static_cast<double>(p.shape.N * p.shape.S);
     mean_dy = static_cast<A>(sum_dy / n);
     mean_dy_xhat = static_cast<A>(sum_dy_xhat / n);
@@ -109,6 +109,24 @@ struct ChannelGradients {
   }
 };
 
+// The constants of dx of one channel, by the means of g and of g * xhat.
+template <typename A>
+struct Projection {
+  A mean_dy = 0, proj_scale = 0;
+
+  Projection() = default;
+  __device__ __forceinline__ Projection(const MeanRstd<A>& known, A mean_g, A mean_g_xhat)
+      : proj_scale(known.rstd * mean_g_xhat) {
+    // x - mean - rest in dx: what the rest gives goes into the constant term.
+    mean_dy = static_cast<A>(less_rest(mean_g, known.rest, proj_scale));
+  }
+  template <typename Table>
+  __device__ __forceinline__ void set(const Table& table, int i) const {
+    table.set(kMeanDy, i, mean_dy);
+    table.set(kProjScale, i, proj_scale);
+  }
+};
+
 // Sets the rows of TileTable that dx needs, by the total that thread i has of channel i of the tile, and if
 // `writes` writes the sums that the caller asked for. Every thread must call: there is a barrier, after
 // which every thread may read the table.
@@ -118,17 +136,13 @@ __device__ __forceinline__ void set_gradients(const Table& table, const Params& 
   using A = typename Table::A;
   const int t = static_cast<int>(threadIdx.x);
   const int64_t c = tile * channels + t;
-  A mean_dy = 0, proj_scale = 0;  // read but not used beyond the last channel
+  Projection<A> projection;  // read but not used beyond the last channel
   if (t < channels && c < p.shape.C) {
     const ChannelGradients<A> gradients(p, c, total);
-    mean_dy = gradients.mean_dy;
-    proj_scale = gradients.rstd * gradients.mean_dy_xhat;
+    projection = {gradients.known, gradients.mean_dy, gradients.mean_dy_xhat};
     if (writes) gradients.write_sums(p, c);
   }
-  if (t < channels) {
-    table.set(kMeanDy, t, mean_dy);
-    table.set(kProjScale, t, proj_scale);
-  }
+  if (t < channels) projection.set(table, t);
   __syncthreads();
 }
 

@@ -57,11 +57,20 @@ __device__ __forceinline__ A rstd_of(double var, double eps) {
 
 template <typename A>
 struct MeanRstd {
-  A mean, rstd;
+  A mean, rest, rstd;
   __device__ __forceinline__ MeanRstd(const Statistics& s, int64_t c)
       : mean(static_cast<A>(get(s.mean, c))),
+        rest(get_or(s.rest, c, A{0})),
         rstd(s.is_rstd ? static_cast<A>(get(s.var, c)) : rstd_of<A>(get(s.var, c), s.eps)) {}
 };
+
+// Writes a mean to where mean_like in ../tensors.h says: [2, C].
+template <typename A>
+__device__ __forceinline__ void store_mean(void* mean, int64_t C, int64_t c,
+                                           const SplitMean<A>& split) {
+  store_one(static_cast<A*>(mean) + c, split.mean);
+  store_one(static_cast<A*>(mean) + C + c, split.rest);
+}
 
 // The biased variance of 1 / per_value values, of which `sums` holds the sums of the deviations from
 // any anchor and of their squares.

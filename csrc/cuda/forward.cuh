@@ -62,7 +62,7 @@ __device__ __forceinline__ void add_moments_in_double(TileIterator<V::kWidth, V:
 template <typename A>
 struct BatchStatistics {
   double mean = 0, var = 0;
-  A rstd = 0;
+  A rest = 0, rstd = 0;  // rest: of the mean
   Affine<A> affine = {};
 
   BatchStatistics() = default;
@@ -72,14 +72,14 @@ struct BatchStatistics {
       : mean(anchor + total.a * p.per_value),
         var(variance_of(total, p.per_value)),
         rstd(rstd_of<A>(var, p.eps)) {
-    affine.mean = static_cast<A>(mean);
+    const auto split = split_mean<A>(anchor, total.a * p.per_value);
+    rest = split.rest;
+    affine.mean = split.mean;
     affine.scale = weight * rstd;
-    const bool is_recomputed = p.epilogue.act != Activation::Identity;  // z, by backward
-    affine.shift =
-        static_cast<A>(shift_of(bias, is_recomputed ? 0 : mean - affine.mean, affine.scale));
+    affine.shift = shift_of(bias, rest, affine.scale);
   }
   __device__ __forceinline__ void write(const ResidentForwardParams& p, int64_t c) const {
-    store_one(static_cast<A*>(p.mean) + c, affine.mean);
+    store_mean<A>(p.mean, p.shape.C, c, {affine.mean, rest});
     store_one(static_cast<A*>(p.rstd) + c, rstd);
     update_running(p.running, c, mean, var, static_cast<double>(p.shape.N * p.shape.S));
   }

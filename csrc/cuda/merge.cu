@@ -29,11 +29,15 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(MergeParams p) {
     sums.a += count * (mean - anchor);
     sums.b += count * (var + (mean - anchor) * (mean - anchor));
   }
-  const double mean = anchor + sums.a / n, var = variance_of(sums, 1 / n);
-  const ChannelVector merged_mean{p.merged_mean, 1, p.dtype},
-      merged_rstd{p.merged_rstd, 1, p.dtype};
-  set(merged_mean, c, mean);
-  set(merged_rstd, c, 1.0 / sqrt(var + p.eps));
+  const double delta = sums.a / n, mean = anchor + delta, var = variance_of(sums, 1 / n);
+  const double rstd = 1.0 / sqrt(var + p.eps);
+  if (p.dtype == DType::Double) {
+    store_mean(p.merged_mean, p.C, c, split_mean<double>(anchor, delta));
+    store_one(static_cast<double*>(p.merged_rstd) + c, rstd);
+  } else {
+    store_mean(p.merged_mean, p.C, c, split_mean<float>(anchor, delta));
+    store_one(static_cast<float*>(p.merged_rstd) + c, static_cast<float>(rstd));
+  }
   update_running(p.running, c, mean, var, n);
 }
 

@@ -68,7 +68,7 @@ struct StatisticsParams : InputParams {
   TilePlan plan;
   Staging staging;
   double eps = 0;
-  void* mean = nullptr;         // [C] acc, or null
+  void* mean = nullptr;         // [2, C] acc: the mean and its rest (mean_like); or null
   void* rstd = nullptr;         // [C] acc, or null
   double* wide_mean = nullptr;  // [C], or null
   double* wide_var = nullptr;   // [C] biased, or null
@@ -110,7 +110,7 @@ struct ResidentForwardParams : OutputParams {
   ResidentPlan plan;
   Staging staging;
   double eps = 0;
-  void* mean = nullptr;  // [C] acc
+  void* mean = nullptr;  // [2, C] acc
   void* rstd = nullptr;  // [C] acc
   RunningUpdate running;
   // A word that is 0 before and after every launch, by which the last tile is found: it increments
@@ -135,7 +135,7 @@ struct MergeParams {
   const double* count = nullptr;  // [W] values per channel
   DType dtype = DType::Float;     // acc, of the results
   double eps = 0;
-  void* merged_mean = nullptr;  // [C]
+  void* merged_mean = nullptr;  // [2, C]
   void* merged_rstd = nullptr;  // [C]
   RunningUpdate running;
 };

@@ -89,14 +89,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int channels = Iterator::channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
   const int64_t c = it.tile * channels + i;
   if (i < channels) {
-    A mean_dy = 0, proj_scale = 0;
+    Projection<A> projection;
     if (!constant_statistics && c < p.shape.C) {
-      mean_dy = load_one(static_cast<const A*>(p.mean_dy) + c);
-      proj_scale =
-          MeanRstd<A>(p.statistics, c).rstd * load_one(static_cast<const A*>(p.mean_dy_xhat) + c);
+      projection = {MeanRstd<A>(p.statistics, c), load_one(static_cast<const A*>(p.mean_dy) + c),
+                    load_one(static_cast<const A*>(p.mean_dy_xhat) + c)};
     }
-    table.set(kMeanDy, i, mean_dy);
-    table.set(kProjScale, i, proj_scale);
+    projection.set(table, i);
   }
   fill(table, p, p.plan, it);
   using Cursor = MaskCursor<const uint8_t, V::kWidth, V::kMapping>;

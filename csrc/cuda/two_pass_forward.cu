@@ -45,9 +45,10 @@ __global__ void __launch_bounds__(kThreads, kResident) statistics_kernel(Statist
   const int64_t c = start().tile * channels + i;
   if (i >= channels || c >= p.shape.C) return;
   const double n = static_cast<double>(p.shape.N * p.shape.S);
-  const double mean = anchor_of<T>(p.x, p.shape, c) + total.a * p.per_value;
+  const double anchor = anchor_of<T>(p.x, p.shape, c), delta = total.a * p.per_value;
+  const double mean = anchor + delta;
   const double var = variance_of(total, p.per_value);
-  if (p.mean != nullptr) store_one(static_cast<A*>(p.mean) + c, static_cast<A>(mean));
+  if (p.mean != nullptr) store_mean(p.mean, p.shape.C, c, split_mean<A>(anchor, delta));
   if (p.rstd != nullptr) store_one(static_cast<A*>(p.rstd) + c, rstd_of<A>(var, p.eps));
   if (p.wide_mean != nullptr) store_one(p.wide_mean + c, mean);
   if (p.wide_var != nullptr) store_one(p.wide_var + c, var);

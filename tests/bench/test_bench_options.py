@@ -158,7 +158,7 @@ def test_without_a_cuda_device(program, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "profile", "sync", "cost_model", "cost-model", "compare", "plots"]
+    "name", ["train", "profile", "sync", "cost_model", "cost-model", "compare", "plots", "numerics"]
 )
 def test_a_program_is_named_by_the_first_argument(name, capsys):
     with pytest.raises(SystemExit) as ended:

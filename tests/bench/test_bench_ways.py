@@ -78,6 +78,7 @@ def run(
         ("bench.cost_model", ["--bandwidth", "4e12", "--net", "resnet18", "--sums"], "resnet18"),
         ("bench.compare", ["--help"], "usage: python -m bench.compare "),
         ("bench.plots", ["--help"], "usage: python -m bench.plots "),
+        ("bench.numerics", ["--cases", "5"], "the promise holds in every case"),
     ],
 )
 def test_a_checkout_that_is_not_compiled_measures_what_is_installed(

@@ -323,7 +323,8 @@ def run(
         )
         # Copies of x's size are torch's, and written by it.
         sizes: list[Any] = [] if copied else [c.x]
-        sizes += [channels * torch.empty((), dtype=accumulation_type(c.x.dtype)).nbytes]
+        of_channels = channels * torch.empty((), dtype=accumulation_type(c.x.dtype)).nbytes
+        sizes += [2 * of_channels, of_channels]  # mean and rstd
         sizes += [t for t in (c.weight, c.bias) if t is not None]
         save_mask = e.masked and e.leaves_mask()
         if save_mask:

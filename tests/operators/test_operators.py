@@ -87,8 +87,7 @@ def test_opcheck_pieces_of_synchronised_training(device):
 def test_pieces_make_the_whole(device):
     """Two processes with half a batch each, statistics merged, are one process with all of it.
     What sums in float lose depends on which values stand together: a unit in the last place of
-    the variance. Everything that follows from equal statistics is equal to the bit, but for y
-    without an activation: in one piece it knows the mean beyond float."""
+    the variance. Everything that follows from equal statistics is equal to the bit."""
     x, dy = torch.randn(6, 5, 7, 3, device=device) + 3, torch.randn(6, 5, 7, 3, device=device)
     weight, bias = torch.randn(5, device=device), torch.randn(5, device=device)
     whole = [torch.zeros(5, device=device), torch.ones(5, device=device)]
@@ -105,14 +104,16 @@ def test_pieces_make_the_whole(device):
         *(*merged, None, 0.1, 1e-5, torch.float32),
     )
     unit = torch.finfo(torch.float32).eps
-    for one, two in ((mean, mean2), (rstd, rstd2), *zip(whole, merged, strict=True)):
+    for one, two in ((mean[0], mean2[0]), (rstd, rstd2), *zip(whole, merged, strict=True)):
         torch.testing.assert_close(one, two, rtol=unit, atol=0)
+    # With what rounding has left out, means of 3 are known to a hundredth of a unit.
+    for t in (mean, mean2):
+        assert (t.double().sum(0) - x.double().mean((0, 2, 3))).abs().max() < 3 * unit / 100
     for act, right in (("relu", activated), ("identity", y)):
         pieces = torch.cat(
             [ops.batch_norm_apply(h, None, weight, bias, mean, rstd, act)[0] for h in halves]
         )
-        lost = unit * (mean * rstd * weight).abs().max() if act == "identity" else 0
-        assert (pieces - right).abs().max() <= lost
+        assert torch.equal(pieces, right)
 
     dx, _, dweight, dbias = ops.batch_norm_backward(
         *(dy, x, None, weight, bias, None, None, mean, rstd, True, 1e-5),
@@ -157,3 +158,28 @@ def test_in_place_update_counts_as_one(device):
     before = [t._version for t in buffers]
     ops.batch_norm_training(a.x, None, None, None, *buffers, 0.1, 1e-5)
     assert [t._version for t in buffers] == [v + 1 for v in before]
+
+
+def test_mean_with_and_without_what_rounding_has_left_out(device):
+    """Both forms are taken; the second row changes what x - mean gives."""
+    a = Arguments((4, 3, 5, 5), device)
+    zeros = torch.zeros_like(a.mean)
+    rest = torch.full_like(a.mean, 2**-30)
+
+    def results(mean):
+        given = (a.weight, a.bias, mean, a.rstd)
+        y, _ = ops.batch_norm_apply(a.x, None, *given)
+        sums = ops.batch_norm_backward_reduce(a.dy, a.x, None, *given, None)
+        dx, _ = ops.batch_norm_backward_apply(a.dy, a.x, None, *given, None, *sums)
+        return y, *sums, dx
+
+    alone, exact = results(a.mean), results(torch.stack([a.mean, zeros]))
+    assert all(map(torch.equal, alone, exact))
+    moved = results(torch.stack([a.mean, 2**20 * rest]))
+    for one, other in zip(moved, results(a.mean + 2**20 * rest), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    both = torch.stack([a.mean, zeros])
+    for wrong in (both.repeat(2, 1), both[:, :-1], both[None], both.t().contiguous().t(),
+                  both.half(), a.mean[None]):  # fmt: skip
+        with pytest.raises(RuntimeError, match="mean must be 3 contiguous values"):
+            results(wrong)

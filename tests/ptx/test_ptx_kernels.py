@@ -36,10 +36,12 @@ def test_merged_statistics(merge_as_ptx: None, dtype: torch.dtype) -> None:
         counter = s.copy(torch.tensor(2), inout=True)
         given = (s.copy(means), s.copy(variances), s.copy(counts))
         mean, rstd = s.call("batch_norm_merge_stats", *given, *running, counter, None, 1e-5, dtype)
-        found = [t.clone() for t in (mean, rstd, *running)]
+        found = [t.clone() for t in (mean[0], rstd, *running, mean[1])]
         assert counter.item() == 3
     variance = whole.var(0, unbiased=False)
     torch.testing.assert_close(found[0], whole.mean(0).to(dtype), rtol=1e-6, atol=0)
+    rest = found[0].double() + found[4].double() - whole.mean(0)
+    assert rest.abs().max() < 1e-12 * whole.mean(0).abs().max()
     torch.testing.assert_close(found[1], (variance + 1e-5).rsqrt().to(dtype), rtol=1e-6, atol=0)
     torch.testing.assert_close(found[2].double(), whole.mean(0) / 3, rtol=1e-6, atol=0)
     unbiased = 2 / 3 + whole.var(0) / 3
