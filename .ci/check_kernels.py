@@ -1,13 +1,13 @@
 """What the compiler says of every CUDA kernel: registers, shared memory, stack.
 
 Fails on more spills than SPILLS_AT_MOST, where kernels on chip do without asynchronous copies,
-where they or sweeps do without 16-byte accesses, and on kinds of instructions that no test executes
-in the emulator's PTX engine.
+where they or sweeps do without 16-byte accesses, on kinds of instructions that no test executes
+in the emulator's PTX engine, and where main loops exceed their budget (.ci/kernel_budget.py).
 
 python .ci/check_kernels.py [ARCH ...]    architectures like 80 or 90 (default: both)
 
-Needs nvcc (CUDA_HOME or PATH) and an importable torch, whose headers the kernels take c10's Half
-and BFloat16 from.
+Needs nvcc (CUDA_HOME or PATH), cuobjdump (of the toolkit or of triton) and an importable torch,
+whose headers the kernels take c10's Half and BFloat16 from.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
+
+# Of bnorm_ext the Python files alone are needed, which are there before anything is compiled.
+os.environ["BNORM_EXT_DISABLE"] = "1"
+
+import kernel_budget  # noqa: E402
 
 import build_cuda  # noqa: E402
 import build_support as support  # noqa: E402
+from bnorm_ext.bench.static.compile import disassembled  # noqa: E402
+from bnorm_ext.bench.static.kernels import Counts  # noqa: E402
 
 EXECUTED = ROOT / "tests" / "ptx" / "executed.txt"
 #: Bytes per thread that a kernel's variants for vectors of eight 16-bit values may spill, stores
@@ -54,8 +61,11 @@ def nvcc() -> str:
     return f"{toolkit.home}/bin/nvcc"
 
 
-def compile_kernels(compiler: str, source: Path, arch: str, include: Path) -> tuple[str, str]:
-    """What the assembler reports, and the PTX. Nothing is compiled for the host."""
+def compile_kernels(
+    compiler: str, source: Path, arch: str, include: Path
+) -> tuple[str, str, list[Counts]]:
+    """What the assembler reports, the PTX, and what the loops take. Nothing is compiled for the
+    host."""
     command = [compiler, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-Xptxas=-v"]
     command += ["-isystem", str(include), "-cubin", str(source)]
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +74,8 @@ def compile_kernels(compiler: str, source: Path, arch: str, include: Path) -> tu
         if done.returncode != 0:
             raise SystemExit(f"check_kernels: {' '.join(command)}\n{done.stderr}")
         (ptx,) = Path(folder).glob("*.ptx")
-        return done.stderr, ptx.read_text()
+        listing = disassembled(Path(folder) / "kernels.cubin")
+        return done.stderr, ptx.read_text(), kernel_budget.counted(source.name, listing)
 
 
 _COPY = r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 16"
@@ -163,7 +174,8 @@ def main() -> None:
     import torch
 
     include = Path(torch.__file__).parent / "include"
-    archs = sys.argv[1:] or ["80", "90"]
+    update = "--update-budget" in sys.argv[1:]
+    archs = [arch for arch in sys.argv[1:] if arch != "--update-budget"] or ["80", "90"]
     jobs = [(s, a) for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) for a in archs]
     compiler = nvcc()
     with ThreadPoolExecutor(support.usable_cores()) as pool:
@@ -172,7 +184,9 @@ def main() -> None:
     absent: list[str] = []
     unknown: set[str] = set()
     found_kinds: set[str] = set()
-    for (source, arch), (report, ptx) in zip(jobs, compiled, strict=True):
+    counts: list[Counts] = []
+    for (source, arch), (report, ptx, in_loops) in zip(jobs, compiled, strict=True):
+        counts += in_loops
         found = kernels(report)
         names = readable([name for name, _ in found])
         rows += [
@@ -198,7 +212,13 @@ def main() -> None:
     for kind in sorted(unknown):
         print(f"NOT EXECUTED by any test of the PTX engine (tests/ptx/executed.txt): {kind}")
     print(f"{len(rows)} kernels, {len(spilling)} with spills")
-    if not rows or too_many or absent or unknown:
+    if update:
+        kernel_budget.write(kernel_budget.budget_of(counts))
+    over = kernel_budget.beyond(counts, kernel_budget.read())
+    for line in over:
+        print(f"BUDGET (.ci/kernel_budget.json): {line}")
+    print(f"{len(counts)} instances with counted loops, {len(over)} beyond their budget")
+    if not rows or too_many or absent or unknown or over:
         raise SystemExit(1)
 
 

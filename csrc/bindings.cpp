@@ -105,8 +105,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Whether the CUDA kernels are compiled in.");
   m.def("explain_plan", &bnorm_ext::explain_plan, pybind11::arg("x"), pybind11::arg("tensors"),
         pybind11::arg("multiprocessors"), pybind11::arg("shared_per_multiprocessor"),
-        pybind11::arg("shared_per_block"), pybind11::arg("l2_bytes"), pybind11::arg("clusters"),
-        pybind11::arg("aligned"), pybind11::arg("beside_collectives"),
+        pybind11::arg("shared_per_block"), pybind11::arg("l2_bytes"),
+        pybind11::arg("gigabytes_per_second"), pybind11::arg("clock_mhz"),
+        pybind11::arg("clusters"), pybind11::arg("aligned"), pybind11::arg("beside_collectives"),
         "The launch plan of x on a GPU of these limits.");
   m.def(
       "set_beside_collectives", [](bool beside) { bnorm_ext::beside_collectives = beside; },

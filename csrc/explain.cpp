@@ -8,7 +8,8 @@ namespace bnorm_ext {
 
 pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessors,
                             int shared_per_multiprocessor, int shared_per_block, int l2_bytes,
-                            bool clusters, bool aligned, bool beside_collectives) {
+                            int gigabytes_per_second, int clock_mhz, bool clusters, bool aligned,
+                            bool beside_collectives) {
   check_input("explain", "input", x);
   const Input in = resolve(x);
   cuda::DeviceLimits device;
@@ -16,12 +17,15 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   device.shared_per_multiprocessor = shared_per_multiprocessor;
   device.shared_per_block = shared_per_block;
   device.l2_bytes = l2_bytes;
+  device.gigabytes_per_second = gigabytes_per_second;
+  device.clock_mhz = clock_mhz;
   device.max_cluster = clusters ? cuda::kLargestCluster : 1;
   device.cooperative = true;
   device.beside_collectives = beside_collectives;
   const int bytes = static_cast<int>(x.element_size());
+  const cuda::ByLimits by_limits{device};
   const cuda::ResidentPlan plan =
-      cuda::plan_resident(in.shape, bytes, aligned, tensors, device, cuda::ByLimits{device});
+      cuda::plan_resident(in.shape, bytes, aligned, tensors, device, by_limits);
   const bool one_launch = plan.path != cuda::Path::TwoPass;
   const cuda::TilePlan walk =
       one_launch ? plan.tile_plan : cuda::plan_two_pass(in.shape, bytes, aligned, device);
@@ -44,6 +48,25 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   found["tile_bytes"] = in.shape.count() * channels * bytes * tensors;
   found["share_bytes"] =
       std::min(shared_per_block, shared_per_multiprocessor / cuda::kShares - cuda::kReservedBytes);
+  const auto predicted = [&](const cuda::ResidentPlan& p) {
+    const int team = static_cast<int>(p.tile_plan.chunks);
+    const int64_t at_once =
+        p.path == cuda::Path::TwoPass ? 0 : by_limits(p.tile_plan, p.path, team, p.shared_bytes);
+    return cuda::predicted(p, in.shape, bytes, aligned, tensors, device, at_once);
+  };
+  const cuda::Cost cost = predicted(plan);
+  pybind11::dict times;
+  times["memory"] = cost.memory;
+  times["latency"] = cost.latency;
+  times["instructions"] = cost.instructions;
+  times["waiting"] = cost.waiting;
+  found["times"] = times;
+  found["two_passes"] = predicted(cuda::two_passes("")).total();
+  const double least = static_cast<double>(in.shape.numel()) * bytes * (tensors + 1);
+  found["floor"] = cuda::kLaunch + least / cuda::copy_rate(device);
+  const cuda::Instructions count =
+      cuda::instructions_of(plan.vectors > 0, tensors, walk.width, bytes);
+  found["instructions"] = pybind11::make_tuple(count.sums, count.write);
   return found;
 }
 

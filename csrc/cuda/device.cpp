@@ -7,7 +7,7 @@
 #include "../backend.h"
 #include "kernels.h"
 #include "per_device.h"
-#include "resident_plan.h"
+#include "residency.h"
 
 namespace bnorm_ext {
 namespace cuda {
@@ -27,6 +27,11 @@ std::unique_ptr<DeviceLimits> ask_limits() {
   limits->max_cluster = attribute(cudaDevAttrClusterLaunch) != 0 ? kLargestCluster : 1;
   limits->cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
   limits->l2_bytes = attribute(cudaDevAttrL2CacheSize);
+  limits->clock_mhz = attribute(cudaDevAttrClockRate) / 1000;
+  // kHz and bits; memory transfers at both edges of its clock.
+  const int64_t memory_khz = attribute(cudaDevAttrMemoryClockRate);
+  const int64_t bits = attribute(cudaDevAttrGlobalMemoryBusWidth);
+  limits->gigabytes_per_second = static_cast<int>(2 * memory_khz * (bits / 8) / 1000000);
   return limits;
 }
 

@@ -7,7 +7,7 @@
 
 #include "../params.h"
 #include "mask.h"
-#include "resident_plan.h"
+#include "residency.h"
 
 namespace bnorm_ext {
 namespace cuda {

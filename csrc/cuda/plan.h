@@ -59,6 +59,8 @@ struct DeviceLimits {
   bool cooperative = false;           // whether there are cooperative launches
   bool beside_collectives = false;    // whether kernels of collectives may run at the same time
   int l2_bytes = 0;                   // 0: unknown
+  int gigabytes_per_second = 0;       // of memory, as the data sheet has it; 0: unknown
+  int clock_mhz = 0;                  // of a multiprocessor; 0: unknown
 };
 
 struct TilePlan {

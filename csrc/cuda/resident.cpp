@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../collectives.h"
+#include "resident_plan.h"
 
 namespace bnorm_ext {
 namespace cuda {

@@ -1,67 +1,12 @@
 // In how many launches a tensor is worked on, whether it stays on chip between the statistics and the
-// writing, and how it is distributed. Decided from sizes, device limits and how many blocks the runtime
-// says are resident at once, in plain C++ like plan.h.
-//
-// Paths
-//   TwoPass  two launches. The first one adds up, and the last blocks of a tile to arrive merge the
-//            partial sums; the second one reads everything again and writes
-//   Block    one launch; a team is one block, which needs no other
-//   Cluster  one launch; a team is a thread block cluster, whose blocks exchange partial sums through
-//            their shared memory (sm_90 and newer). Not in ChannelsLast
-//   Grid     one cooperative launch; a team is some of its blocks, which exchange partial sums through
-//            global memory. Not beside collectives
-//
-// Where the tensor is between the sums and the writing
-//   ChannelsFirst, ChannelGroups   on chip: a team keeps its tile in shared memory, and reads it once.
-//            Where there are more tiles than teams at once, each team takes one tile after the other.
-//   ChannelsLast                   not on chip: a team sweeps over its tile twice, forward to add up and
-//            backward to write, so that what it has read last comes from the L2. Each tile has its team.
+// writing, and how it is distributed: the plan of least predicted time (cost.h). Decided from sizes, device
+// limits and how many blocks the runtime says are resident at once, in plain C++ like plan.h.
 #pragma once
 
-#include "plan.h"
+#include "cost.h"
 
 namespace bnorm_ext {
 namespace cuda {
-
-enum class Path : int8_t { TwoPass, Block, Cluster, Grid };
-
-// Blocks of a cluster, at most. More than 8 are not portable: a kernel has to opt in, and a device
-// may have no place for such a cluster.
-constexpr int kLargestCluster = 16;
-
-// `reason` says why the path is TwoPass.
-struct ResidentPlan {
-  Path path = Path::TwoPass;
-  const char* reason = "";
-  TilePlan tile_plan;    // its chunks are the blocks of a team
-  int64_t teams = 0;     // that are launched, perhaps fewer than tiles (not in ChannelsLast)
-  int vectors = 0;       // per thread, of each tensor that stays on chip; 0: none stays
-  int shared_bytes = 0;  // per block
-
-  int64_t blocks() const { return teams * tile_plan.chunks; }
-};
-
-// Byte offsets in a block's shared memory, all multiples of 16.
-struct SharedLayout {
-  int team;     // [2, channels] sums that the team exchanges; before them those of the block
-  int table;    // constants of the tile's channels, kTableBytes whatever its width
-  int vectors;  // [tensors, vectors, kThreads] of 16 bytes, or of one value, each
-};
-constexpr int kTableRows = 5;
-constexpr int kTableBytes = kTableRows * kWideColumns * 8 * 4;
-static_assert(kMostGrouped <= kWideColumns, "in ChannelGroups a row of the table is a group");
-BNORM_HOST_DEVICE constexpr SharedLayout shared_layout(Mapping mapping, int channels) {
-  const int team = reduce_shared_bytes(mapping, channels), table = team + 2 * channels * kPairBytes;
-  return {team, table, table + kTableBytes};
-}
-
-// Bytes of the largest element type that the resident kernels are compiled for.
-constexpr int kWidestOnChip = 4;
-
-// The resident kernels are compiled for at least this many blocks per multiprocessor, so that one
-// block loads while another one computes or stores.
-constexpr int kShares = 2;
-constexpr int kReservedBytes = 1024;  // of shared memory per block, reserved by the driver
 
 // How many blocks of a kernel, or how many of its clusters, a device holds at once, estimated from
 // its limits. Where there is a device, the CUDA runtime is asked instead.
@@ -88,6 +33,16 @@ inline ResidentPlan two_passes(const char* reason) {
   return plan;
 }
 
+// What a plan takes. at_once: how many blocks of one launch run at once.
+inline Cost predicted(const ResidentPlan& plan, const Shape& shape, int element_bytes, bool aligned,
+                      int tensors, const DeviceLimits& device, int64_t at_once) {
+  if (plan.path != Path::TwoPass) {
+    return cost_of(plan, shape.numel(), element_bytes, tensors, device, at_once);
+  }
+  const TilePlan walk = plan_two_pass(shape, element_bytes, aligned, device);
+  return cost_of_two_passes(walk, shape.numel(), element_bytes, tensors, device);
+}
+
 // A cooperative launch cannot end before all its blocks have started. While kernels of a collective
 // hold multiprocessors, it waits for them; meanwhile they, and whatever the other ranks do after
 // them, wait for it. Fewer blocks would not help for certain: the device spreads them over all
@@ -95,11 +50,22 @@ inline ResidentPlan two_passes(const char* reason) {
 constexpr const char* kBesideCollectives =
     "a cooperative grid and the collectives of other processes would wait for each other";
 
+// Two passes in place of a plan in one launch, where they are predicted to be faster.
+inline ResidentPlan or_two_passes(const ResidentPlan& plan, const Shape& shape, int element_bytes,
+                                  bool aligned, int tensors, const DeviceLimits& device,
+                                  int64_t at_once) {
+  const auto time = [&](const ResidentPlan& p) {
+    return predicted(p, shape, element_bytes, aligned, tensors, device, at_once).total();
+  };
+  const ResidentPlan two = two_passes("one launch is predicted to take longer");
+  return time(two) < time(plan) ? two : plan;
+}
+
 // The plan of ChannelsLast, where nothing stays on chip: all blocks sweep over the tensor twice.
 // co_resident(tile_plan, path, team, shared_bytes): how many clusters of `team` blocks, or for
 // other paths how many blocks, the device holds at once.
 template <typename CoResident>
-ResidentPlan plan_sweeps(const Shape& shape, int element_bytes, bool aligned,
+ResidentPlan plan_sweeps(const Shape& shape, int element_bytes, bool aligned, int tensors,
                          const DeviceLimits& device, CoResident co_resident,
                          const Wanted& wanted = {}) {
   ResidentPlan plan;
@@ -123,20 +89,16 @@ ResidentPlan plan_sweeps(const Shape& shape, int element_bytes, bool aligned,
   }
   split(&tiles, parts);
   sweep(&tiles, shape);
-  return plan;
+  if (!wanted.any) return plan;
+  return or_two_passes(plan, shape, element_bytes, aligned, tensors, device, blocks);
 }
 
-// The plan for a kernel that keeps `tensors` tensors of x's shape on chip (1 forward, 2 backward), or
-// of ChannelsLast. co_resident as for plan_sweeps.
+// The plan for a kernel that keeps `tensors` tensors of x's shape on chip (1 forward, 2 backward).
+// co_resident as for plan_sweeps.
 template <typename CoResident>
-ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, int tensors,
-                           const DeviceLimits& device, CoResident co_resident,
-                           const Wanted& wanted = {}) {
-  if (!wanted.any && wanted.path == Path::TwoPass) return two_passes("two passes were asked for");
-  if (element_bytes > kWidestOnChip) return two_passes("float64 is not kept on chip");
-  if (shape.layout == Layout::ChannelsLast) {
-    return plan_sweeps(shape, element_bytes, aligned, device, co_resident, wanted);
-  }
+ResidentPlan plan_on_chip(const Shape& shape, int element_bytes, bool aligned, int tensors,
+                          const DeviceLimits& device, CoResident co_resident,
+                          const Wanted& wanted) {
   ResidentPlan plan;
   const TilePlan tile_plan = plan_tiles(shape, element_bytes, aligned);
   const int64_t full = device.shared_per_block;
@@ -160,18 +122,8 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
     plan.shared_bytes = static_cast<int>(bytes_of(plan.vectors));
   };
 
-  // How long a multiprocessor is busy, in vectors of each of a block's threads: a barrier of a cluster,
-  // and one of a team of a grid, take as long as about so many of them.
-  constexpr int64_t kClusterBarrier = 4, kGridBarrier = 12;
   const auto cost = [&](const ResidentPlan& plan) {
-    const int64_t rounds = ceil_div(plan.tile_plan.tiles, plan.teams);
-    const bool is_alone = plan.shared_bytes > half ||
-                          (plan.path == Path::Block && plan.blocks() <= device.multiprocessors);
-    const int64_t beside = is_alone ? 1 : kShares;  // blocks of a multiprocessor
-    const int64_t barrier = plan.tile_plan.chunks == 1   ? 0
-                            : plan.path == Path::Cluster ? kClusterBarrier
-                                                         : kGridBarrier;
-    return rounds * (plan.vectors * beside + barrier);
+    return predicted(plan, shape, element_bytes, aligned, tensors, device, plan.blocks()).total();
   };
 
   // Teams that fill the device, or larger ones where the tile does not fit otherwise; or single blocks
@@ -225,6 +177,23 @@ ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, 
   }
   return refuse_unless_clusters(
       "a group of channels is larger than the shared memory of the device");
+}
+
+// The plan of a call in one launch, forward or backward (`tensors`: 1 or 2); of two where those take less
+// time, or where one launch cannot be. co_resident as for plan_sweeps.
+template <typename CoResident>
+ResidentPlan plan_resident(const Shape& shape, int element_bytes, bool aligned, int tensors,
+                           const DeviceLimits& device, CoResident co_resident,
+                           const Wanted& wanted = {}) {
+  if (!wanted.any && wanted.path == Path::TwoPass) return two_passes("two passes were asked for");
+  if (element_bytes > kWidestOnChip) return two_passes("float64 is not kept on chip");
+  if (shape.layout == Layout::ChannelsLast) {
+    return plan_sweeps(shape, element_bytes, aligned, tensors, device, co_resident, wanted);
+  }
+  const ResidentPlan plan =
+      plan_on_chip(shape, element_bytes, aligned, tensors, device, co_resident, wanted);
+  if (!wanted.any || plan.path == Path::TwoPass) return plan;
+  return or_two_passes(plan, shape, element_bytes, aligned, tensors, device, plan.blocks());
 }
 
 }  // namespace cuda

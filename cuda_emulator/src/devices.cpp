@@ -178,6 +178,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMaxRegistersPerMultiprocessor:
       *value = 65536;
       return cudaSuccess;
+    case cudaDevAttrClockRate:
+    case cudaDevAttrMemoryClockRate:
+    case cudaDevAttrGlobalMemoryBusWidth:
+      *value = 0;  // it has no rates
+      return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       *value = settings.multiprocessors;
       return cudaSuccess;

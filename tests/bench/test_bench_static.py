@@ -6,9 +6,10 @@ import math
 
 import pytest
 
+from bnorm_ext._gpus import GPUS
 from bnorm_ext.bench.static import __main__ as program
 from bnorm_ext.bench.static import compile as compiling
-from bnorm_ext.bench.static import gpus, kernels, known, sass
+from bnorm_ext.bench.static import conflicts, kernels, known, sass, units
 from bnorm_ext.bench.static.counts import loop_pass, straight_pass
 from bnorm_ext.bench.static.flow import Flow
 from tests.common.bench_programs import refused
@@ -110,6 +111,29 @@ def test_stores_that_are_switched_off_do_not_count():
     assert (once.instructions, once.accesses("STG", 128)) == (3, 1)
 
 
+def test_the_condition_of_a_uniform_branch():
+    """sm_100 and newer write it as an operand."""
+    (function,) = sass.parse(
+        """
+        code for sm_100
+                Function : uniform
+        /*0000*/                   LDCU.U8 UR4, c[0x0][0x390] ;
+        /*0010*/                   UISETP.NE.AND UP0, UPT, UR4, URZ, UPT ;
+        /*0020*/                   LDG.E.128 R4, desc[UR6][R10.64] ;
+        /*0030*/                   BRA.U !UP0, 0x50 ;
+        /*0040*/                   STG.E.128 desc[UR6][R20.64], R4 ;
+        /*0050*/               @P0 BRA 0x20 ;
+        /*0060*/                   EXIT ;
+        """
+    )
+    branch = function.code[3]
+    assert (branch.guard, branch.negated, branch.target) == ("UP0", True, 0x50)
+    for byte, stores in ((0, 0), (1, 1)):
+        flow = Flow(function, {16: byte})
+        once = loop_pass(flow, flow.loops[0], ("LDG", "STG"), 128)
+        assert (once.accesses("LDG", 128), once.accesses("STG", 128)) == (1, stores)
+
+
 def test_loops_inside_of_loops():
     (function,) = sass.parse(
         """
@@ -204,17 +228,13 @@ def test_offsets_are_those_of_the_structs():
     assert list(kernels.offsets(fields).values()) == [0, 8]
 
 
-def test_gpus_without_figures_are_refused():
-    with pytest.raises(ValueError, match="no rates of A30; known are T4, "):
-        gpus.gpu("A30")
-
-
 def test_every_gpu_has_rates():
-    for name in gpus.MEMORY:
-        found = gpus.gpu(name)
-        assert found.name == name
-        assert found.compiled_for in known.PARAMETERS_AT
-        assert found.l2_bytes > 0
+    for name in GPUS:
+        device, rates = units.rates_of(name)
+        assert device.name == name
+        assert units.compiled_for(device) in known.PARAMETERS_AT
+        assert rates.issue > 0
+        assert min(device.l2_bytes, device.gigabytes_per_second, device.clock_mhz) > 0
 
 
 @pytest.mark.parametrize(
@@ -222,9 +242,8 @@ def test_every_gpu_has_rates():
     [
         (["--arch", "70"], "--arch: 70 is none of 75, 80, "),
         (["--arch", "x"], "--arch: 'x'"),
-        (["--gpu", "A30"], "no rates of A30"),
         (["--gpu", "GTX 1"], "unknown device 'GTX 1'"),
-        (["--gpu", "H200", "--net", "resnet"], "--net: unknown 'resnet'"),
+        (["--kernel", "softmax"], "--kernel: unknown 'softmax'"),
     ],
 )
 def test_odd_arguments_are_one_line(arguments, message, capsys, monkeypatch):
@@ -249,7 +268,7 @@ def _compiled() -> bool:
 @pytest.mark.skipif(not _compiled(), reason="there is no nvcc, or no cuobjdump")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_kernels_have_the_loops_that_are_counted(arch):
-    from bnorm_ext.bench.static.predict import counts
+    from bnorm_ext.bench.static.instances import counts
 
     for kernel in kernels.KERNELS:
         found = counts(kernel, arch)
@@ -268,3 +287,28 @@ def test_the_kernels_have_the_loops_that_are_counted(arch):
             computing = [loop for loop in c.loops if loop.role != "fetch"]
             assert all(loop.elements <= 4 * c.width for loop in computing), c
             assert math.isfinite(c.rest.instructions)
+
+
+def test_conflicts_are_listed(capsys, monkeypatch):
+    found = {
+        ("normalise_kernel", "float32", "contiguous"): {},
+        ("statistics_kernel", "bfloat16", "contiguous"): {16: 1, 4: 2},
+    }
+    monkeypatch.setattr(conflicts, "counted", lambda: found)
+    assert program.main(["--conflicts"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [
+        ["normalise_kernel", "float32", "contiguous", "none"],
+        ["statistics_kernel", "bfloat16", "contiguous", "4:", "2,", "16:", "1"],
+    ]
+    assert program.main(["--conflicts", "--kernel", "normalise_kernel"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_conflicts_are_counted():
+    """As tests/emulated/test_emulated_memory.py has them: none in accesses of 16 bytes."""
+    found = conflicts.counted(["float32"])
+    assert {kernel for kernel, _, _ in found} >= {kernel.name for kernel in kernels.KERNELS}
+    assert all(ways.get(16, 1) == 1 for ways in found.values())
+    assert found["sweep_forward_kernel", "float32", "channels_last"][16] == 1

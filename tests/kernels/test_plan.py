@@ -11,14 +11,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def check_plans(csrc: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Compiles tests/kernels/plan/check_plan.cpp against these sources and runs it."""
+def check_plans(
+    csrc: Path, folder: Path, name: str = "check_plan"
+) -> subprocess.CompletedProcess[str]:
+    """Compiles a program of tests/kernels/plan/ against these sources and runs it."""
     here = Path(__file__).resolve().parent / "plan"
-    program = folder / "check_plan"
+    program = folder / name
     include = Path(torch.__file__).parent / "include"
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas", "-DBNORM_EXT_EMULATOR=1", f"-I{here}", f"-I{csrc}/cuda"]
-    command += ["-isystem", str(include), str(here / "check_plan.cpp"), "-o", str(program)]
+    command += ["-isystem", str(include), str(here / f"{name}.cpp"), "-o", str(program)]
     subprocess.run(command, check=True)
     return subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,7 +61,7 @@ def host_compiler() -> str:
 def listing(file: str, arch: int) -> str:
     """What cuobjdump prints of csrc/cuda/``file`` for sm_``arch``; compiled once per state of the
     sources, kept in build/static."""
-    state = b"".join(p.read_bytes() for p in sorted(CSRC.rglob("*")) if p.suffix in _SOURCES)
+    state = b"".join(p.read_bytes() for p in included(CSRC / "cuda" / file))
     key = hashlib.sha256(state + repr((file, arch, FLAGS)).encode()).hexdigest()[:16]
     kept = _CACHE / f"{Path(file).stem}-sm_{arch}-{key}.sass"
     if kept.exists():
@@ -70,15 +71,33 @@ def listing(file: str, arch: int) -> str:
     include = Path(torch.__file__).parent / "include"
     command = [nvcc(), *FLAGS, f"-arch=sm_{arch}", "-cubin", "-isystem", str(include)]
     subprocess.run([*command, str(CSRC / "cuda" / file), "-o", str(cubin)], check=True)
-    text = "".join(
-        subprocess.run(
-            [cuobjdump(), option, cubin], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-        for option in ("-sass", "-res-usage")
-    )
+    text = disassembled(cubin)
     kept.write_text(text)
     cubin.unlink()
     return text
 
 
-_SOURCES = (".cu", ".cuh", ".h")
+def disassembled(cubin: Path) -> str:
+    """What cuobjdump prints of a compiled file: its machine code, and the registers it takes."""
+    return "".join(
+        subprocess.run(
+            [cuobjdump(), option, cubin], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        for option in ("-sass", "-res-usage")
+    )
+
+
+def included(file: Path) -> list[Path]:
+    """A source file and all files of the project that it includes, sorted."""
+    found: set[Path] = set()
+    waiting = [file.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.exists():
+            found.add(path)
+            names = _INCLUDE.findall(path.read_text())
+            waiting += [(path.parent / name).resolve() for name in names]
+    return sorted(found)
+
+
+_INCLUDE = re.compile(r'^ *# *include "([^"]+)"', re.MULTILINE)

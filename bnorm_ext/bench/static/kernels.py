@@ -86,6 +86,22 @@ class Counts:
         """In all main loops, for an element of x."""
         return sum(loop.per_element(unit) for loop in self.loops)
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of 256 threads that a multiprocessor has registers for; it gives them out in
+        eights."""
+        return 65536 // (256 * (max(self.registers, 1) + 7 & ~7))
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes that the threads of so many blocks ask for in one pass through a main loop, the one
+        with the most."""
+        loads = (
+            sum(i.bits // 8 for i in loop.once.code if i.name in ("LDG", "LDGSTS"))
+            for loop in self.loops
+        )
+        return self.blocks * 256 * max(loads, default=0)
+
 
 def offsets(fields: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
     """Byte offsets of (parameter struct, field), e.g. ("NormaliseParams", "epilogue.act"), as the

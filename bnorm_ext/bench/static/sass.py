@@ -17,6 +17,7 @@ _ARCH = re.compile(r"\s*code for sm_(\d+)")
 _INSTRUCTION = re.compile(
     r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?)(U?P\w+)\s+)?([A-Z]\w*)(\S*)\s*(.*?)\s*;"
 )
+_CONDITION = re.compile(r"(!?)(U?P\w+)$")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,12 @@ def parse(listing: str) -> list[Function]:
     arch, used_by = 0, ""
     for line in listing.splitlines():
         if match := _INSTRUCTION.match(line):
-            address, negated, guard, name, modifiers, operands = match.groups()
+            address, negated, guard, name, modifiers, listed = match.groups()
+            operands = tuple(_split(listed))
+            # BRA.U !UP0, 0xb00: the condition of a branch that is uniform over the warp.
+            if name == "BRA" and guard is None and (condition := _CONDITION.match(operands[0])):
+                negated, guard = condition.groups()
+                operands = operands[1:]
             functions[-1].code.append(
                 Instruction(
                     int(address, 16),
@@ -91,7 +97,7 @@ def parse(listing: str) -> list[Function]:
                     bool(negated),
                     name,
                     tuple(m for m in modifiers.split(".") if m),
-                    tuple(_split(operands)),
+                    operands,
                 )
             )
         elif match := _FUNCTION.match(line):
