@@ -191,6 +191,11 @@ def configure() -> dict[str, Any]:
             # Whether the source tree is what will be imported, and compiled again after changes.
             # Asked here, as setuptools resets self.inplace while it compiles.
             self.is_developed = bool(self.inplace or getattr(self, "editable_mode", False))
+            with support.whole_or_again(self.kernels_temp / "unfinished") as again:
+                self.force = self.force or again
+                self.run_and_record()
+
+        def run_and_record(self) -> None:
             super().run()
             text = support.build_record({"VERSION": self.distribution.get_version(), **facts})
             folders = [Path(self.build_lib, "bnorm_ext")]
@@ -198,7 +203,7 @@ def configure() -> dict[str, Any]:
                 folders.append(ROOT / "bnorm_ext")
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "_build.py").write_text(text)
+                support.replace_text(folder / "_build.py", text)
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExt}}
 
