@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 MIN_TORCH = (2, 8)
@@ -86,6 +86,20 @@ def merged(sources: list[str], folder: Path, root: Path) -> list[str]:
             path.write_text(text)
         result.append(os.path.relpath(path, root))
     return result
+
+
+def openmp_flags(compiler: str, torch_has: Callable[[str], bool]) -> tuple[list[str], str]:
+    """The flags that make at::parallel_for use threads, and a line for the reader where there are
+    none. compiler: its name and version. torch_has: whether torch defines a symbol.
+
+    Clang calls another OpenMP runtime than GCC, and torch's packages contain GCC's.
+    """
+    if "clang" in compiler.lower() and not torch_has("__kmpc_fork_call"):
+        return [], (
+            "the CPU kernels run on one thread: Clang's OpenMP is not the one that torch contains. "
+            "CXX=g++ compiles them for several"
+        )
+    return ["-fopenmp"], ""
 
 
 # --- The CPU kernels, one object per instruction set ----------------------------------------------

@@ -27,6 +27,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +76,9 @@ def compiler() -> str:
 
 def wrapped_compiler() -> Path:
     """A compiler whose last words are the sanitizers' flags, after those of setup.py."""
-    path = WORK / "bin" / "g++"  # a name that torch's check of compilers knows
+    # A name that torch's check of compilers knows, in a folder that other flags would change: what
+    # was compiled with these is compiled again then.
+    path = WORK / f"bin-{zlib.crc32(SANITIZERS.encode()):x}" / "g++"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'#!/bin/sh\nexec {compiler()} "$@" {SANITIZERS}\n')
     path.chmod(0o755)
@@ -140,7 +143,8 @@ def thread(options: argparse.Namespace) -> bool:
     sys.path.insert(0, str(ROOT))
     from tests.kernels.threads import build
 
-    program = build.build(WORK / "thread", ["-O1", "-g1", "-fsanitize=thread"])
+    flags = ["-O1", "-g1", "-fsanitize=thread"]
+    program = build(WORK / "thread", flags, all_isas=tuple(options.isa) != ("baseline",))
     good = True
     for isa in options.isa:
         done = subprocess.run(

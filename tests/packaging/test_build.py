@@ -200,3 +200,17 @@ def test_an_old_setuptools_is_refused():
     with pytest.raises(SystemExit, match=r"setuptools 65\.5\.0 is too old"):
         support.check_versions("2.8.0", "65.5.0")
     support.check_versions("2.8.0", "77.0.3")
+
+
+def test_openmp_of_another_compiler_than_torchs():
+    """Its calls would be undefined symbols when the module is loaded."""
+    gcc, clang = "g++ (Debian 12.2.0) 12.2.0", "Debian clang version 19.1.7"
+    assert support.openmp_flags(gcc, lambda name: False) == (["-fopenmp"], "")
+    assert support.openmp_flags(clang, lambda name: name == "__kmpc_fork_call") == (
+        ["-fopenmp"],
+        "",
+    )
+    flags, line = support.openmp_flags(clang, lambda name: False)
+    assert flags == []
+    assert "one thread" in line
+    assert "CXX=g++" in line
