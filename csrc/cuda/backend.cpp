@@ -91,7 +91,7 @@ bool train_resident(const ForwardCall& c, const RunningUpdate& running, double e
   p.mean = mean.data_ptr();
   p.rstd = rstd.data_ptr();
   p.running = running;
-  return is_launched(launch_resident_forward(p, stream()), "resident forward");
+  return is_launched(launch_resident_forward(p, stream()), "forward in one launch");
 }
 
 void train(ForwardCall& c, double eps, const RunningUpdate& running, const Tensor& mean,
@@ -203,7 +203,7 @@ bool backward_resident(const BackwardCall& c, bool constant_statistics,
   p.constant_statistics = constant_statistics;
   p.sum_dy = channel_vector(out.sum_g);
   p.sum_dy_xhat = channel_vector(out.sum_g_xhat);
-  return is_launched(launch_resident_backward(p, stream()), "resident backward");
+  return is_launched(launch_resident_backward(p, stream()), "backward in one launch");
 }
 
 void backward(BackwardCall& c, bool constant_statistics, const BackwardOutputs& out) {

@@ -25,7 +25,7 @@ inline void check_launch(cudaError_t error, const char* kernel) {
   try {
     C10_CUDA_CHECK(error);
   } catch (c10::Error& e) {
-    e.add_context(c10::str("bnorm_ext could not launch its kernel '", kernel, "'"));
+    e.add_context(c10::str("bnorm_ext could not launch the kernel '", kernel, "'"));
     throw;
   }
 }
