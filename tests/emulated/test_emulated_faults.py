@@ -19,7 +19,7 @@ from tests.common.emulated_cases import made
 
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation: CUDA loads a kernel at its first launch
 
-IMAGE = (24, 2, 32, 48)
+IMAGE = (8, 2, 32, 48)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "two passes": ("contiguous", {"path": "two_pass", "multiprocessors": 3}),
     "two passes, channels_last": ("channels_last", {"path": "two_pass"}),
