@@ -19,6 +19,7 @@ from tests.common.net_kinds import KINDS, images, make
 PROGRAM = """
 import json, os, sys
 import torch, torch.distributed, torch.fx
+import torch._dynamo  # makes a folder for the cache of torch.compile
 from torch import nn
 
 events = []
