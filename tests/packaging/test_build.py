@@ -68,7 +68,7 @@ def test_merged_sources_include_each_source_once(tmp_path):
 
 
 SOURCES = """
-import json, runpy, sys
+import json, pathlib, runpy, sys
 import setuptools
 from torch.utils import cpp_extension
 caught = {{}}
@@ -85,6 +85,7 @@ cpp_extension.BuildExtension.build_extensions = lambda self: None
 command = caught["cmdclass"]["build_ext"](setuptools.Distribution({{"version": "1"}}))
 command.extensions, command.compile_kernels = caught["ext_modules"], lambda: []
 command.build_temp, command.{option} = {folder!r}, True
+command.kernels_temp = pathlib.Path({folder!r})
 command.run()
 """
 
