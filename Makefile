@@ -10,6 +10,7 @@
 #   make docs                  the API reference as HTML, in build/docs
 #   make mutants               whether the tests see CUDA kernels that were broken on purpose
 #   make test-ptx              the CUDA kernels' tests on the PTX that nvcc makes of them (slow)
+#   make sanitize              the CPU kernels and operators under sanitizers (slow)
 #   make gpu-check             what only a GPU can show
 #
 # pip's own variables (PIP_INDEX_URL ...) and the build's (BNORM_EXT_CUDA, MAX_JOBS, CXX ...) are
@@ -20,6 +21,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1
 PYTEST_ARGS ?=
 PTX_ARGS ?=
+SANITIZE_ARGS ?=
 
 # On Linux torch's usual packages are CUDA builds. Beside an nvcc the CUDA kernels would then be
 # compiled, which takes minutes and is of no use without a GPU (on WSL it is /dev/dxg).
@@ -45,7 +47,7 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: test test-all test-ptx test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants bench docs clean FORCE
+.PHONY: sanitize test test-all test-ptx test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants bench docs clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
@@ -61,6 +63,11 @@ mutants: build
 # PTX_ARGS="--archs 80" for one architecture; says why where there is no nvcc.
 test-ptx: build
 	$(PY) tests/ptx/run.py $(PTX_ARGS)
+
+# The CPU extension under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer (slow).
+# SANITIZE_ARGS="address --isa avx2" for a part.
+sanitize: build
+	$(PY) .ci/sanitize.py $(SANITIZE_ARGS)
 
 # The install matrix: sdist, clean environments, the messages that pip shows.
 test-install: build

@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 MIN_TORCH = (2, 8)
@@ -88,6 +88,20 @@ def merged(sources: list[str], folder: Path, root: Path) -> list[str]:
     return result
 
 
+def openmp_flags(compiler: str, torch_has: Callable[[str], bool]) -> tuple[list[str], str]:
+    """The flags that make at::parallel_for use threads, and a line for the reader where there are
+    none. compiler: its name and version. torch_has: whether torch defines a symbol.
+
+    Clang calls another OpenMP runtime than GCC, and torch's packages contain GCC's.
+    """
+    if "clang" in compiler.lower() and not torch_has("__kmpc_fork_call"):
+        return [], (
+            "the CPU kernels run on one thread: Clang's OpenMP is not the one that torch contains. "
+            "CXX=g++ compiles them for several"
+        )
+    return ["-fopenmp"], ""
+
+
 # --- The CPU kernels, one object per instruction set ----------------------------------------------
 
 X86_ISA_FLAGS: dict[str, list[str]] = {
@@ -124,6 +138,30 @@ def compile_object(command: list[str], target: Path) -> None:
     if subprocess.run(command, check=False).returncode != 0:
         raise BuildError(f"the compiler failed:\n{' '.join(command)}")
     record.write_text("\n".join(command))
+
+
+# --- Builds that end early ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_or_again(mark: Path) -> Iterator[bool]:
+    """Around a build: whether the last one did not come to its end. What it has linked or copied
+    may be half a file, and newer than its sources, so that it would be taken for good."""
+    again = mark.exists()
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    yield again
+    mark.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes the file completely or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # --- How many compilers at once -------------------------------------------------------------------

@@ -7,11 +7,13 @@ BNORM_EXT_LINEINFO, BNORM_EXT_WERROR, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS,
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,10 +127,14 @@ def configure() -> dict[str, Any]:
         define.append("-DBNORM_EXT_CUDA=1")
 
     system = as_system(torch_includes)
+    compiler = cpp_extension.get_cxx_compiler()
     # at::parallel_for is serial without -fopenmp. It is not given to the linker: torch has brought
     # its own OpenMP runtime into the process, and a second one must not join it.
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    compiler = cpp_extension.get_cxx_compiler()
+    openmp = []
+    if sys.platform == "linux":
+        openmp, line = support.openmp_flags(compiler_name(compiler), torchs_symbols(torch))
+        if line:
+            print(f"bnorm_ext: {line}", flush=True)
     extension = make_extension(
         "bnorm_ext._C",
         files,
@@ -191,6 +197,11 @@ def configure() -> dict[str, Any]:
             # Whether the source tree is what will be imported, and compiled again after changes.
             # Asked here, as setuptools resets self.inplace while it compiles.
             self.is_developed = bool(self.inplace or getattr(self, "editable_mode", False))
+            with support.whole_or_again(self.kernels_temp / "unfinished") as again:
+                self.force = self.force or again
+                self.run_and_record()
+
+        def run_and_record(self) -> None:
             super().run()
             text = support.build_record({"VERSION": self.distribution.get_version(), **facts})
             folders = [Path(self.build_lib, "bnorm_ext")]
@@ -198,9 +209,15 @@ def configure() -> dict[str, Any]:
                 folders.append(ROOT / "bnorm_ext")
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "_build.py").write_text(text)
+                support.replace_text(folder / "_build.py", text)
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExt}}
+
+
+def torchs_symbols(torch: Any) -> Callable[[str], bool]:
+    """Whether torch's libraries, with those that they have loaded, define a symbol."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return lambda name: hasattr(library, name)
 
 
 def compiler_name(command: str) -> str:

@@ -7,6 +7,7 @@ be loaded.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import TypedDict
 
 import torch
 
+from ._library import flaw
 from ._version import __version__
 
 #: Whether the environment sets BNORM_EXT_DISABLE=1. Then every call goes to torch's own operators
 #: and the compiled module is not needed.
 DISABLED: bool = os.environ.get("BNORM_EXT_DISABLE", "0").strip() not in ("", "0")
 
+_FOLDER = Path(__file__).parent
 INSTALL = "pip install --no-build-isolation ."
 REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ."
 
@@ -53,11 +56,50 @@ def _submodule(name: str) -> ModuleType | None:
 
 def _not_built(what: str) -> ImportError:
     return ImportError(
-        f"bnorm_ext is not compiled for this Python: {what} is missing from "
-        f"{Path(__file__).parent}. In the folder of its setup.py, run:\n\n    {INSTALL}\n\n"
+        f"bnorm_ext is not compiled for this Python: {what} is missing from {_FOLDER}"
+        f"{_of_other_pythons()}. In the folder of its setup.py, run:\n\n    {INSTALL}\n\n"
         "(If it is installed elsewhere, start Python outside of the source folder. To use torch's "
         "own batch norm without compiling, set BNORM_EXT_DISABLE=1.)"
     )
+
+
+def _of_other_pythons() -> str:
+    found = sorted(path.name for path in _FOLDER.glob("_C.*"))
+    return f", which has {' and '.join(found)} of another Python" if found else ""
+
+
+def _cannot_be_loaded(what: object, reason: object) -> ImportError:
+    return ImportError(
+        f"bnorm_ext cannot load {what}: {reason}. It was damaged after it was compiled, or "
+        "compiled for another Python, torch or machine. In the folder of its setup.py, compile it "
+        f"again:\n\n    {REBUILD}\n\n"
+        "(To use torch's own batch norm without it, set BNORM_EXT_DISABLE=1.)"
+    )
+
+
+def _record() -> ModuleType | None:
+    """`_build.py`, or None if there is no such file."""
+    try:
+        build = _submodule("_build")
+    except Exception as error:
+        raise _cannot_be_loaded(_FOLDER / "_build.py", error) from error
+    if build is not None and not hasattr(build, "TORCH"):
+        raise _cannot_be_loaded(_FOLDER / "_build.py", "it names no version of torch")
+    return build
+
+
+def _module() -> ModuleType:
+    name = f"{__package__}._C"
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise _not_built("_C")
+    path = Path(spec.origin or "_C")
+    if path.is_file() and (wrong := flaw(path)):
+        raise _cannot_be_loaded(path, wrong)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise _cannot_be_loaded(path, error) from error
 
 
 def load() -> ModuleType | None:
@@ -67,11 +109,11 @@ def load() -> ModuleType | None:
         The module; None under BNORM_EXT_DISABLE=1.
 
     Raises:
-        ImportError: it is missing, or was compiled against another torch.
+        ImportError: it is missing or damaged, or was compiled against another torch or Python.
     """
     if DISABLED:
         return None
-    build = _submodule("_build")
+    build = _record()
     if build is None:
         raise _not_built("_build.py")
     running = str(torch.__version__)
@@ -81,10 +123,7 @@ def load() -> ModuleType | None:
             "imported. A compiled extension runs only with its own torch. In the folder of its "
             f"setup.py, rebuild it:\n\n    {REBUILD}\n"
         )
-    compiled = _submodule("_C")
-    if compiled is None:
-        raise _not_built("_C")
-    return compiled
+    return _module()
 
 
 def build_info() -> BuildInfo:

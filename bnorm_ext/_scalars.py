@@ -28,6 +28,12 @@ def counts_apart(counter: Any, input: Any) -> bool:
     )
 
 
+def one_for(counter: Tensor) -> Tensor:
+    """1, to be added at the end of a call. Made at its beginning: the number in ``counter.add_(1)``
+    becomes a tensor too, for which there may be no memory any more."""
+    return torch.ones((), dtype=counter.dtype, device="cpu")
+
+
 def counted(counter: Tensor) -> Tensor:
     """The value of ``counter`` after ``counter.add_(1)``, without changing it. Raises whatever that
     operation would raise."""

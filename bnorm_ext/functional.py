@@ -23,7 +23,7 @@ from ._compat import FORWARD_LEVEL, FORWARD_STATE, is_exporting, transforms_acti
 from ._cuda import has_code, has_code_while_tracing
 from ._load import warn_without_cuda_kernels
 from ._ops import ASKED_DEVICES, KERNEL_DEVICES
-from ._scalars import as_floats, counted, counts_apart
+from ._scalars import as_floats, counted, counts_apart, one_for
 from .activations import Activation, check_residual, compose, resolve
 
 # Looked up once, because host time dominates for small tensors.
@@ -189,11 +189,11 @@ def _count_apart(call: Arguments) -> Tensor:
     """Batch norm with a counter that the operator does not take: it is incremented here as in
     ``nn.BatchNorm2d``, but last, so that a call that fails does not count."""
     counter: Any = call.num_batches_tracked
-    count = counted(counter)
+    count, one = counted(counter), one_for(counter)
     momentum = 1.0 / float(count) if call.momentum is None else call.momentum
     rest: Any = {name: getattr(call, name) for name in ("residual", "act", "negative_slope")}
     output = batch_norm(*call[:6], momentum, call.eps, **rest)
-    counter.add_(1)
+    counter.add_(one)
     return output
 
 

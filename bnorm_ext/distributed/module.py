@@ -15,14 +15,14 @@ from .._compat import BatchNormBase
 from .._cuda import has_code, has_code_while_tracing
 from .._load import warn_without_cuda_kernels
 from .._ops import ASKED_DEVICES, KERNEL_DEVICES
-from .._scalars import as_floats, counted, counts_apart
+from .._scalars import as_floats, counted, counts_apart, one_for
 from ..activations import Activation, check_residual, resolve
 from ..functional import raise_as_native
 from ..modules_act import _BatchNormActMixin
 from . import composite
 from .agreement import DTYPES
 from .function import Normalise
-from .statistics import Buffers, synchronised
+from .statistics import Buffers, Gathered, gathered, merged, update
 
 __all__ = ["SyncBatchNorm"]
 
@@ -75,6 +75,7 @@ class _SyncMixin(_BatchNormActMixin):
         mean, var, weight, bias, _, momentum, counter = self._state(input)
         _check(input, residual, mean, var, weight, bias, act)
         apart = counts_apart(counter, input)
+        one = one_for(counter) if apart else None
         if apart and momentum is None:
             momentum = 1.0 / float(counted(counter))
         momentum, eps = as_floats(True, momentum, self.__dict__["eps"], counter)
@@ -87,12 +88,12 @@ class _SyncMixin(_BatchNormActMixin):
             y = composite.training_step(*tensors, buffers, eps, *epilogue, layer, group)
         else:
             with torch.no_grad():
-                found = synchronised(input.detach(), layer, buffers, eps, world, group)
-            y = None if found is None else Normalise.apply(*tensors, *found, eps, *epilogue, group)
+                found = gathered(input.detach(), layer, world, group)
+            y = None if found is None else _step(tensors, found, buffers, eps, epilogue, group)
         if y is None:
             return super()._normalise(input, residual, act, negative_slope)
         if apart:
-            counter.add_(1)
+            counter.add_(one)
         return y
 
     def _group(self, input: Tensor) -> Any:
@@ -128,6 +129,26 @@ class _SyncMixin(_BatchNormActMixin):
             0.0,
             self.eps,
         )
+
+
+def _step(
+    tensors: tuple[Tensor | None, ...],
+    found: Gathered,
+    buffers: Buffers,
+    eps: float,
+    epilogue: tuple[str, float],
+    group: Any,
+) -> Any:
+    """The output, and last, when nothing else can fail, the update of ``buffers``."""
+    input = tensors[0]
+    assert input is not None
+    with torch.no_grad():
+        mean, rstd = merged(found, eps, input.dtype)
+        total = found.counts.sum()
+    y = Normalise.apply(*tensors, mean, rstd, total, eps, *epilogue, group)
+    with torch.no_grad():
+        update(found, buffers, eps, input.dtype)
+    return y
 
 
 def _has_kernels(input: Tensor) -> bool:

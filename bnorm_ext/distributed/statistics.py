@@ -22,12 +22,34 @@ class Buffers(NamedTuple):
     momentum: float | None
 
 
-class Statistics(NamedTuple):
+class Gathered(NamedTuple):
     """Of all ranks' values."""
 
-    mean: Tensor  #: (2, C), in the accumulation type: rounded, and what rounding has left out
-    rstd: Tensor  #: (C,), in the accumulation type
-    total: Tensor  #: (), values per channel, double, on the device
+    means: Tensor  #: (W, C), double
+    vars: Tensor  #: (W, C), double, biased
+    counts: Tensor  #: (W,), double
+
+
+def merged(g: Gathered, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """mean (2, C), rounded, with what rounding has left out, and rstd (C,), in the accumulation type
+    of ``dtype``."""
+    mean, rstd = _ops.batch_norm_merge_stats(
+        g.means, g.vars, g.counts, None, None, None, 0.0, eps, dtype
+    )
+    return mean, rstd
+
+
+def update(g: Gathered, buffers: Buffers, eps: float, dtype: torch.dtype) -> None:
+    """Updates the running statistics and the counter.
+
+    It stands at the end of a step and merges once more: whatever fails before, memory for the
+    output above all, leaves the buffers as they are.
+    """
+    running_mean, running_var, counter, momentum = buffers
+    if running_mean is not None or counter is not None:
+        _ops.batch_norm_merge_stats(
+            g.means, g.vars, g.counts, running_mean, running_var, counter, momentum, eps, dtype
+        )
 
 
 def over_all_ranks(
@@ -50,10 +72,8 @@ def over_all_ranks(
     return common.unsqueeze(0), (m2 / total).unsqueeze(0), total
 
 
-def synchronised(
-    x: Tensor, layer: str, buffers: Buffers, eps: float, world: int, group: Any
-) -> Statistics | None:
-    """Statistics over all ranks; ``buffers`` are updated. None where no rank has a value.
+def gathered(x: Tensor, layer: str, world: int, group: Any) -> Gathered | None:
+    """What :func:`over_all_ranks` returns for ``x``. None where no rank has a value.
 
     Raises:
         ValueError: the ranks have one value per channel between them.
@@ -62,14 +82,12 @@ def synchronised(
     mean, var = _ops.batch_norm_stats(x)
     count = agreed_count(x, layer, group.group_name)
     means, vars, counts = over_all_ranks(mean, var, count, world, group)
-    total = counts.sum()
-    if not has_values(x, total):
+    if not has_values(x, counts):
         return None
-    mean, rstd = _ops.batch_norm_merge_stats(means, vars, counts, *buffers, eps, x.dtype)
-    return Statistics(mean, rstd, total)
+    return Gathered(means.contiguous(), vars.contiguous(), counts.contiguous())
 
 
-def has_values(x: Tensor, total: Tensor) -> bool:
+def has_values(x: Tensor, counts: Tensor) -> bool:
     """Whether any rank has a value.
 
     Raises:
@@ -81,7 +99,7 @@ def has_values(x: Tensor, total: Tensor) -> bool:
         return True
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
-    values = int(total.item())
+    values = int(counts.sum().item())
     if values == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "

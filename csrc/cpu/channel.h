@@ -7,11 +7,11 @@
 #include <c10/util/Half.h>
 
 #include <cmath>
-#include <vector>
 
 #include "../tensors.h"
 #include "../variance.h"
 #include "params.h"
+#include "scratch.h"
 
 namespace bnorm_ext {
 namespace cpu {
@@ -88,25 +88,16 @@ class ChannelSums {
   double dy = 0, dy_xhat = 0;
 };
 
-// [C] arrays of the accumulation type, which threads fill channel by channel. On the stack for
-// usual numbers of channels.
+// [C] arrays of the accumulation type, which threads fill channel by channel.
 template <typename A>
 class Coefficients {
  public:
-  Coefficients(int64_t arrays, int64_t C) : C_(C), data_(stack_) {
-    if (arrays * C > kOnStack) {
-      heap_.resize(static_cast<size_t>(arrays * C));
-      data_ = heap_.data();
-    }
-  }
-  A* operator[](int64_t i) { return data_ + i * C_; }
+  Coefficients(int64_t arrays, int64_t C) : C_(C), values_(arrays * C) {}
+  A* operator[](int64_t i) { return values_.data() + i * C_; }
 
  private:
-  static constexpr int64_t kOnStack = 4 * 512;
   int64_t C_;
-  A stack_[kOnStack];
-  std::vector<A> heap_;
-  A* data_;
+  Scratch<A, 4 * 512> values_;
 };
 
 // Updates the running statistics with this batch: computed in double, whatever their dtype.

@@ -4,30 +4,17 @@
 #include <ATen/Parallel.h>
 
 #include <cstdint>
-#include <memory>
 
 #include "capability.h"
 #include "plan.h"
+#include "scratch.h"
 
 namespace bnorm_ext {
 namespace cpu {
 
-// `count` results of chunks, not initialised; on the stack for usual sizes.
+// Results of chunks.
 template <typename Partial>
-class Partials {
- public:
-  explicit Partials(int64_t count) {
-    if (count > kOnStack) heap_.reset(new Partial[static_cast<size_t>(count)]);
-    data_ = heap_ ? heap_.get() : stack_;
-  }
-  Partial& operator[](int64_t i) { return data_[i]; }
-
- private:
-  static constexpr int64_t kOnStack = 2048;
-  Partial stack_[kOnStack];
-  std::unique_ptr<Partial[]> heap_;
-  Partial* data_;
-};
+using Partials = Scratch<Partial, 2048>;
 
 // Calls f(k, c0, c1) for every chunk k and every range of channels, divided among the threads. Each
 // thread's share is the same in every call. It is taken in memory order, or in reverse.

@@ -22,12 +22,17 @@
 #include "../params.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
-// GCC's header initialises "undefined" vectors with themselves, and GCC warns about it.
+// GCC's header initialises "undefined" vectors with themselves, and GCC warns about it. Clang does
+// not know these warnings.
+#ifdef __clang__
+#include <immintrin.h>
+#else
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif

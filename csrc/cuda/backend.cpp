@@ -50,7 +50,7 @@ void run_normalise(const ForwardCall& c, const Statistics& statistics,
   p.plan = plan_for(c.in, is_aligned(c));
   p.statistics = statistics;
   p.num_batches_tracked = num_batches_tracked;
-  C10_CUDA_CHECK(launch_normalise(p, stream()));
+  check_launch(launch_normalise(p, stream()), "normalise");
 }
 
 void normalise(ForwardCall& c, const Statistics& statistics) {
@@ -74,7 +74,7 @@ void statistics(Input& in, const Tensor& mean, const Tensor& var) {
   p.staging = *staging;
   p.wide_mean = mean.data_ptr<double>();
   p.wide_var = var.data_ptr<double>();
-  C10_CUDA_CHECK(launch_statistics(p, stream()));
+  check_launch(launch_statistics(p, stream()), "statistics");
 }
 
 // Everything in one launch. False: use two passes (the plan says so, or the device refused the
@@ -91,7 +91,7 @@ bool train_resident(const ForwardCall& c, const RunningUpdate& running, double e
   p.mean = mean.data_ptr();
   p.rstd = rstd.data_ptr();
   p.running = running;
-  return is_launched(launch_resident_forward(p, stream()));
+  return is_launched(launch_resident_forward(p, stream()), "forward in one launch");
 }
 
 void train(ForwardCall& c, double eps, const RunningUpdate& running, const Tensor& mean,
@@ -105,7 +105,7 @@ void train(ForwardCall& c, double eps, const RunningUpdate& running, const Tenso
   p.mean = mean.data_ptr();
   p.rstd = rstd.data_ptr();
   p.running = running;
-  C10_CUDA_CHECK(launch_statistics(p, stream()));
+  check_launch(launch_statistics(p, stream()), "statistics");
   run_normalise(c, known_statistics(mean, rstd), running.num_batches_tracked);
 }
 
@@ -122,7 +122,7 @@ void merge(const Tensor& mean, const Tensor& var, const Tensor& count, double ep
   p.merged_mean = merged_mean.data_ptr();
   p.merged_rstd = merged_rstd.data_ptr();
   p.running = running;
-  C10_CUDA_CHECK(launch_merge(p, stream()));
+  check_launch(launch_merge(p, stream()), "merge");
 }
 
 // What all kernels of the backward pass take.
@@ -166,7 +166,7 @@ void run_reduce(const BackwardCall& c, const BackwardOutputs& out, void* mean_g,
   p.sum_dy_xhat = channel_vector(out.sum_g_xhat);
   p.mean_dy = mean_g;
   p.mean_dy_xhat = mean_g_xhat;
-  C10_CUDA_CHECK(launch_backward_reduce(p, stream()));
+  check_launch(launch_backward_reduce(p, stream()), "backward_reduce");
 }
 
 // dx and dresidual, those that are wanted, with the means of g and g * xhat, or without where the
@@ -180,7 +180,7 @@ void run_apply(const BackwardCall& c, const BackwardOutputs& out, const void* me
   if (out.dresidual.defined()) p.dresidual = out.dresidual.data_ptr();
   p.mean_dy = mean_g;
   p.mean_dy_xhat = mean_g_xhat;
-  C10_CUDA_CHECK(launch_backward_apply(p, stream()));
+  check_launch(launch_backward_apply(p, stream()), "backward_apply");
 }
 
 // Everything in one launch. False: use two passes, as for train_resident.
@@ -196,7 +196,7 @@ bool backward_resident(const BackwardCall& c, bool constant_statistics,
   p.constant_statistics = constant_statistics;
   p.sum_dy = channel_vector(out.sum_g);
   p.sum_dy_xhat = channel_vector(out.sum_g_xhat);
-  return is_launched(launch_resident_backward(p, stream()));
+  return is_launched(launch_resident_backward(p, stream()), "backward in one launch");
 }
 
 void backward(BackwardCall& c, bool constant_statistics, const BackwardOutputs& out) {

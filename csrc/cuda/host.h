@@ -20,6 +20,16 @@ inline cudaStream_t stream() {
   return c10::cuda::getCurrentCUDAStream();
 }
 
+// Throws torch's error for what a launch has returned, and says which kernel's it is.
+inline void check_launch(cudaError_t error, const char* kernel) {
+  try {
+    C10_CUDA_CHECK(error);
+  } catch (c10::Error& e) {
+    e.add_context(c10::str("bnorm_ext could not launch the kernel '", kernel, "'"));
+    throw;
+  }
+}
+
 template <typename... Pointers>
 bool aligned(const Pointers*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % kVectorBytes == 0) && ...);

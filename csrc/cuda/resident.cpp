@@ -87,7 +87,7 @@ TeamMemory::TeamMemory(const ResidentPlan& plan, const Input& in, bool counts_ti
   tiles_done_ = semaphores_.words();
 }
 
-bool is_launched(cudaError_t error) {
+bool is_launched(cudaError_t error, const char* kernel) {
   switch (error) {
     case cudaErrorLaunchOutOfResources:
     case cudaErrorCooperativeLaunchTooLarge:
@@ -97,7 +97,7 @@ bool is_launched(cudaError_t error) {
       cudaGetLastError();  // not the next caller's
       return false;
     default:
-      C10_CUDA_CHECK(error);
+      check_launch(error, kernel);
       return true;
   }
 }

@@ -28,8 +28,8 @@ class TeamMemory {
 
 // Whether a launch is running. False where the device has refused it for its clusters or its
 // cooperation (MPS, MIG, green contexts leave less of the device than the plan counted on), which
-// two passes need not. Throws for every other error.
-bool is_launched(cudaError_t error);
+// two passes need not. Throws for every other error, as check_launch.
+bool is_launched(cudaError_t error, const char* kernel);
 
 }  // namespace cuda
 }  // namespace bnorm_ext

@@ -168,6 +168,10 @@ std::string check_cooperative() {
   check.error("a refusal", Config(1, 512).cooperative().launch(),
               cudaErrorCooperativeLaunchTooLarge);
   check.error("the next one", Config(1, 512).cooperative().launch(), cudaSuccess);
+  emulator::refuse_launch_after(1, cudaErrorMemoryAllocation);
+  check.error("one before", Config(1, 512).launch(), cudaSuccess);
+  check.error("another refusal", Config(1, 512).launch(), cudaErrorMemoryAllocation);
+  check.error("one after", Config(1, 512).launch(), cudaSuccess);
   return check.text();
 }
 

@@ -141,6 +141,10 @@ void refuse_next_cluster_launch(cudaError_t error) {
 void refuse_next_cooperative_launch(cudaError_t error) {
   detail::settings().refuse_cooperative = error;
 }
+void refuse_launch_after(int others, cudaError_t error) {
+  detail::settings().launches_until_refusal = others;
+  detail::settings().refuse_any = error;
+}
 const char* fibers() {
   return detail::Fiber::kind();
 }

@@ -114,6 +114,8 @@ cudaError_t check(const Launch& launch, const Function& function) {
   if (launch.cooperative && volume(launch.grid) > resident * volume(launch.cluster)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
+  Settings& s = settings();
+  if (s.refuse_any != cudaSuccess && s.launches_until_refusal-- == 0) return take(s.refuse_any);
   return cudaSuccess;
 }
 

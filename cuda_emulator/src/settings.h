@@ -35,6 +35,8 @@ struct Settings {
   int l2_bytes = 0;  // 0: the device's own
   cudaError_t refuse_cluster = cudaSuccess;
   cudaError_t refuse_cooperative = cudaSuccess;
+  int launches_until_refusal = 0;  // counts while refuse_any is an error
+  cudaError_t refuse_any = cudaSuccess;
 };
 Settings& settings();
 

@@ -21,6 +21,7 @@ struct Session {
   bool active = false;
   std::uintptr_t stream = 0;
   int allocations = 0;
+  int allocations_until_refusal = -1;  // negative: none is refused
   emulator::Role role = emulator::Role::kInOut;
   std::vector<int64_t> output_bytes;  // sizes of tensors that an operator writes once
   std::vector<void*> freed;
@@ -46,6 +47,9 @@ class Allocator final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     Session& s = session();
     if (!s.active || bytes == 0) return ordinary_->allocate(bytes);
+    if (s.allocations_until_refusal >= 0 && s.allocations_until_refusal-- == 0) {
+      TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory: ", bytes, " bytes");
+    }
     emulator::Role role = s.role;
     for (const int64_t size : s.output_bytes) {
       if (static_cast<int64_t>(bytes) == size) role = emulator::Role::kOutput;
@@ -103,6 +107,7 @@ RUNNER_API bool runner_begin(const char* architecture, int multiprocessors, uint
   s.pooling = false;
   s.pool.clear();
   s.allocations = 0;
+  s.allocations_until_refusal = -1;
   s.role = emulator::Role::kInOut;
   s.output_bytes.clear();
   s.active = true;
@@ -177,6 +182,14 @@ RUNNER_API const char* runner_calls() {
 RUNNER_API void runner_refuse() {
   emulator::refuse_next_cluster_launch();
   emulator::refuse_next_cooperative_launch();
+}
+// CUDA's number of an error, which the launch after `others` more ones returns.
+RUNNER_API void runner_refuse_launch(int others, int error) {
+  emulator::refuse_launch_after(others, static_cast<cudaError_t>(error));
+}
+// The allocation after `others` more ones throws; none where negative.
+RUNNER_API void runner_refuse_allocation(int others) {
+  session().allocations_until_refusal = others;
 }
 
 // How launches use memory is recorded from now on. l2_bytes: of the L2; 0: the device's own.

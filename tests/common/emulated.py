@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from cuda_emulator import building
+from tests.common import torch_headers
 from tests.common.cases import Case, Results, accumulation_type
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,10 +49,6 @@ KEY = torch._C.DispatchKey.PrivateUse1
 
 class Reported(AssertionError):
     """The emulator has found an error in a kernel or a launch."""
-
-
-def _torch_wants_cpp20(torch_root: Path) -> bool:
-    return "C++20" in (torch_root / "include" / "ATen" / "ATen.h").read_text()
 
 
 def _same_top_level(one: Path, other: Path) -> bool:
@@ -72,10 +69,6 @@ def build(
 
     hosts: where the torch-facing files are taken from, if elsewhere.
     """
-    torch_root = Path(torch.__file__).parent
-    flags = list(flags)
-    for path in ("include", "include/torch/csrc/api/include"):
-        flags += ["-isystem", str(torch_root / path)]
     hosts = hosts or csrc
     bodies = CSRC if _same_top_level(hosts, CSRC) else hosts
     return building.build(
@@ -87,9 +80,8 @@ def build(
             (TORCH_SHIM / "runner.cpp", [SHIM]),
             *((kernel, [SHIM, csrc]) for kernel in sorted(csrc.glob("cuda/*.cu"))),
         ],
-        # Later words win: torch's headers want C++20 from some version on.
-        flags=[*flags, *(["-std=c++20"] if _torch_wants_cpp20(torch_root) else [])],
-        libraries=[f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"],
+        flags=[*flags, *torch_headers.flags()],
+        libraries=torch_headers.libraries("torch", "torch_cpu", "c10"),
         sanitize=sanitize,
         shared=True,
     )
@@ -185,6 +177,14 @@ class Session:
     def refuse(self) -> None:
         """The device refuses the next launch with clusters, and the next cooperative one."""
         self._library.runner_refuse()
+
+    def refuse_launch(self, others: int, error: int) -> None:
+        """The launch after `others` more ones returns this number of CUDA's errors."""
+        self._library.runner_refuse_launch(others, error)
+
+    def refuse_allocation(self, others: int) -> None:
+        """Torch's allocation after `others` more ones fails."""
+        self._library.runner_refuse_allocation(others)
 
     def profile(self, l2_bytes: int = 0) -> None:
         """From now on `profiles` has an entry for each launch. l2_bytes: of the L2, if not 0."""

@@ -68,7 +68,7 @@ def test_merged_sources_include_each_source_once(tmp_path):
 
 
 SOURCES = """
-import json, runpy, sys
+import json, pathlib, runpy, sys
 import setuptools
 from torch.utils import cpp_extension
 caught = {{}}
@@ -85,6 +85,7 @@ cpp_extension.BuildExtension.build_extensions = lambda self: None
 command = caught["cmdclass"]["build_ext"](setuptools.Distribution({{"version": "1"}}))
 command.extensions, command.compile_kernels = caught["ext_modules"], lambda: []
 command.build_temp, command.{option} = {folder!r}, True
+command.kernels_temp = pathlib.Path({folder!r})
 command.run()
 """
 
@@ -200,3 +201,17 @@ def test_an_old_setuptools_is_refused():
     with pytest.raises(SystemExit, match=r"setuptools 65\.5\.0 is too old"):
         support.check_versions("2.8.0", "65.5.0")
     support.check_versions("2.8.0", "77.0.3")
+
+
+def test_openmp_of_another_compiler_than_torchs():
+    """Its calls would be undefined symbols when the module is loaded."""
+    gcc, clang = "g++ (Debian 12.2.0) 12.2.0", "Debian clang version 19.1.7"
+    assert support.openmp_flags(gcc, lambda name: False) == (["-fopenmp"], "")
+    assert support.openmp_flags(clang, lambda name: name == "__kmpc_fork_call") == (
+        ["-fopenmp"],
+        "",
+    )
+    flags, line = support.openmp_flags(clang, lambda name: False)
+    assert flags == []
+    assert "one thread" in line
+    assert "CXX=g++" in line

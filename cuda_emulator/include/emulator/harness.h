@@ -115,6 +115,8 @@ const std::vector<Profile>& profiles();
 // The next launch with clusters, or the next cooperative one, returns `error` and runs nothing.
 void refuse_next_cluster_launch(cudaError_t error = cudaErrorLaunchOutOfResources);
 void refuse_next_cooperative_launch(cudaError_t error = cudaErrorCooperativeLaunchTooLarge);
+// The launch after `others` more ones that CUDA would take returns `error` and runs nothing.
+void refuse_launch_after(int others, cudaError_t error);
 
 // A line for each question to the runtime, and each attribute that was set, since the last reset or
 // clear_calls: "cudaDeviceGetAttribute", "cudaFuncSetAttribute kernel attribute value", ...
