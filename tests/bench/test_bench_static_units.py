@@ -85,6 +85,8 @@ def test_rates_and_code_of_gpus() -> None:
 
 @pytest.fixture(scope="module")
 def budget() -> ModuleType:
+    if not CI.is_dir():
+        pytest.skip("the checks of CI are not here")
     spec = importlib.util.spec_from_file_location("kernel_budget", CI / "kernel_budget.py")
     assert spec is not None
     assert spec.loader is not None
@@ -141,6 +143,8 @@ def test_writing_keeps_other_architectures(
 
 
 def _committed() -> dict[str, dict[str, float]]:
+    if not CI.is_dir():
+        pytest.skip("the checks of CI are not here")
     found: dict[str, dict[str, float]] = json.loads((CI / "kernel_budget.json").read_text())
     return found
 
