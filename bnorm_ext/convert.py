@@ -130,8 +130,10 @@ def change_classes(module: nn.Module, to_ours: bool) -> dict[type[nn.Module], li
             change_class(child, replacements[cls])
         elif to_ours and (cls.__module__, cls.__qualname__) == modules_timm.NAME:
             change_class(child, modules_timm.ours(cls))
+            child.eps = child.eps  # through the setter, as a constructor does
         elif not to_ours and hasattr(cls, "timms"):
             change_class(child, cls.timms)
+            vars(child).pop("_eps", None)
         elif isinstance(child, AnyBatchNorm) and to_ours is not isinstance(
             child, modules._BatchNormMixin
         ):

@@ -32,6 +32,7 @@ __all__ = [
 
 # Looked up on every call: a global costs one dictionary access instead of three.
 _is_scripting = torch.jit.is_scripting
+_is_compiling = torch.compiler.is_dynamo_compiling
 _ABSENT: Any = object()
 _PACKAGE = f"{__package__}."
 
@@ -68,7 +69,7 @@ class _BatchNormMixin(BatchNormBase):
             momentum,
             # From the dictionary, because in some subclasses eps is a property that refuses certain
             # callers. An eps that is a parameter is not in there.
-            self.__dict__["eps"] if "eps" in self.__dict__ else self.eps,  # noqa: SIM401
+            self.__dict__["eps"] if "eps" in self.__dict__ and not _is_compiling() else self.eps,
             num_batches_tracked=counter,
             residual=residual,
             act=act,

@@ -35,6 +35,7 @@ class _BatchNormActMixin(_BatchNormMixin):
     """Constructor and forward pass that all batch norms with an activation share."""
 
     _rebuilding = _REBUILDING
+    _eps: float
 
     _not_scripted: tuple[str, ...] = ("eps",)
 
@@ -73,19 +74,21 @@ class _BatchNormActMixin(_BatchNormMixin):
     @property
     def eps(self) -> float:
         # A tool that builds another layer from the attributes of a batch norm reads eps. It does
-        # not know of the activation and would drop it silently, so it gets an error instead. No
-        # such tool is traced by Dynamo, which cannot trace sys._getframe before torch 2.9.
-        if not torch.compiler.is_dynamo_compiling():
-            name = sys._getframe(1).f_globals.get("__name__", "")
-            if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
-                self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
+        # not know of the activation and would drop it silently, so it gets an error instead.
+        if torch.compiler.is_dynamo_compiling() and "_eps" in self.__dict__:
+            # No such tool. Dynamo of torch 2.8 and 2.9 traces neither sys._getframe nor, in a
+            # property, __dict__[its own name].
+            return self._eps
+        name = sys._getframe(1).f_globals.get("__name__", "")
+        if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
+            self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
         held: Any = self.__dict__["eps"] if "eps" in self.__dict__ else self.__getattr__("eps")
         value: float = held
         return value
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self.__dict__["eps"] = value
+        self.__dict__["eps"] = self.__dict__["_eps"] = value
 
     def _refuse_rebuilding(self, caller: str) -> None:
         if self.activation()[0] != "identity":
