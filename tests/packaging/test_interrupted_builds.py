@@ -43,6 +43,11 @@ echo whole >"$out"
 """
 
 
+def interruptible() -> None:
+    """In a child: shells have what they start in the background ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Tree:
     """A copy of the source tree, and the script in place of the compiler."""
 
@@ -83,6 +88,7 @@ class Tree:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=interruptible,
         )
 
     def build_to_the_end(self) -> None:
@@ -99,7 +105,7 @@ class Tree:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
         os.killpg(process.pid, number)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert process.returncode != 0
         for file in (self.stop, reached):
             file.unlink()
