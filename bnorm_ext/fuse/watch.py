@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import random
@@ -208,7 +209,17 @@ def watching(observer: Observer) -> Iterator[None]:
             if issubclass(owner, datetime.date) and called.__name__ in _NOW:
                 raise fault(_CLOCK)
 
+    # The collector runs at any time, also in the middle of a forward that has no part in it.
+    collecting = {code for callback in gc.callbacks if (code := _code_of(callback)) is not None}
+    apart: list[types.FrameType] = []  # the callback that is running, if any
+
     def watch(frame: types.FrameType, event: str, argument: Any) -> None:
+        if apart or (event == "call" and frame.f_code in collecting):
+            if not apart:
+                apart.append(frame)
+            elif event == "return" and frame is apart[0]:
+                apart.clear()
+            return
         if event == "call":
             called_python(frame)
         elif event == "c_call":
@@ -223,6 +234,12 @@ def watching(observer: Observer) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(None)
+
+
+def _code_of(callback: Any) -> types.CodeType | None:
+    """Of a function, a method or an object that is callable."""
+    code = getattr(callback, "__code__", None) or getattr(type(callback).__call__, "__code__", None)
+    return code if isinstance(code, types.CodeType) else None
 
 
 def _is_generator(value: Any) -> bool:
