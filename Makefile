@@ -53,6 +53,7 @@ endif
 test: build
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
 
+test-all: export BNORM_EXT_EXAMPLES ?= 20000
 test-all: build mutants
 	$(PY) -m pytest $(PYTEST_ARGS)
 

@@ -12,13 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import register_fake
+from torch.nn import Parameter
 
 from ._compat import suggest_memory_format
 from ._cuda import notice_processes
 from ._load import load
-from .activations import PIECEWISE
+from .activations import PIECEWISE, check_residual
 
 _compiled = load()
 
@@ -165,6 +167,20 @@ def _same_device(x: Tensor, others: Iterable[Any]) -> None:
             )
 
 
+#: What native has too.
+_FORWARD = ("batch_norm_training", "batch_norm_inference")
+
+
+def _check_on_meta(a: SimpleNamespace) -> None:
+    """Refuses what native refuses on the meta device, where no kernel does."""
+    training = hasattr(a, "num_batches_tracked")
+    mean, var = (None if t is None else t.detach().clone() for t in (a.running_mean, a.running_var))
+    with torch.no_grad():
+        F.batch_norm(a.x, mean, var, a.weight, a.bias, training, 0.1, a.eps)
+    if a.residual is not None:
+        check_residual(a.x, a.residual)
+
+
 def _register(name: str, fake: Callable[[SimpleNamespace], tuple[Tensor | None, ...]]) -> None:
     parameters = getattr(torch.ops.bnorm_ext, name).default._schema.arguments
     names = [p.name for p in parameters]
@@ -177,7 +193,10 @@ def _register(name: str, fake: Callable[[SimpleNamespace], tuple[Tensor | None, 
         _same_device(of, given.values())
         if of.device.type in ASKED_DEVICES:
             notice_processes()  # a graph is being compiled
-        return fake(SimpleNamespace(**given))
+        call = SimpleNamespace(**given)
+        if name in _FORWARD and of.device.type == "meta" and type(of) in (Tensor, Parameter):
+            _check_on_meta(call)
+        return fake(call)
 
     register_fake(f"bnorm_ext::{name}", by_name)
 

@@ -271,9 +271,10 @@ def _native(call: Arguments) -> Tensor:
     statistics = (call.running_mean, call.running_var)
     affine = (call.weight, call.bias)
     output = F.batch_norm(call.input, *statistics, *affine, call.training, momentum, call.eps)
+    output = compose(output, residual, call.act, call.negative_slope)
     if counter is not None and not recorded:
         counter.add_(1)
-    return compose(output, residual, call.act, call.negative_slope)
+    return output
 
 
 def raise_as_native(call: Arguments) -> None:

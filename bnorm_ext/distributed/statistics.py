@@ -31,8 +31,8 @@ class Gathered(NamedTuple):
 
 
 def merged(g: Gathered, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """mean (2, C), rounded, with what rounding has left out, and rstd (C,), in the accumulation type
-    of ``dtype``."""
+    """mean (2, C), which is the rounded one and what rounding has left out, and rstd (C,), in the
+    accumulation type of ``dtype``."""
     mean, rstd = _ops.batch_norm_merge_stats(
         g.means, g.vars, g.counts, None, None, None, 0.0, eps, dtype
     )

@@ -292,3 +292,14 @@ def test_modules(make, dtype, training):
                 if expected is not None:
                     assert torch.equal(t, before[n][0]), n
                     assert t._version == before[n][1], n
+
+
+def test_an_activation_that_fails_has_not_counted():
+    """Native takes an empty batch of any dtype, its activations do not."""
+    counter = torch.tensor(7)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        bnorm_ext.batch_norm(
+            x.long()[:0], torch.zeros(5), torch.ones(5), training=True, act="leaky_relu",
+            num_batches_tracked=counter,
+        )  # fmt: skip
+    assert counter == 7
