@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnorm_ext
+from tests.common.versions import torch_is_before
 
 OPS = torch.ops.bnorm_ext
 SHAPE = (2, 3, 4, 5)
@@ -115,7 +116,10 @@ def test_compiled_by_inductor(kind, dynamic):
                 results.append((y, leaf.grad, grads, dict(owner.named_buffers())))
             # float32 through nine layers, both ways: some hundred roundings of 6e-8.
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    assert counters[0].frame_count == counters[1].frame_count  # compiled as often as native
+    # Compiled as often as native. Older versions of torch begin again where a number of a module,
+    # here eps, is an input of a dynamic graph.
+    restarts = int(torch_is_before(2, 10) and dynamic and kind == "converted")
+    assert counters[0].frame_count == counters[1].frame_count + restarts
 
 
 PROGRAM = """

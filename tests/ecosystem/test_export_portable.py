@@ -19,6 +19,7 @@ from torch import nn
 
 from tests.common.exporters import BATCH_NORM, EXPORTERS, program, targets
 from tests.common.net_kinds import EVERY, KINDS, MODES, close, images, make
+from tests.common.versions import torch_is_before
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -129,6 +130,8 @@ def test_loads_without_this_package(loaded, kind, training, exporter):
             if exporter == "AOTInductor"
             else "onnxruntime does not run batch norm in training mode"
         )
+    if exporter == "AOTInductor" and training and torch_is_before(2, 10):
+        pytest.skip("AOTInductor cannot compile the counter, that of torch.nn.BatchNorm2d neither")
     mode = "training" if training else "evaluation"
     found: Loaded = loaded(kind)
     if f"{exporter} {mode}" in found.errors:
