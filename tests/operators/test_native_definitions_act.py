@@ -14,11 +14,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_modules import ModuleErrorEnum
 
 import bnorm_ext
+from bnorm_ext.bench.promise import Measure
 from bnorm_ext.reference import batch_norm_reference
 from tests.common.cases import (
     DTYPES,
     Case,
-    Measure,
     Results,
     accumulation_type,
     measure,
