@@ -35,7 +35,6 @@ class _BatchNormActMixin(_BatchNormMixin):
     """Constructor and forward pass that all batch norms with an activation share."""
 
     _rebuilding = _REBUILDING
-    _eps: float
 
     _not_scripted: tuple[str, ...] = ("eps",)
 
@@ -78,7 +77,8 @@ class _BatchNormActMixin(_BatchNormMixin):
         if torch.compiler.is_dynamo_compiling() and "_eps" in self.__dict__:
             # No such tool. Dynamo of torch 2.8 and 2.9 traces neither sys._getframe nor, in a
             # property, __dict__[its own name].
-            return self._eps
+            mirrored: Any = self._eps
+            return float(mirrored)
         name = sys._getframe(1).f_globals.get("__name__", "")
         if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
             self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")

@@ -70,7 +70,7 @@ struct Instructions {
 constexpr Instructions instructions_of(bool on_chip, int tensors, int width, int element_bytes) {
   const bool forward = tensors == 1;
   if (width == 1) {
-    if (on_chip) return forward ? Instructions{8, 54} : Instructions{30, 42};
+    if (on_chip) return forward ? Instructions{8, 31} : Instructions{30, 42};
     return forward ? Instructions{16, 32} : Instructions{28, 46};
   }
   if (element_bytes == 8) return forward ? Instructions{12, 27} : Instructions{19, 35};
