@@ -154,7 +154,7 @@ def test_compression_and_threads():
 # --- setup.py, with a toolkit and GPUs that are not there -----------------------------------------
 
 SETUP = """
-import json, runpy, sys
+import json, pathlib, runpy, sys
 import setuptools, torch
 from torch.utils import cpp_extension
 torch.version.cuda = "12.8"
@@ -168,6 +168,7 @@ runpy.run_path("setup.py")
 cpp_extension.BuildExtension.run = lambda self: None
 command = caught["cmdclass"]["build_ext"](setuptools.Distribution({{"version": "1"}}))
 command.build_lib, command.inplace = {folder!r}, False
+command.kernels_temp = pathlib.Path({folder!r})
 command.run()
 nvcc = caught["ext_modules"][0].extra_compile_args["nvcc"]
 print(json.dumps([nvcc, cpp_extension._get_cuda_arch_flags(nvcc)]))
