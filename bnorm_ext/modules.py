@@ -68,8 +68,10 @@ class _BatchNormMixin(BatchNormBase):
             training,
             momentum,
             # From the dictionary, because in some subclasses eps is a property that refuses certain
-            # callers. An eps that is a parameter is not in there.
-            self.__dict__["eps"] if "eps" in self.__dict__ and not _is_compiling() else self.eps,
+            # callers; Dynamo takes the property. An eps that is a parameter is not in there.
+            self.__dict__["eps"]
+            if "eps" in self.__dict__ and not (_is_compiling() and "_eps" in self.__dict__)
+            else self.eps,
             num_batches_tracked=counter,
             residual=residual,
             act=act,

@@ -217,7 +217,9 @@ class Lives(RuleBasedStateMachine):
     )
     def reset(self, name: str, what: str) -> None:
         for net in self.both():
-            getattr(getattr(net, name), f"reset_{what}")()
+            module = getattr(net, name)
+            if what == "parameters" or module.running_mean is not None:  # else an error natively
+                getattr(module, f"reset_{what}")()
 
     # ---- Copies ---------------------------------------------------------------------------------
 
