@@ -74,15 +74,16 @@ class _BatchNormActMixin(_BatchNormMixin):
     def eps(self) -> float:
         # A tool that builds another layer from the attributes of a batch norm reads eps. It does
         # not know of the activation and would drop it silently, so it gets an error instead.
+        held: Any
         if torch.compiler.is_dynamo_compiling() and "_eps" in self.__dict__:
             # No such tool. Dynamo of torch 2.8 and 2.9 traces neither sys._getframe nor, in a
             # property, __dict__[its own name].
-            mirrored: Any = self._eps
-            return float(mirrored)
-        name = sys._getframe(1).f_globals.get("__name__", "")
-        if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
-            self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
-        held: Any = self.__dict__["eps"] if "eps" in self.__dict__ else self.__getattr__("eps")
+            held = self._eps
+        else:
+            name = sys._getframe(1).f_globals.get("__name__", "")
+            if name.startswith(self._rebuilding) and not name.startswith(_OBSERVING):
+                self._refuse_rebuilding(f"{name}.{sys._getframe(1).f_code.co_name}")
+            held = self.__dict__["eps"] if "eps" in self.__dict__ else self.__getattr__("eps")
         value: float = held
         return value
 
