@@ -25,13 +25,13 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT, copy_checkout
+
 WORK = ROOT / "build" / "sanitize"
 ISAS = ("baseline", "avx2", "avx512")
 TESTS = ("tests/operators", "tests/numerics", "tests/properties", "tests/faults")
@@ -54,21 +54,6 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args(given)
     options.pytest = after
     return options
-
-
-def copy_checkout(target: Path) -> None:
-    """The files that git knows or would add. Times are kept, so that only changes compile again."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    wanted = {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
-    record = target / "copied-files"
-    if record.exists():
-        for gone in set(record.read_text().splitlines()) - wanted:
-            (target / gone).unlink(missing_ok=True)
-    for name in wanted:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target / name)
-    record.write_text("\n".join(sorted(wanted)))
 
 
 def compiler() -> str:

@@ -28,7 +28,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT, copy_checkout
 
 #: What is promised: the range that pyproject.toml and README.md name, and what pip takes today.
 VERSIONS = (
@@ -81,29 +81,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def copy_checkout(target: Path, minimum: str | None) -> None:
-    """The files that git knows or would add. Times are kept, so that only changes compile again."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    wanted = {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
-    record = target / "copied-files"
-    if record.exists():
-        for gone in set(record.read_text().splitlines()) - wanted:
-            (target / gone).unlink(missing_ok=True)
-    for name in wanted:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target / name)
-    record.write_text("\n".join(sorted(wanted)))
-    if minimum is not None:
-        major, minor = minimum.split(".")
-        line = f"MIN_TORCH = ({major}, {minor})"
-        substitute(target / "build_support.py", r"MIN_TORCH = \(.*\)", line)
-        substitute(target / "pyproject.toml", r'"torch>=.*?"', f'"torch>={minimum}"')
+def lower_minimum(copy: Path, minimum: str) -> None:
+    major, minor = minimum.split(".")
+    line = f"MIN_TORCH = ({major}, {minor})"
+    substitute(copy / "build_support.py", r"MIN_TORCH = \(.*\)", line)
+    substitute(copy / "pyproject.toml", r'"torch>=.*?"', f'"torch>={minimum}"')
 
 
 def substitute(path: Path, pattern: str, new: str) -> None:
@@ -128,7 +110,9 @@ class Trial:
         self.options.work.mkdir(parents=True, exist_ok=True)
         self.log.write_text("")
         try:
-            copy_checkout(self.copy, self.options.minimum)
+            copy_checkout(self.copy)
+            if self.options.minimum is not None:
+                lower_minimum(self.copy, self.options.minimum)
             self.install_torch()
             self.build()
             self.test()

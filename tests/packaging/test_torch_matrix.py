@@ -27,6 +27,7 @@ def matrix(monkeypatch):
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "torch_matrix", module)  # dataclasses look there
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # it imports a module beside it
     spec.loader.exec_module(module)
     return module
 
@@ -53,14 +54,14 @@ def test_the_copy_is_the_checkout(matrix, tmp_path):
     (tmp_path / "copied-files").write_text("gone.py\n")
     (tmp_path / "gone.py").touch()
     (tmp_path / "build").mkdir()
-    matrix.copy_checkout(tmp_path, None)
+    matrix.copy_checkout(tmp_path)
     assert not (tmp_path / "gone.py").exists()
     assert (tmp_path / "build").exists()  # objects of the last time
     this = Path(__file__).resolve().relative_to(ROOT)
     for name in ("setup.py", "build_support.py", "pyproject.toml", this):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
     assert not list((tmp_path / "bnorm_ext").glob("_C*"))
-    matrix.copy_checkout(tmp_path, "2.3")
+    matrix.lower_minimum(tmp_path, "2.3")
     assert "MIN_TORCH = (2, 3)" in (tmp_path / "build_support.py").read_text()
     assert '"torch>=2.3"' in (tmp_path / "pyproject.toml").read_text()
 

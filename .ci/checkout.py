@@ -1,0 +1,24 @@
+"""The checkout, and copies of it to build in."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def copy_checkout(target: Path) -> None:
+    """The files that git knows or would add. Times are kept, so that only changes compile again."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    wanted = {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
+    record = target / "copied-files"
+    if record.exists():
+        for gone in set(record.read_text().splitlines()) - wanted:
+            (target / gone).unlink(missing_ok=True)
+    for name in wanted:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name)
+    record.write_text("\n".join(sorted(wanted)))
