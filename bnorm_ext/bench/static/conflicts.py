@@ -45,8 +45,8 @@ def counted(
     those without conflicts, in forward and backward of small tensors on every path."""
     import torch
 
-    from tests.common import emulated  # type: ignore[import-not-found,unused-ignore]
-    from tests.common.emulated_cases import made  # type: ignore[import-not-found,unused-ignore]
+    from tests.common import emulated
+    from tests.common.emulated_cases import made
 
     found: dict[tuple[str, str, str], dict[int, int]] = defaultdict(dict)
     for dtype in dtypes:
