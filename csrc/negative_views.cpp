@@ -7,6 +7,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "memory.h"
 #include "operators.h"
 
 namespace bnorm_ext {
@@ -30,9 +31,13 @@ struct Resolved;
 template <auto op, size_t kFirst, typename Result, typename... Arguments>
 struct Resolved<op, kFirst, Result(Arguments...)> {
   static Result call(Arguments... arguments) {
+    const auto all = std::tie(arguments...);
+    // The values below are copies, which are apart whatever the buffers are.
+    check_apart({or_null(std::get<kFirst>(all)), or_null(std::get<kFirst + 1>(all)),
+                 or_null(std::get<kFirst + 2>(all))},
+                {});
     const std::tuple<std::decay_t<Arguments>...> values(with_its_values(arguments)...);
     Result out = std::apply([](const auto&... value) { return op().call(value...); }, values);
-    const auto all = std::tie(arguments...);
     write_back(std::get<kFirst>(all), std::get<kFirst>(values));
     write_back(std::get<kFirst + 1>(all), std::get<kFirst + 1>(values));
     write_back(std::get<kFirst + 2>(all), std::get<kFirst + 2>(values));

@@ -126,6 +126,10 @@ void merge(const Tensor& mean, const Tensor& var, const Tensor& count, double ep
   const double all = count.sum().item<double>();
   TORCH_CHECK_VALUE(
       all > 1, "batch_norm_merge_stats: expected more than 1 value per channel, but got ", all);
+  // Up to 2^53 a double counts one by one.
+  TORCH_CHECK_VALUE(all <= 0x1p53 && count.min().item<double>() >= 0,
+                    "batch_norm_merge_stats: expected counts from 0 to 2^53 in all, but got ",
+                    count);
   const RunningStatistics running_statistics(running, static_cast<int64_t>(all));
   const auto means = mean.accessor<double, 2>(), vars = var.accessor<double, 2>();
   const auto counts = count.accessor<double, 1>();
