@@ -22,6 +22,7 @@ from ._arguments import Arguments
 from ._compat import FORWARD_LEVEL, FORWARD_STATE, is_exporting, transforms_active
 from ._cuda import has_code, has_code_while_tracing
 from ._load import warn_without_cuda_kernels
+from ._memory import has_unwritable_buffers, lacks_memory
 from ._ops import ASKED_DEVICES, KERNEL_DEVICES
 from ._scalars import as_floats, counted, counts_apart, one_for
 from .activations import Activation, check_residual, compose, resolve
@@ -168,21 +169,14 @@ def batch_norm(
         )[0]
     except Exception:
         call = Arguments(*arguments)
+        if lacks_memory(call):
+            raise  # native would read what is not there
         if training is True and counts_apart(num_batches_tracked, input):
             return _count_apart(call)
         raise_as_native(call)
-        if _has_no_memory(running_mean) or _has_no_memory(running_var):
+        if has_unwritable_buffers(call):
             return _native(call)
         raise
-
-
-def _has_no_memory(t: Any) -> bool:
-    """Whether it is one of torch's zero tensors, which the operator cannot update. Native accepts
-    them as running statistics and leaves them as they are."""
-    try:
-        return isinstance(t, Tensor) and t.numel() > 0 and t.data_ptr() == 0
-    except RuntimeError:  # a tensor of a transform, which has no storage
-        return False
 
 
 def _count_apart(call: Arguments) -> Tensor:

@@ -24,13 +24,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Native's words: buffers are not differentiable.
-void refuse_gradient(const OptionalTensor& buffer, const char* name) {
-  TORCH_CHECK(!requires_grad(buffer) || !at::GradMode::is_enabled(),
-              "The function 'native_batch_norm' is not differentiable with respect to argument '",
-              name, "'. This input cannot have requires_grad True.");
-}
-
 // What the Function needs beyond its differentiable inputs.
 struct Call {
   const OptionalTensor& running_mean;
@@ -171,8 +164,8 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
 // Returns y.
 Tensor run(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
            const OptionalTensor& bias, Call* call) {
-  refuse_gradient(call->running_mean, "running_mean");
-  refuse_gradient(call->running_var, "running_var");
+  refuse_gradient("native_batch_norm", call->running_mean, "running_mean");
+  refuse_gradient("native_batch_norm", call->running_var, "running_var");
   if (at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(residual) ||
                                      requires_grad(weight) || requires_grad(bias))) {
     return BatchNorm::apply(x, residual, flat(weight), flat(bias), call)[0];

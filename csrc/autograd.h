@@ -14,6 +14,13 @@ inline bool requires_grad(const OptionalTensor& t) {
   return given(t) && t->requires_grad();
 }
 
+// Native's words: buffers are not differentiable. function: native's name of it.
+inline void refuse_gradient(const char* function, const OptionalTensor& buffer, const char* name) {
+  TORCH_CHECK(!requires_grad(buffer) || !at::GradMode::is_enabled(), "The function '", function,
+              "' is not differentiable with respect to argument '", name,
+              "'. This input cannot have requires_grad True.");
+}
+
 inline OptionalTensor optional(const at::Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;
 }

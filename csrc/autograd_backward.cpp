@@ -107,6 +107,8 @@ Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& resi
                    const OptionalTensor& mean, const OptionalTensor& rstd, bool train, double eps,
                    const OptionalTensor& mask, std::string_view act, double negative_slope,
                    std::array<bool, 4> output_mask, bool any_layout) {
+  refuse_gradient("native_batch_norm_backward", running_mean, "running_mean");
+  refuse_gradient("native_batch_norm_backward", running_var, "running_var");
   const bool complete =
       train ? given(mean) && given(rstd) : given(running_mean) && given(running_var);
   // The operator refuses a call whose statistics are missing.

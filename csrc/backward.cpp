@@ -85,8 +85,8 @@ Gradients batch_norm_backward(const Tensor& dy, const Tensor& given_x,
     check_backward(arguments, *mean, *rstd);
   } else {
     check_input(arguments.op, "x", x);
-    check_forward(
-        {x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0, eps});
+    check_forward({x, residual, weight, bias, running_mean, running_var, std::nullopt,
+                   /*training=*/false, 0.0, eps});
     check_gradient(arguments);
   }
   const c10::DeviceGuard guard(x.device());

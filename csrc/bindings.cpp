@@ -21,6 +21,8 @@
 #include "collectives.h"
 #include "cpu/capability.h"
 #include "explain.h"
+#include "memory.h"
+#include "tensors.h"
 
 TORCH_LIBRARY(bnorm_ext, m) {
   // flexible_layout: a compiler may choose the strides of the arguments. The outputs have the format
@@ -103,6 +105,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
       },
       "Whether the CUDA kernels are compiled in.");
+  m.def("lacks_memory", &bnorm_ext::lacks_memory,
+        "Whether elements of the tensor lie outside of its storage.");
+  m.def(
+      "are_apart",
+      [](const std::vector<bnorm_ext::OptionalTensor>& buffers,
+         const std::vector<bnorm_ext::OptionalTensor>& read) {
+        const auto pointers = [](const std::vector<bnorm_ext::OptionalTensor>& tensors) {
+          std::vector<const at::Tensor*> found;
+          for (const auto& t : tensors) found.push_back(bnorm_ext::or_null(t));
+          return found;
+        };
+        return bnorm_ext::are_apart(pointers(buffers), pointers(read));
+      },
+      "Whether no buffer shares memory with itself, another one or something read.");
   m.def("explain_plan", &bnorm_ext::explain_plan, pybind11::arg("x"), pybind11::arg("tensors"),
         pybind11::arg("multiprocessors"), pybind11::arg("shared_per_multiprocessor"),
         pybind11::arg("shared_per_block"), pybind11::arg("l2_bytes"),

@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include "memory.h"
+
 namespace bnorm_ext {
 namespace {
 
@@ -47,6 +49,11 @@ at::Tensor copy_of(const OptionalTensor& t) {
 
 // The texts before at::batch_norm are those of native's Python layer; its C++ layer raises the rest.
 [[noreturn]] void refuse_as_native(const ForwardArguments& a) {
+  // Native, and a clone, would read what is not there.
+  check_memory(a.x);
+  for (const OptionalTensor* t : {&a.weight, &a.bias, &a.running_mean, &a.running_var}) {
+    if (given(*t)) check_memory(**t);
+  }
   if (a.training && a.x.dim() >= 2 && has_one_value_per_channel(a.x)) {
     TORCH_CHECK_VALUE(false,
                       "Expected more than 1 value per channel when training, got input size "
@@ -75,10 +82,15 @@ void check_forward(const ForwardArguments& a) {
                     counter.device() == a.x.device(),
                 "num_batches_tracked must be one int64 value on ", a.x.device(), ", but got shape ",
                 counter.sizes(), ", dtype ", counter.scalar_type(), " on ", counter.device());
+    check_memory(counter);
   }
   TORCH_CHECK_TYPE(
       !a.training || a.momentum || given(a.num_batches_tracked) || !given(a.running_mean),
       "momentum=None needs num_batches_tracked");
+  if (a.training) {
+    check_apart({or_null(a.running_mean), or_null(a.running_var), or_null(a.num_batches_tracked)},
+                {&a.x, or_null(a.residual), or_null(a.weight), or_null(a.bias)});
+  }
 }
 
 void check_input(const char* op, const char* name, const at::Tensor& x) {
@@ -96,9 +108,11 @@ void check_statistic(const char* op, const char* name, const at::Tensor& t, cons
               op, ": ", name, " must be ", x.size(1), " contiguous values of ", type, " on ",
               x.device(), ", but got shape ", t.sizes(), ", dtype ", t.scalar_type(), " on ",
               t.device());
+  check_memory(t);
 }
 
 void check_mean(const char* op, const at::Tensor& t, const at::Tensor& x) {
+  check_memory(t);
   const bool has_rest = t.dim() == 2 && t.size(0) == 2 && t.is_contiguous();
   check_statistic(op, "mean", has_rest ? t.select(0, 0) : t, x);
 }
@@ -114,6 +128,7 @@ void check_merge(const char* op, const at::Tensor& mean, const at::Tensor& var,
   TORCH_CHECK(mean.device() == var.device() && mean.device() == count.device(), op,
               ": mean, var and count must be on one device, but are on ", mean.device(), ", ",
               var.device(), ", ", count.device());
+  for (const at::Tensor& t : {mean, var, count}) check_memory(t);
 }
 
 void check_gradient(const GradientArguments& a) {

@@ -16,6 +16,7 @@ namespace bnorm_ext {
 
 struct ForwardArguments {
   const at::Tensor& x;
+  const OptionalTensor& residual;
   const OptionalTensor& weight;
   const OptionalTensor& bias;
   const OptionalTensor& running_mean;

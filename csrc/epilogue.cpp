@@ -1,5 +1,7 @@
 #include "epilogue.h"
 
+#include "memory.h"
+
 namespace bnorm_ext {
 
 Activation activation_named(std::string_view act) {
@@ -57,6 +59,7 @@ Epilogue backward_epilogue(const char* op, const Input& in, const at::Tensor& x,
               op, ": mask must be the ", mask_bytes, " bytes on ", x.device(),
               " that the forward pass returned, but got shape ", mask->sizes(), ", dtype ",
               mask->scalar_type(), " on ", mask->device());
+  check_memory(*mask);
   e.mask = *mask;
   return e;
 }

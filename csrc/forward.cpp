@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "checks.h"
+#include "memory.h"
 #include "operators.h"
 
 namespace bnorm_ext {
@@ -72,6 +73,7 @@ ForwardOutputs batch_norm_training(const Tensor& x, const OptionalTensor& residu
                                    std::optional<double> momentum, double eps, std::string_view act,
                                    double negative_slope, bool save_mask) {
   const ForwardArguments arguments{x,
+                                   residual,
                                    weight,
                                    bias,
                                    running_mean,
@@ -99,8 +101,8 @@ TensorPair batch_norm_inference(const Tensor& x, const OptionalTensor& residual,
                                 const OptionalTensor& weight, const OptionalTensor& bias,
                                 const Tensor& running_mean, const Tensor& running_var, double eps,
                                 std::string_view act, double negative_slope, bool save_mask) {
-  check_forward(
-      {x, weight, bias, running_mean, running_var, std::nullopt, /*training=*/false, 0.0, eps});
+  check_forward({x, residual, weight, bias, running_mean, running_var, std::nullopt,
+                 /*training=*/false, 0.0, eps});
   const c10::DeviceGuard guard(x.device());
   ForwardCall c =
       forward_call("batch_norm", x, residual, weight, bias, act, negative_slope, save_mask);
@@ -123,10 +125,11 @@ TensorPair batch_norm_merge_stats(const Tensor& mean, const Tensor& var, const T
   // channel the backend checks, unless it would have to wait for the device.
   const Tensor like = at::empty({2, mean.size(1)}, mean.options().dtype(dtype));
   const ForwardArguments arguments{
-      like,        std::nullopt,        std::nullopt,      running_mean,
-      running_var, num_batches_tracked, /*training=*/true, momentum,
-      eps};
+      like,        std::nullopt,        std::nullopt,      std::nullopt, running_mean,
+      running_var, num_batches_tracked, /*training=*/true, momentum,     eps};
   check_forward(arguments);
+  check_apart({or_null(running_mean), or_null(running_var), or_null(num_batches_tracked)},
+              {&mean, &var, &count});
   Tensor merged_mean = mean_like(like), merged_rstd = statistic_like(like);
   backend_of(mean).merge(mean.contiguous(), var.contiguous(), count.contiguous(), eps,
                          running_update(arguments), merged_mean, merged_rstd);

@@ -4,9 +4,12 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
+#include "memory.h"
 #include "operators.h"
 
 namespace bnorm_ext {
@@ -23,20 +26,30 @@ const T& with_its_values(const T& value) {
   return value;
 }
 
-// Calls `op`, whose arguments from number kFirst on are running_mean, running_var and
-// num_batches_tracked.
+// Calls `op`, whose first kFirst arguments are tensors that are read, and whose next ones are
+// running_mean, running_var and num_batches_tracked.
 template <auto op, size_t kFirst, typename Signature>
 struct Resolved;
 template <auto op, size_t kFirst, typename Result, typename... Arguments>
 struct Resolved<op, kFirst, Result(Arguments...)> {
   static Result call(Arguments... arguments) {
+    const auto all = std::tie(arguments...);
+    // Not left to the call below: its tensors are copies, which never share memory.
+    check_apart({or_null(std::get<kFirst>(all)), or_null(std::get<kFirst + 1>(all)),
+                 or_null(std::get<kFirst + 2>(all))},
+                read(all, std::make_index_sequence<kFirst>()));
     const std::tuple<std::decay_t<Arguments>...> values(with_its_values(arguments)...);
     Result out = std::apply([](const auto&... value) { return op().call(value...); }, values);
-    const auto all = std::tie(arguments...);
     write_back(std::get<kFirst>(all), std::get<kFirst>(values));
     write_back(std::get<kFirst + 1>(all), std::get<kFirst + 1>(values));
     write_back(std::get<kFirst + 2>(all), std::get<kFirst + 2>(values));
     return out;
+  }
+
+  template <size_t... kIndex>
+  static std::array<const at::Tensor*, kFirst> read(const std::tuple<const Arguments&...>& all,
+                                                    std::index_sequence<kIndex...>) {
+    return {or_null(std::get<kIndex>(all))...};
   }
 
   static void write_back(const OptionalTensor& to, const OptionalTensor& values) {

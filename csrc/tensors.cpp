@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include "memory.h"
+
 namespace bnorm_ext {
 namespace {
 
@@ -30,6 +32,7 @@ at::ScalarType accumulation_type(at::ScalarType type) {
 }
 
 Input resolve(const at::Tensor& x) {
+  check_memory(x);
   Input in;
   in.format = format_of(x);
   in.tensor = x.contiguous(in.format);
@@ -49,6 +52,7 @@ Input resolve(const at::Tensor& x) {
 
 ChannelVector channel_vector(const OptionalTensor& t) {
   if (!given(t)) return {};
+  check_memory(*t);
   // Weight and bias may have any rank; only a strided one cannot be walked with one stride.
   TORCH_CHECK(t->dim() == 1 || t->is_contiguous(), "bnorm_ext: a per-channel tensor of shape ",
               t->sizes(), " must be contiguous");
@@ -67,6 +71,7 @@ Statistics known_statistics(const at::Tensor& mean, const at::Tensor& rstd) {
 }
 
 at::Tensor in_layout_of(const at::Tensor& other, const Input& like) {
+  check_memory(other);
   return other.contiguous(like.format);
 }
 

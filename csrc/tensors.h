@@ -16,6 +16,13 @@ inline bool given(const OptionalTensor& t) {
   return t.has_value() && t->defined();
 }
 
+inline const at::Tensor* or_null(const at::Tensor& t) {
+  return &t;
+}
+inline const at::Tensor* or_null(const OptionalTensor& t) {
+  return given(t) ? &*t : nullptr;
+}
+
 // A tensor that the kernels can walk.
 struct Input {
   at::Tensor tensor;  // dense in `format`: the caller's own where it is, else a copy

@@ -2,6 +2,7 @@
 // (parallel.h runs them, forward_kernels.h and backward_kernels.h are what they do).
 #include "../backend.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "channel.h"
@@ -128,10 +129,15 @@ void statistics(Input& in, const Tensor& mean, const Tensor& var) {
 
 void merge(const Tensor& mean, const Tensor& var, const Tensor& count, double eps,
            const RunningUpdate& running, const Tensor& merged_mean, const Tensor& merged_rstd) {
-  const double values = count.sum().item<double>();
+  const double values = count.sum().item<double>(), least = count.min().item<double>();
   TORCH_CHECK_VALUE(values > 1,
                     "batch_norm_merge_stats: expected more than 1 value per channel, but got ",
                     values);
+  // Up to 2^53 a double counts one by one.
+  TORCH_CHECK_VALUE(least >= 0 && values <= 0x1p53 && values == std::floor(values),
+                    "batch_norm_merge_stats: expected counts that are not negative and whole, at "
+                    "most 2^53 in all, but got ",
+                    least >= 0 ? values : least);
   const RunningStatistics running_statistics(running, static_cast<int64_t>(values));
   const auto means = mean.accessor<double, 2>(), vars = var.accessor<double, 2>();
   const auto counts = count.accessor<double, 1>();

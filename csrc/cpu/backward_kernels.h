@@ -47,7 +47,9 @@ void sums_in_double(const BackwardParams& p, const Span& span, int64_t c, Sums* 
     for_each_element(p.shape, span, c, [&](Offset at) {
       const int64_t i = at.element;
       const V dy_vec = load(dy + i, one, V::all(0)), d = load(x + i, one, m) - m;
-      add(sum(epilogue_backward(dy_vec, d, at, one, scale, shift)), i);
+      double lanes[V::W] = {};
+      add_to(lanes, epilogue_backward(dy_vec, d, at, one, scale, shift));
+      add(lanes[0], i);  // the other lanes may be NaN: with a slope of infinity, for one
     });
   });
 }

@@ -123,8 +123,8 @@ BNORM_INLINE void sum_columns(const Tile& tile, int64_t element_size,
 }
 
 // The sums of a and a * b over each of channels [c0, c1) of a span: sum_a[c - c0], sum_ab[c - c0].
-// load_pair(at, Full | Part, k) returns a and b of a vector, 0 in the lanes beyond a Part; k[i] is
-// the channel's coefficients[i][c - c0].
+// load_pair(at, Full | Part, k) returns a and b of a vector, 0 in the lanes beyond a Part (or NaN: the
+// caller then sums again); k[i] is the channel's coefficients[i][c - c0].
 template <typename T, int kCount, typename Load>
 BNORM_INLINE void sums_of_pairs(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
                                 const Acc<T>* const (&coefficients)[kCount], double* sum_a,

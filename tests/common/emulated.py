@@ -41,7 +41,8 @@ FLAGS = ["-ffp-contract=off", "-Werror"]
 SHIM = TORCH_SHIM / "include"  # in place of headers of CUDA and of torch's CUDA part
 # The operators' bodies, which know nothing of CUDA.
 BODIES = [
-    f"{name}.cpp" for name in ("forward", "backward", "backend", "checks", "epilogue", "tensors")
+    f"{name}.cpp"
+    for name in ("forward", "backward", "backend", "checks", "epilogue", "memory", "tensors")
 ]
 # What torch_shim/runner_operators.cpp registers the operators under.
 KEY = torch._C.DispatchKey.PrivateUse1

@@ -115,6 +115,30 @@ def test_transposed_matrix_as_an_image(count, training, dtype):
         assert off > 1 if name == "native" else off < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(8, 6), (4, 6, 3, 3)], ids=str)
+def test_strided_weight_with_channels_last(shape, training):
+    """Native's backward takes its values as if they lay side by side."""
+    x, dy = normal(shape, 0), normal(shape, 1)
+    if x.dim() == 4:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    weight = torch.stack([normal((6,), 2), torch.zeros(6, dtype=f64)], -1)[:, 0]
+    x.requires_grad_()
+
+    def gradient(function: Callable[..., Tensor], weight: Tensor) -> Tensor:
+        statistics = torch.zeros(6, dtype=f64), torch.ones(6, dtype=f64)
+        y = function(x, *statistics, weight, training=training)
+        return torch.autograd.grad(y, x, dy)[0]
+
+    right = gradient(F.batch_norm, weight.contiguous())
+    off = {
+        name: ((gradient(function, weight) - right).abs().max() / right.abs().max()).item()
+        for name, function in BOTH.items()
+    }
+    assert off["ours"] < 1e-13
+    assert off["native"] > 0.1
+
+
 @pytest.mark.parametrize("how", ["copy_", "zero_", "reset_running_stats"])
 def test_statistics_written_between_forward_and_backward(how):
     """Native saves running statistics for backward, although training never needs them. In

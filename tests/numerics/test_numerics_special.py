@@ -226,3 +226,24 @@ def test_module_seen_twice_before_backward():
     for ours, theirs in zip(bn.parameters(), native.parameters(), strict=True):
         # Sums of up to 100 terms below 1e3 in float64: far under 1e-9.
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("slope", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(3, 2), (3, 2, 5), (6, 3, 17, 13), (40, 16)], ids=str)
+def test_slope_that_is_not_finite(shape, slope):
+    """Where z is positive it is not used, so that it reaches neither y nor a sum there."""
+    x = normal(shape, 0).float()
+    x[:, 0] = x[:, 0].abs() + 0.1
+    x.requires_grad_()
+    dy = normal(shape, 1).float()
+    C = shape[1]
+    mean, var = torch.zeros(C), torch.ones(C)
+    weight, bias = torch.ones(C, requires_grad=True), torch.zeros(C, requires_grad=True)
+    y = bnorm_ext.batch_norm(x, mean, var, weight, bias, act="leaky_relu", negative_slope=slope)
+    right = F.leaky_relu(F.batch_norm(x, mean, var, weight, bias), slope)
+    torch.testing.assert_close(y, right, equal_nan=True)
+    leaves = (x, weight, bias)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    assert gradients[1][0].isfinite()
+    expected = torch.autograd.grad(right, leaves, dy)
+    torch.testing.assert_close(gradients, expected, equal_nan=True)
