@@ -58,7 +58,7 @@ void train(ForwardCall& c, double eps, const RunningUpdate& running, const Tenso
     const auto moments = kernels().moments[static_cast<int>(c.in.dtype)];
     const auto apply = kernels().apply[static_cast<int>(c.in.dtype)];
     two_passes<Moments, ChannelMoments>(
-        p.shape, block_channels,
+        p.shape, block_channels, /*writes_mask=*/p.mask != nullptr,
         [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
           moments(p, span, c0, c1, out);
         },
@@ -103,7 +103,8 @@ void normalise(ForwardCall& c, const Statistics& statistics) {
     p.scale = scale;
     p.shift = shift;
     const auto apply = kernels().apply[static_cast<int>(c.in.dtype)];
-    one_pass(p.shape, [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
+    one_pass(p.shape, /*writes_mask=*/p.mask != nullptr,
+             [&](const Span& span, int64_t c0, int64_t c1) { apply(p, span, c0, c1); });
   });
 }
 
@@ -116,6 +117,7 @@ void statistics(Input& in, const Tensor& mean, const Tensor& var) {
   two_passes<Moments, ChannelMoments>(
       p.shape,
       cache_block_channels(p.shape, in.tensor.element_size(), false, at::get_num_threads()),
+      /*writes_mask=*/false,
       [&](const Span& span, int64_t c0, int64_t c1, Moments* out) {
         moments(p, span, c0, c1, out);
       },
@@ -253,14 +255,14 @@ void run_backward(const BackwardCall& c, bool constant_statistics, const Backwar
         set_coefficients(i, mean_g ? mean_g->const_data_ptr<A>()[i] : A{0},
                          mean_g_xhat ? mean_g_xhat->const_data_ptr<A>()[i] : A{0});
       }
-      if (writes) one_pass(p.shape, second);
+      if (writes) one_pass(p.shape, /*writes_mask=*/false, second);
       return;
     }
     const int64_t block_channels = cache_block_channels(p.shape, 2 * c.in.tensor.element_size(),
                                                         p.nontemporal, at::get_num_threads());
     p.prefetch_distance = prefetch_distance(p.shape, block_channels);
     two_passes<Sums, ChannelSums>(
-        p.shape, block_channels,
+        p.shape, block_channels, /*writes_mask=*/false,
         [&](const Span& span, int64_t c0, int64_t c1, Sums* partial) {
           sums(p, span, c0, c1, partial);
         },

@@ -48,7 +48,8 @@ BNORM_INLINE void for_each_vector_of_span(const Shape& shape, const Span& span, 
                                           T* out, bool nontemporal, uint8_t* mask_bytes, F f) {
   using V = VectorOf<T>;
   Mask mask(mask_bytes);
-  if (shape.S >= kTinyRow && shape.S >= V::W && shape.S < kJoinedVectors * V::W) {
+  const bool by_rows = shape.S >= max(kTinyRow, V::W);
+  if (by_rows && shape.S < kJoinedVectors * V::W) {
     static_assert(kJoinedVectors * V::W <= kShortRow, "the rows of a sample are one mask row");
     const MaskRows rows(shape);
     for (int64_t n = span.n0; n < span.n1; ++n) {
@@ -65,7 +66,7 @@ BNORM_INLINE void for_each_vector_of_span(const Shape& shape, const Span& span, 
     mask.finish();
     return;
   }
-  if (shape.S >= kTinyRow) {
+  if (by_rows) {
     for_each_row(
         shape, span, c0, c1, [&](Offset first, int64_t length, int64_t c) BNORM_INLINE_LAMBDA {
           V k[kCount];
@@ -79,7 +80,8 @@ BNORM_INLINE void for_each_vector_of_span(const Shape& shape, const Span& span, 
     return;
   }
   Columns<Acc<T>> columns[kCount];
-  for_each_tile(shape, span, c0, c1, [&](const Tile& tile) BNORM_INLINE_LAMBDA {
+  const int64_t joined = samples_per_row(shape);
+  for_each_tile(shape, span, c0, c1, joined, [&](const Tile& tile) BNORM_INLINE_LAMBDA {
     for (int i = 0; i < kCount; ++i) {
       expand_to_columns<V>(tile, shape.S, coefficients[i] + tile.c0, columns[i].a);
     }

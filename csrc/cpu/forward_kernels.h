@@ -40,7 +40,7 @@ void moments_in_double(const T* x, const Shape& shape, const Span& span, int64_t
 constexpr double kFar = 1.5;
 
 // anchor[c - c0]: the mean of a sample of the channel, distributed over the span. By rows, the
-// sample has eight vectors; by columns, 4 to 16 rows, with 64 values if there are as many.
+// sample has eight vectors; by columns, 4 to 16 rows, with 16 values if there are as many.
 template <typename T>
 BNORM_INLINE void sample_means(const T* x, const Shape& shape, const Span& span, int64_t c0,
                                int64_t c1, Acc<T>* anchor) {
@@ -49,10 +49,11 @@ BNORM_INLINE void sample_means(const T* x, const Shape& shape, const Span& span,
   if (is_short(shape)) {
     Columns<A> zeros[1];
     Columns<double> columns;
-    for_each_tile(shape, span, c0, c1, [&](Tile tile) {
+    const int64_t joined = samples_per_summed_row(shape);
+    for_each_tile(shape, span, c0, c1, joined, [&](Tile tile) {
       for (int64_t j = 0; j < tile.width + V::W; ++j) zeros[0].a[j] = 0;
       const int64_t per_row = tile.samples_per_row(shape.S) * shape.S;
-      const int64_t wanted = per_row >= 16 ? 4 : per_row >= 8 ? 8 : 16;
+      const int64_t wanted = per_row >= 4 ? 4 : per_row >= 2 ? 8 : 16;
       if (tile.rows > 0) tile.rest = 0;
       if (tile.rows > wanted) tile.stride *= tile.rows / wanted, tile.rows = wanted;
       const int64_t values = tile.rows > 0 ? tile.rows * per_row : tile.rest / shape.C;

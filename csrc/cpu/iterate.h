@@ -69,12 +69,12 @@ struct alignas(64) Columns {
   A a[kColumns + 64];
 };
 
-// Calls f(tile) for tiles that cover channels [c0, c1) of the span: all channels where samples are
-// folded.
+// Calls f(tile) for tiles with k samples in a row that cover channels [c0, c1) of the span: all
+// channels where k exceeds 1.
 template <typename F>
-BNORM_INLINE void for_each_tile(const Shape& shape, const Span& span, int64_t c0, int64_t c1, F f) {
+BNORM_INLINE void for_each_tile(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
+                                int64_t k, F f) {
   const int64_t S = shape.S, sample = shape.C * S, samples = span.n1 - span.n0;
-  const int64_t k = samples_per_row(shape);
   const MaskRows mask(shape);
   const int64_t step = channels_per_tile(shape);
   for (int64_t c = c0; c < c1; c += step) {
@@ -92,6 +92,11 @@ BNORM_INLINE void expand_to_columns(const Tile& tile, int64_t S, const A* of_cha
   const int64_t channels = tile.c1 - tile.c0;
   int64_t j = 0;
   for (int64_t sample = 0; sample < tile.samples_per_row(S); ++sample) {
+    if (S == 1) {  // a loop that the compiler turns into vectors
+      for (int64_t c = 0; c < channels; ++c) columns[j + c] = of_channel[c];
+      j += channels;
+      continue;
+    }
     for (int64_t c = 0; c < channels; ++c) {
       for (int64_t s = 0; s < S; ++s) columns[j++] = of_channel[c];
     }

@@ -14,8 +14,9 @@ namespace cpu {
 
 struct KernelTable {
   const char* capability;  // "baseline", "avx2" or "avx512"
-  // Indexed by DType. They work on channels [c0, c1): at most kMaxChannelsPerCall for `moments` and
-  // `sums`, and all channels where is_folded() (plan.h). out: [c1 - c0].
+  // Indexed by DType. They work on channels [c0, c1): for `moments` and `sums` at most
+  // kMaxChannelsPerCall, and all of them where samples_per_summed_row() exceeds 1; for `apply` and
+  // `dx` all of them where is_folded() (plan.h). out: [c1 - c0].
   void (*moments[4])(const ForwardParams&, const Span&, int64_t c0, int64_t c1, Moments* out);
   void (*apply[4])(const ForwardParams&, const Span&, int64_t c0, int64_t c1);
   void (*sums[4])(const BackwardParams&, const Span&, int64_t c0, int64_t c1, Sums* out);

@@ -1,5 +1,6 @@
-// How the work on a tensor is divided: everything that is decided from its shape, its size and the
-// number of threads. parallel.h runs the plan with threads, iterate.h goes through one chunk.
+// How the work on a tensor is divided: everything that is decided from its shape and its size.
+// division.h gives each thread its share of the chunks, parallel.h runs the threads, iterate.h goes
+// through one chunk.
 //
 // Chunks, and the order of the additions within one, depend on the shape and the instruction set
 // alone. This makes results independent of the number of threads.
@@ -54,8 +55,8 @@ constexpr bool is_short(const Shape& shape) {
   return shape.S < kShortRow;
 }
 
-// Elementwise passes take rows by columns only under this length. Longer short rows are read in
-// memory order, which is faster than several strided streams (bench/NOTES.md, 14).
+// Elementwise passes take rows by columns only under this length, or under a vector. Longer short
+// rows are read in memory order, which is faster than several strided streams (bench/NOTES.md, 14).
 constexpr int64_t kTinyRow = 16;
 
 // Elementwise passes join consecutive rows of fewer vectors than this: the end of one row and the
@@ -67,11 +68,18 @@ constexpr int64_t kShortSample = 128;
 constexpr bool is_folded(const Shape& shape) {
   return is_short(shape) && shape.C * shape.S < kShortSample;
 }
-// Samples in a row of the matrix: as many as make whole vectors.
+// Samples in a row of the matrix, in elementwise passes: as many as make whole vectors.
 constexpr int64_t samples_per_row(const Shape& shape) {
   if (!is_folded(shape)) return 1;
   const int64_t sample = shape.C * shape.S, whole = whole_vectors(sample);
   return whole * ceil_div(kShortSample, whole * sample);
+}
+// The same in sums: as few as make whole vectors, also of 32 values, because each chunk has a cost
+// per column. Where that is one sample, threads may divide the channels.
+constexpr int64_t samples_per_summed_row(const Shape& shape) {
+  if (!is_folded(shape)) return 1;
+  const int64_t sample = shape.C * shape.S, whole = whole_vectors(sample);
+  return whole * sample % 32 != 0 && whole * sample < kShortSample ? 2 * whole : whole;
 }
 
 // Columns of a tile, at most: their sums and coefficients stay in L1.
@@ -142,29 +150,60 @@ class MaskRows {
   int64_t padding_;
 };
 
-// Threads that share a tensor by samples take multiples of this many, for whole bytes of a mask.
+// Threads that share a tensor by samples take multiples of this many, for whole bytes of a mask and
+// for shares that start at whole vectors.
 constexpr int64_t sample_unit(const Shape& shape) {
-  return is_folded(shape) ? 8 : 1;
+  return is_folded(shape) ? 32 : 1;
 }
 
 // ---- Chunks -----------------------------------------------------------------------------------
 
+// Work on fewer elements than about this is faster on one thread.
+constexpr int64_t kGrain = 32768;
+
 // `moments` and `sums` take at most this many channels per call: their arrays are on the stack.
 constexpr int64_t kMaxChannelsPerCall = 2048;
 
-// The chunks of a tensor, in memory order. Each is summed by one call of a kernel; the results are
-// merged in index order.
+// Threads divide a chunk by channels, in units. The unit is the fewest channels that start at whole
+// vectors if the first one does. Where that leaves threads with unequal shares it is halved, down
+// to 8 values of a sample, half of a cache line.
+constexpr int64_t aligned_unit(const Shape& shape) {
+  return is_short(shape) ? whole_vectors(shape.S) : 1;
+}
+constexpr bool is_halved(const Shape& shape, int64_t unit) {
+  return unit % 2 == 0 && unit / 2 * shape.S >= 8;
+}
+// Rows of several samples are summed for all channels at once.
+constexpr int64_t smallest_unit(const Shape& shape) {
+  if (samples_per_summed_row(shape) > 1) return shape.C;
+  int64_t unit = aligned_unit(shape);
+  while (is_halved(shape, unit)) unit /= 2;
+  return unit;
+}
+
+// The chunks of a tensor, in memory order. Each is summed by one call of a kernel, or by several
+// for different channels; the results are merged in index order.
 class Chunks {
  public:
   explicit Chunks(const Shape& shape) : N_(shape.N), S_(shape.S) {
+    // Values in the smallest unit. Up to 64 threads with a grain of work each, or more, take 5 to 6
+    // units on average, so that the share of none exceeds the mean by 15%.
+    const int64_t work = max(kGrain, shape.numel() / 64);
+    const int64_t unit = shape.numel() <= kGrain ? kGrain
+                         : is_folded(shape)      ? work * 10 / 63
+                                                 : work * 10 / 52;
     if (is_short(shape)) {
-      // Long enough that the cost per channel of a chunk does not show. Equal pieces, multiples of
-      // eight samples (MaskRows).
-      const int64_t most = clamp(131072 / min(256, shape.C * shape.S), 512, 16384);
-      samples_ = ceil_div(ceil_div(N_, ceil_div(N_, most)), 8) * 8;
+      // Long enough that the cost per channel of a chunk does not show. Equal pieces, with whole
+      // trees of additions (sums.h): multiples of 16 rows where that makes them little longer.
+      const int64_t sample = shape.C * S_, joined = samples_per_summed_row(shape);
+      const int64_t most = is_folded(shape) ? clamp(131072 / sample, 512, 16384) : 512;
+      const int64_t even = max(unit / (smallest_unit(shape) * S_), joined > 1 ? 48 * joined : 16);
+      const int64_t step = max(16 * joined * sample <= 4096 ? 16 * joined : 8, sample_unit(shape));
+      samples_ = ceil_div(ceil_div(N_, ceil_div(N_, min(most, even))), step) * step;
       positions_ = S_;
     } else if (S_ < kRowChunk) {
-      samples_ = ceil_div(N_, ceil_div(N_, kRowChunk / S_));  // equal pieces
+      // Equal pieces.
+      samples_ = ceil_div(N_, ceil_div(N_, clamp(unit / S_, 1, kRowChunk / S_)));
       positions_ = S_;
     } else {
       // Equal pieces, so that no chunk is much smaller; multiples of 64 keep vectors whole.
@@ -175,7 +214,9 @@ class Chunks {
   }
 
   int64_t size() const { return size_; }
-  int64_t pieces() const { return pieces_; }  // per sample; they have consecutive indices
+  int64_t pieces() const { return pieces_; }        // per sample; they have consecutive indices
+  int64_t samples() const { return samples_; }      // in each chunk, but for the last ones
+  int64_t positions() const { return positions_; }  // in each piece, but for the last ones
 
   Span operator[](int64_t chunk) const {
     const int64_t n0 = chunk / pieces_ * samples_, s0 = chunk % pieces_ * positions_;
@@ -187,14 +228,7 @@ class Chunks {
   int64_t N_, S_, samples_ = 1, positions_ = 1, pieces_ = 0, size_ = 0;
 };
 
-// ---- Threads and caches -----------------------------------------------------------------------
-
-// Work on fewer elements than about this is faster on one thread.
-constexpr int64_t kGrain = 32768;
-constexpr int64_t kMergeGrain = 1024;  // the same, in results of chunks that are merged
-
-// Tasks per thread, so that threads that finish early find more work.
-constexpr int64_t kTasksPerThread = 4;
+// ---- Caches -----------------------------------------------------------------------------------
 
 // Calls that touch at least this many bytes write their outputs with nontemporal stores, past the
 // caches. An ordinary store first reads the line that it writes to, and evicts lines that the
@@ -212,11 +246,22 @@ constexpr bool is_nontemporal(const Shape& shape, int64_t element_size, int64_t 
 //   by cache block  A thread takes a few channels, the cache block, through both passes. In the
 //                   second pass their values are still in the core's L2.
 //   by chunk        All threads share the first pass, then the second one. For cache blocks that
-//                   exceed L2, are fewer than the threads need, or would be read in short strided
-//                   pieces (channels-last).
+//                   exceed L2, that do not divide well among the threads, or that would be read in
+//                   short strided pieces (channels-last).
 constexpr int64_t kCacheBlockBytes = int64_t{512} << 10;  // half of an L2 of 1 MB
 constexpr int64_t kCacheBlockChannels = 256;              // at most: their totals are on the stack
 constexpr int64_t kContiguousRun = 2048;  // values; longer pieces are not read any faster
+
+// Threads that work on so many elements.
+constexpr int64_t working_threads(int64_t elements, int64_t threads) {
+  return clamp(ceil_div(elements, kGrain), 1, threads);
+}
+
+// Whether a thread that takes the most of `items` has at most 1.1 of the mean. A last item that is
+// smaller counts as a whole one.
+constexpr bool divides_well(int64_t items, int64_t threads) {
+  return 10 * ceil_div(items, threads) * threads <= 11 * items;
+}
 
 // Channels per cache block, or 0: by chunk. Without nontemporal stores the order by chunk is
 // faster, because the second pass reads the last-level cache linearly (bench/NOTES.md, 16).
@@ -226,48 +271,27 @@ constexpr int64_t cache_block_channels(const Shape& shape, int64_t bytes_per_pos
                                        bool writes_mask = false) {
   if (shape.numel() <= kGrain) return min(shape.C, kCacheBlockChannels);
   if (is_folded(shape) || !nontemporal) return 0;
-  const int64_t channel_bytes = shape.count() * bytes_per_position;
-  const int64_t fits_in_cache = kCacheBlockBytes / channel_bytes;
-  const int64_t leaves_tasks = shape.C / (kTasksPerThread * threads);
-  int64_t channels = min(min(fits_in_cache, leaves_tasks),
-                         min(ceil_div(kContiguousRun, shape.S), kCacheBlockChannels));
-  const int64_t unit = is_short(shape) ? whole_vectors(shape.S) : 1;
-  if (channels > unit) channels -= channels % unit;
-  // Threads must not share a byte of the mask.
-  if (writes_mask && is_short(shape) && channels * shape.S % 8 != 0) return 0;
-  if (channels * shape.S >= kShortRow) return channels;
+  const int64_t working = working_threads(shape.numel(), threads);
+  const int64_t fits_in_cache = kCacheBlockBytes / (shape.count() * bytes_per_position);
+  const int64_t unit = aligned_unit(shape);
   // Single channels with long rows: even where one exceeds L2, most of its second read hits the
   // cache, because nontemporal stores do not evict it.
-  return !is_short(shape) && leaves_tasks > 0 ? 1 : 0;
+  int64_t channels = max(min(min(fits_in_cache, ceil_div(shape.C, working)),
+                             min(ceil_div(kContiguousRun, shape.S), kCacheBlockChannels)),
+                         is_short(shape) ? 0 : 1);
+  if (channels > unit) channels -= channels % unit;
+  while (channels > unit && !divides_well(ceil_div(shape.C, channels), working)) channels -= unit;
+  if (channels * shape.S < kShortRow || !divides_well(ceil_div(shape.C, channels), working)) {
+    return 0;
+  }
+  // Threads must not share a byte of the mask.
+  return writes_mask && is_short(shape) && channels * shape.S % 8 != 0 ? 0 : channels;
 }
 
 // How far ahead the second pass prefetches: the same position in the next cache block. In elements.
 constexpr int64_t prefetch_distance(const Shape& shape, int64_t block_channels) {
   return block_channels * shape.S;
 }
-
-// The ranges of channels that each chunk of a pass by chunk is divided into: one range, which reads
-// memory in order, or several where there are too few chunks for the threads. Where chunks are
-// pieces of a row each channel is a range, so that a thread can continue a row with its next piece.
-class ChannelRanges {
- public:
-  ChannelRanges(const Shape& shape, const Chunks& chunks, int64_t threads) : C_(shape.C) {
-    if (is_short(shape)) unit_ = whole_vectors(shape.S);
-    units_ = ceil_div(C_, unit_);
-    if (is_folded(shape)) return;
-    const int64_t wanted = ceil_div(kTasksPerThread * threads, chunks.size());
-    size_ = chunks.pieces() > 1
-                ? C_
-                : clamp(wanted, ceil_div(units_, kMaxChannelsPerCall / unit_), units_);
-  }
-  int64_t size() const { return size_; }
-  // The first channel of a range; begin(size()) is C. Equal shares, in units that start aligned if
-  // the first one does, and at a whole byte of a mask.
-  int64_t begin(int64_t range) const { return min(range * units_ / size_ * unit_, C_); }
-
- private:
-  int64_t C_, unit_ = 1, units_, size_ = 1;
-};
 
 }  // namespace
 }  // namespace cpu

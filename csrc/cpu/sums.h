@@ -133,7 +133,8 @@ BNORM_INLINE void sums_of_pairs(const Shape& shape, const Span& span, int64_t c0
   if (is_short(shape)) {
     Columns<Acc<T>> k[kCount];
     Columns<double> a, ab;
-    for_each_tile(shape, span, c0, c1, [&](const Tile& tile) BNORM_INLINE_LAMBDA {
+    const int64_t joined = samples_per_summed_row(shape);
+    for_each_tile(shape, span, c0, c1, joined, [&](const Tile& tile) BNORM_INLINE_LAMBDA {
       for (int i = 0; i < kCount; ++i) {
         expand_to_columns<V>(tile, shape.S, coefficients[i] + (tile.c0 - c0), k[i].a);
       }

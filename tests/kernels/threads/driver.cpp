@@ -141,7 +141,7 @@ void run(const Case& c, int threads, Results* out) {
   f.prefetch_distance = prefetch_distance(s, block);
   const KernelTable& k = kernels();
   two_passes<Moments, Total>(
-      s, block,
+      s, block, /*writes_mask=*/f.mask != nullptr,
       [&](const Span& span, int64_t c0, int64_t c1, Moments* m) {
         k.moments[0](f, span, c0, c1, m);
       },
@@ -155,7 +155,8 @@ void run(const Case& c, int threads, Results* out) {
 
   f.y = out->evaluated.as();
   f.mask = nullptr;
-  one_pass(s, [&](const Span& span, int64_t c0, int64_t c1) { k.apply[0](f, span, c0, c1); });
+  one_pass(s, /*writes_mask=*/false,
+           [&](const Span& span, int64_t c0, int64_t c1) { k.apply[0](f, span, c0, c1); });
 
   BackwardParams b;
   b.shape = s;
@@ -178,7 +179,7 @@ void run(const Case& c, int threads, Results* out) {
   b.prefetch_distance = prefetch_distance(s, block);
   float* sums = out->sums.as<float>();
   two_passes<Sums, Total>(
-      s, block,
+      s, block, /*writes_mask=*/false,
       [&](const Span& span, int64_t c0, int64_t c1, Sums* p) { k.sums[0](b, span, c0, c1, p); },
       [&](int64_t i, const Total& total) {
         sums[2 * i] = static_cast<float>(total.mean);
