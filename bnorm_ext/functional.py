@@ -167,14 +167,14 @@ def batch_norm(
         return _inference_op(
             input, residual, weight, bias, running_mean, running_var, eps, act, negative_slope
         )[0]
-    except Exception:
+    except Exception as error:
         call = Arguments(*arguments)
         if lacks_memory(call):
             raise  # native would read what is not there
         if training is True and counts_apart(num_batches_tracked, input):
             return _count_apart(call)
         raise_as_native(call)
-        if has_unwritable_buffers(call):
+        if isinstance(error, NotImplementedError) or has_unwritable_buffers(call):
             return _native(call)
         raise
 

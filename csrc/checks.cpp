@@ -68,8 +68,9 @@ at::Tensor copy_of(const OptionalTensor& t) {
   at::batch_norm(a.x.detach(), copy_of(a.weight), copy_of(a.bias), copy_of(a.running_mean),
                  copy_of(a.running_var), a.training, a.momentum.value_or(0.1), a.eps,
                  /*cudnn_enabled=*/false);
-  TORCH_CHECK(false, "bnorm_ext: unsupported input of shape ", a.x.sizes(), ", dtype ",
-              a.x.scalar_type(), ", layout ", a.x.layout());
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "bnorm_ext: no kernels for these arguments, which native ",
+                              "takes, with input of shape ", a.x.sizes(), ", dtype ",
+                              a.x.scalar_type(), ", layout ", a.x.layout());
 }
 
 }  // namespace

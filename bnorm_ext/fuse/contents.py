@@ -13,6 +13,13 @@ ABSENT = "(absent)"
 #: Values of these types are compared by value, all others by identity.
 BY_VALUE = (bool, int, float, str, tuple, types.MethodType)
 _DEPTH = 4
+# Tuples, because Dynamo of torch 2.8 cannot trace a test against a union.
+_OPAQUE = (
+    *(nn.Module, Tensor, type, types.ModuleType),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+)
+_SETS = (set, frozenset)
+_CONTAINERS = (list, tuple, dict, *_SETS, deque)
 
 
 class _TooLarge(Exception):
@@ -29,11 +36,9 @@ def contents(value: Any, most: float = float("inf")) -> Any:
 
 
 def _contents(value: Any, depth: int, left: list[float]) -> Any:
-    if depth == 0 or isinstance(value, nn.Module | Tensor | type | types.ModuleType):
+    if depth == 0 or isinstance(value, _OPAQUE):
         return None
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType):
-        return None
-    if not isinstance(value, list | tuple | dict | set | frozenset | deque):
+    if not isinstance(value, _CONTAINERS):
         held = getattr(value, "__dict__", None)
         return None if not held else _contents(dict(held), depth - 1, left)
     left[0] -= len(value)
@@ -41,7 +46,7 @@ def _contents(value: Any, depth: int, left: list[float]) -> Any:
         raise _TooLarge
     if isinstance(value, dict):
         return tuple((key, _held(item, depth, left)) for key, item in value.items())
-    if isinstance(value, set | frozenset):
+    if isinstance(value, _SETS):
         return frozenset(value)
     return tuple(_held(item, depth, left) for item in value)
 

@@ -268,8 +268,9 @@ void run_backward(const BackwardCall& c, bool constant_statistics, const Backwar
         },
         [&](int64_t i, const ChannelSums& total) {
           const double rest_xhat = known_rest<A>(c.statistics, i) * static_cast<double>(rstd[i]);
-          const A g = static_cast<A>(total.dy),
-                  g_xhat = static_cast<A>(less_rest(total.dy_xhat, rest_xhat, total.dy));
+          const Sums merged = total.result();
+          const A g = static_cast<A>(merged.dy),
+                  g_xhat = static_cast<A>(less_rest(merged.dy_xhat, rest_xhat, merged.dy));
           set_coefficients(i, own_means ? g / count : 0, own_means ? g_xhat / count : 0);
           if (sum_g.data != nullptr) set(sum_g, i, g);
           if (sum_g_xhat.data != nullptr) set(sum_g_xhat, i, g_xhat);

@@ -53,6 +53,22 @@ inline double get_or(const ChannelVector& v, int64_t c, double otherwise) {
   return v.data == nullptr ? otherwise : get(v, c);
 }
 
+// A sum that keeps what rounding leaves out of it (Knuth, The Art of Computer Programming, 4.2.2):
+// hundreds of equal values, whose roundings would add up, lose nothing.
+class CompensatedSum {
+ public:
+  void add(double value) {
+    const double sum = sum_ + value, added = sum - sum_;
+    rest_ += (sum_ - (sum - added)) + (value - added);
+    sum_ = sum;
+  }
+  // The rest of an infinite sum is NaN.
+  double result() const { return rest_ - rest_ == 0 ? sum_ + rest_ : sum_; }
+
+ private:
+  double sum_ = 0, rest_ = 0;
+};
+
 // The moments of one channel, merged from those of its chunks in index order. Deviations are taken
 // from the first chunk's anchor (0 where that is not finite), which in double loses at most
 // log2(number of chunks) + 1 of 53 bits.
@@ -62,30 +78,35 @@ class ChannelMoments {
     if (count_ == 0 && chunk.anchor - chunk.anchor == 0) anchor_ = chunk.anchor;
     const double d = (chunk.anchor - anchor_) + chunk.delta;
     count_ += count;
-    d_ += count * d;
-    d2_ += chunk.m2 + count * d * d;
+    d_.add(count * d);
+    d2_.add(chunk.m2 + count * d * d);
   }
   struct MeanVar {
     double mean, var;
     double anchor, delta;  // the mean is their sum
   };
   MeanVar result() const {
-    const double per_value = 1 / count_, d = d_ * per_value, v = d2_ * per_value - d * d;
+    const double per_value = 1 / count_, d = d_.result() * per_value;
+    const double v = d2_.result() * per_value - d * d;
     return {anchor_ + d, clamp_variance(v), anchor_, d};
   }
 
  private:
-  double count_ = 0, anchor_ = 0, d_ = 0, d2_ = 0;
+  double count_ = 0, anchor_ = 0;
+  CompensatedSum d_, d2_;
 };
 
 // The backward sums of one channel, merged in the same order.
 class ChannelSums {
  public:
   void add(const Sums& chunk, double) {
-    dy += chunk.dy;
-    dy_xhat += chunk.dy_xhat;
+    dy_.add(chunk.dy);
+    dy_xhat_.add(chunk.dy_xhat);
   }
-  double dy = 0, dy_xhat = 0;
+  Sums result() const { return {dy_.result(), dy_xhat_.result()}; }
+
+ private:
+  CompensatedSum dy_, dy_xhat_;
 };
 
 // [C] arrays of the accumulation type, which threads fill channel by channel.

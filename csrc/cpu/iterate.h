@@ -112,23 +112,29 @@ BNORM_INLINE void sum_by_channel(const Tile& tile, int64_t S, double* columns, d
   using D = Vec<double>;
   to_memory_order(V{}, columns, tile.width);
   const int64_t channels = tile.c1 - tile.c0;
-  for (int64_t c = 0; c < channels; ++c) out[c] = 0;
-  for (int64_t sample = 0; sample < tile.samples_per_row(S); ++sample) {
-    if (S == 1) {
-      for (int64_t c = 0; c < channels; ++c) out[c] += columns[c];
-      columns += channels;
-      continue;
-    }
-    for (int64_t c = 0; c < channels; ++c, columns += S) {
-      if (S < 2 * D::W) {
-        for (int64_t s = 0; s < S; ++s) out[c] += columns[s];
-      } else {
-        D s4[4] = {D::all(0), D::all(0), D::all(0), D::all(0)};
-        for_each_vector_by_four<D>(S, [&](int64_t s, int u, auto part) {
-          s4[u] = s4[u] + load(columns + s, part, D::all(0));
-        });
-        out[c] += sum((s4[0] + s4[1]) + (s4[2] + s4[3]));
-      }
+  // Pairwise, so that few roundings add up: first the samples of a row ...
+  for (int64_t samples = tile.samples_per_row(S); samples > 1;) {
+    const int64_t kept = ceil_div(samples, 2), added = samples - kept;
+    for (int64_t j = 0; j < added * channels * S; ++j)
+      columns[j] += columns[j + kept * channels * S];
+    samples = kept;
+  }
+  if (S == 1) {  // a loop that the compiler turns into vectors
+    for (int64_t c = 0; c < channels; ++c) out[c] = columns[c];
+    return;
+  }
+  // ... then the positions of a channel.
+  for (int64_t c = 0; c < channels; ++c, columns += S) {
+    if (S < 2 * D::W) {
+      double s4[4] = {0, 0, 0, 0};
+      for (int64_t s = 0; s < S; ++s) s4[s % 4] += columns[s];
+      out[c] = (s4[0] + s4[1]) + (s4[2] + s4[3]);
+    } else {
+      D s4[4] = {D::all(0), D::all(0), D::all(0), D::all(0)};
+      for_each_vector_by_four<D>(S, [&](int64_t s, int u, auto part) {
+        s4[u] = s4[u] + load(columns + s, part, D::all(0));
+      });
+      out[c] = sum((s4[0] + s4[1]) + (s4[2] + s4[3]));
     }
   }
 }

@@ -3,10 +3,13 @@ and hostile data of every dtype in every layout."""
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor
 
+import bnorm_ext
 from tests.common.cases import (
     BOTH,
     DTYPES,
@@ -188,3 +191,18 @@ def test_constant_channels(layout, dtype, value):
     c = case(torch.full(shape, value), dtype, layout=name, running_var=torch.ones(shape[1]))
     seen = assert_promise(c)
     assert seen["running_var"][0] <= 1
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 5, 7, 1), (127, 2, 13), (40000, 8), (3000, 40), (6, 3, 300)], ids=str
+)
+def test_sums_of_equal_values(shape):
+    """All additions of a sum round to the same side, hundreds of them if they came one after the
+    other. In units of float64, which has no wider type to add in."""
+    x, dy = normal(shape, 0), torch.full(shape, 0.7, dtype=torch.float64)
+    count = x.numel() // shape[1]
+    bias = torch.zeros(shape[1], dtype=torch.float64, requires_grad=True)
+    y = bnorm_ext.batch_norm(x, None, None, None, bias, training=True)
+    (dbias,) = torch.autograd.grad(y, bias, dy)
+    right = Fraction(0.7) * count
+    assert max(abs(Fraction(v) / right - 1) for v in dbias.tolist()) < 6 * 2.0**-53
