@@ -81,7 +81,10 @@ def native(x: Tensor, *given: Any, counter: Tensor | None, call: Call) -> Tensor
     momentum = given[5]
     # Its backward misreads strided ones: a row of the README's table.
     read = {2} if call.training else {0, 1, 2}
-    given = tuple(t.contiguous() if i in read and t is not None else t for i, t in enumerate(given))
+    given = tuple(
+        t.contiguous() if i in read and t is not None and t.dim() == 1 else t
+        for i, t in enumerate(given)
+    )
     if call.training and counter is not None:
         if momentum is None:
             momentum = 1 / (int(counter) + 1)
