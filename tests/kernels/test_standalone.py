@@ -19,6 +19,7 @@ def check(program, what):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_results_are_those_of_plain_loops(tmp_path):
     check(build(tmp_path, ["-O1"], all_isas=False), "numbers")
 
