@@ -11,6 +11,7 @@
 #   make mutants               whether the tests see CUDA kernels that were broken on purpose
 #   make test-ptx              the CUDA kernels' tests on the PTX that nvcc makes of them (slow)
 #   make sanitize              the CPU kernels and operators under sanitizers (slow)
+#   make other-machines        the CPU kernels on aarch64 and without AVX, emulated; with Clang (slow)
 #   make gpu-check             what only a GPU can show
 #
 # pip's own variables (PIP_INDEX_URL ...) and the build's (BNORM_EXT_CUDA, MAX_JOBS, CXX ...) are
@@ -22,6 +23,7 @@ TORCH ?= torch==2.14.1
 PYTEST_ARGS ?=
 PTX_ARGS ?=
 SANITIZE_ARGS ?=
+OTHER_MACHINES_ARGS ?=
 
 # On Linux torch's usual packages are CUDA builds. Beside an nvcc the CUDA kernels would then be
 # compiled, which takes minutes and is of no use without a GPU (on WSL it is /dev/dxg).
@@ -47,7 +49,7 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: sanitize test test-all test-ptx test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants bench docs clean FORCE
+.PHONY: sanitize other-machines test test-all test-ptx test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants bench docs clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
@@ -69,6 +71,10 @@ test-ptx: build
 # SANITIZE_ARGS="address --isa avx2" for a part.
 sanitize: build
 	$(PY) .ci/sanitize.py $(SANITIZE_ARGS)
+
+# OTHER_MACHINES_ARGS="aarch64 --without-torch" for a part; says what is missing on this machine.
+other-machines: build
+	$(PY) .ci/other_machines.py $(OTHER_MACHINES_ARGS)
 
 # The install matrix: sdist, clean environments, the messages that pip shows.
 test-install: build

@@ -13,8 +13,8 @@ the tests of the operators, of numerics and of faults run on it, once for each i
 this CPU has. torch itself is not instrumented: what is seen is what this package's code does.
 
 thread: the CPU kernels and csrc/cpu/parallel.h without torch, on plain std::threads, whose every
-access ThreadSanitizer follows (tests/kernels/threads/). With torch's OpenMP it would report races
-that are none, because it does not know OpenMP's barriers.
+access ThreadSanitizer follows (tests/kernels/standalone/). With torch's OpenMP it would report
+races that are none, because it does not know OpenMP's barriers.
 
 Needs GCC or Clang with the sanitizers' runtimes, and the torch of this Python. Everything is
 written below build/sanitize/ and kept, so that a second run compiles only what has changed.
@@ -136,14 +136,14 @@ def address(options: argparse.Namespace) -> bool:
 
 def thread(options: argparse.Namespace) -> bool:
     sys.path.insert(0, str(ROOT))
-    from tests.kernels.threads import build
+    from tests.kernels.standalone import build
 
     flags = ["-O1", "-g1", "-fsanitize=thread"]
     program = build(WORK / "thread", flags, all_isas=tuple(options.isa) != ("baseline",))
     good = True
     for isa in options.isa:
         done = subprocess.run(
-            [program, isa],
+            [program, "threads", isa],
             env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
             check=False,
         )

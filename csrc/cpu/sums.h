@@ -37,6 +37,14 @@ BNORM_INLINE auto tree_sums(int first, F pair) {
   }
 }
 
+BNORM_INLINE double total(const double* lanes, int64_t count) {
+  Vec<double> v = load(lanes, Full{}, Vec<double>::all(0));
+  for (int64_t i = Vec<double>::W; i < count; i += Vec<double>::W) {
+    v = v + load(lanes + i, Full{}, v);
+  }
+  return sum(v);
+}
+
 // The two sums of a channel, by lanes.
 template <typename V>
 struct alignas(64) LaneSums {
@@ -46,14 +54,30 @@ struct alignas(64) LaneSums {
     add_to(a, sums.a);
     add_to(ab, sums.b);
   }
+  BNORM_INLINE double total_a() const { return total(a, V::W); }
+  BNORM_INLINE double total_ab() const { return total(ab, V::W); }
 };
-BNORM_INLINE double total(const double* lanes, int64_t count) {
-  Vec<double> v = load(lanes, Full{}, Vec<double>::all(0));
-  for (int64_t i = Vec<double>::W; i < count; i += Vec<double>::W) {
-    v = v + load(lanes + i, Full{}, v);
+
+// For double data there is no wider type to accumulate in. What each addition rounds away is summed
+// too (Knuth's TwoSum): with two lanes, hundreds of roundings of one sign would add up. Where a sum
+// is infinite the total is NaN.
+template <>
+struct alignas(64) LaneSums<Vec<double>> {
+  static constexpr int64_t W = Vec<double>::W;
+  double a[W] = {}, ab[W] = {}, a_lost[W] = {}, ab_lost[W] = {};
+
+  static BNORM_INLINE void add_to(double* sum, double* lost, Vec<double> v) {
+    const Vec<double> before = load(sum, Full{}, v), after = before + v, part = after - before;
+    store(sum, Full{}, after);
+    cpu::add_to(lost, (before - (after - part)) + (v - part));
   }
-  return sum(v);
-}
+  BNORM_INLINE void add(Pair<Vec<double>> sums) {
+    add_to(a, a_lost, sums.a);
+    add_to(ab, ab_lost, sums.b);
+  }
+  BNORM_INLINE double total_a() const { return total(a, W) + total(a_lost, W); }
+  BNORM_INLINE double total_ab() const { return total(ab, W) + total(ab_lost, W); }
+};
 
 // Adds one row of a channel to `lanes`.
 template <typename V, int kCount, typename Load>
@@ -155,8 +179,8 @@ BNORM_INLINE void sums_of_pairs(const Shape& shape, const Span& span, int64_t c0
                    add_row(first, length, k, lanes[j], load_pair);
                  });
     for (int64_t j = 0; j < end - c; ++j) {
-      sum_a[c - c0 + j] = total(lanes[j].a, V::W);
-      sum_ab[c - c0 + j] = total(lanes[j].ab, V::W);
+      sum_a[c - c0 + j] = lanes[j].total_a();
+      sum_ab[c - c0 + j] = lanes[j].total_ab();
     }
   }
 }

@@ -38,7 +38,7 @@ def shares(tmp_path_factory) -> list[Share]:
     csrc = Path(os.environ.get("BNORM_EXT_CSRC", ROOT / "csrc"))
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"]
     # In place of torch's headers: threads that count, before those that run.
-    instead = [source.parent / "stub", source.parents[1] / "threads" / "include"]
+    instead = [source.parent / "stub", source.parents[1] / "standalone" / "include"]
     includes = [f"-I{folder}" for folder in (csrc, *instead)]
     subprocess.run([*command, *includes, str(source), "-o", str(program)], check=True)
     shapes = {
