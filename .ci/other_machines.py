@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND")
+    parser.add_argument("kinds", nargs="*", choices=[*KINDS, "all"], default="all")
     parser.add_argument("--without-torch", action="store_true")
     return parser.parse_args()
 
@@ -167,7 +167,7 @@ def main() -> int:
     options = arguments()
     good = True
     for kind, run in KINDS.items():
-        if options.kinds and kind not in options.kinds:
+        if "all" not in options.kinds and kind not in options.kinds:
             continue
         print(f"=== {kind}", flush=True)
         if kind != "aarch64" and platform.machine() not in ("x86_64", "AMD64"):
