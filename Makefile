@@ -9,6 +9,7 @@
 #   make bench                 measure it beside torch
 #   make docs                  the API reference as HTML, in build/docs
 #   make mutants               whether the tests see CUDA kernels that were broken on purpose
+#   make mutants-host          the same of the Python code, the operators and the CPU kernels
 #   make test-ptx              the CUDA kernels' tests on the PTX that nvcc makes of them (slow)
 #   make sanitize              the CPU kernels and operators under sanitizers (slow)
 #   make other-machines        the CPU kernels on aarch64 and without AVX, emulated; with Clang (slow)
@@ -49,19 +50,23 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: sanitize other-machines test test-all test-ptx test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants bench docs clean FORCE
+.PHONY: sanitize other-machines test test-all test-ptx test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants mutants-host bench docs clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-all: export BNORM_EXT_EXAMPLES ?= 20000
-test-all: build mutants
+test-all: build mutants mutants-host
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 # Whether the tests see CUDA kernels that were broken on purpose (docs/kernels.md).
 mutants: build
 	$(PY) tests/mutants/run.py
+
+# The same of the Python code, the operators and the CPU kernels (CONTRIBUTING.md).
+mutants-host: build
+	$(PY) tests/mutants/host/run.py
 
 # PTX_ARGS="--archs 80" for one architecture; says why where there is no nvcc.
 test-ptx: build

@@ -106,6 +106,16 @@ def test_a_group_that_is_given_later() -> None:
     assert net.sync.process_group is group
 
 
+def test_torchs_own_group_is_kept() -> None:
+    group, other = object(), object()
+    for given, expected in ((None, group), (other, other)):
+        net = nn.Sequential(nn.SyncBatchNorm(3, process_group=group))
+        bnorm_ext.convert_batchnorm(net, sync=True, process_group=given)
+        assert net[0].process_group is expected
+        bnorm_ext.revert_batchnorm(net)
+        assert net[0].process_group is expected
+
+
 def test_fused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
     fused, report = bnorm_ext.fuse_batchnorm_act(bnorm_ext.convert_batchnorm(net, sync=True))

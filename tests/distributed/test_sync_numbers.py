@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import bnorm_ext
+from bnorm_ext.distributed import module
 from tests.common.ranks import Ranks, ranks
 from tests.common.sync_cases import CASES, Case, assert_equal, expected, split
 
@@ -28,6 +30,33 @@ def group(request, tmp_path_factory):
 def test_split_batch_equals_whole(group: Ranks, name: str) -> None:
     case = CASES[name]
     assert_equal(group(split, case), expected(case, group.world), case)
+
+
+@pytest.mark.parametrize("name", ["uneven", "silu, residual", "cumulative average"])
+def test_without_kernels(group: Ranks, name: str) -> None:
+    """In torch's own operations."""
+    case = CASES[name]
+    assert_equal(group(split_without_kernels, case), expected(case, group.world), case)
+
+
+def split_without_kernels(rank: int, case: Case) -> dict[str, Any]:
+    known = module.KERNEL_DEVICES
+    try:
+        module.KERNEL_DEVICES = frozenset()
+        return split(rank, case)
+    finally:
+        module.KERNEL_DEVICES = known
+
+
+def test_a_counter_without_statistics_counts(group: Ranks) -> None:
+    assert group(counter_alone) == [1] * group.world
+
+
+def counter_alone(rank: int) -> int:
+    bn = bnorm_ext.SyncBatchNorm(3)
+    bn.running_mean = bn.running_var = None
+    bn(torch.arange(6.0).view(2, 3) + rank)
+    return bn.num_batches_tracked.item()
 
 
 def test_same_bits_from_run_to_run(group: Ranks) -> None:

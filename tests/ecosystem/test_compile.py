@@ -169,13 +169,17 @@ def test_symbolic_trace_keeps_the_function():
     def f(x, mean, var):
         return bnorm_ext.batch_norm(x, mean, var, training=True) * 2
 
-    traced = torch.fx.symbolic_trace(f)
-    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
-    assert targets[0] is bnorm_ext.batch_norm
+    def fused(x, mean, var):
+        options = {"num_batches_tracked": None, "act": "leaky_relu", "negative_slope": 0.3}
+        return bnorm_ext.batch_norm(x, mean, var, training=True, residual=x, **options) * 2
+
     x = torch.randn(4, 3, 5)
-    assert torch.equal(
-        traced(x, torch.zeros(3), torch.ones(3)), f(x, torch.zeros(3), torch.ones(3))
-    )
+    for function in (f, fused):
+        traced = torch.fx.symbolic_trace(function)
+        targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+        assert targets[0] is bnorm_ext.batch_norm
+        statistics = [(torch.zeros(3), torch.ones(3)) for _ in range(2)]
+        assert torch.equal(traced(x, *statistics[0]), function(x, *statistics[1]))
 
 
 def test_jit_trace_and_script(net):

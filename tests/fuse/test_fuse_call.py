@@ -171,6 +171,28 @@ def test_parts_of_a_container_of_an_untraced_module(way):
     assert isinstance(fused.model[:2], nn.Sequential)
 
 
+class InOrder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({"pool": nn.AvgPool2d(3), "tanh": nn.Tanh()})
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        for child in self.layers.values():
+            x = child(x)
+        return torch.relu(self.bn(x))
+
+
+def test_children_in_another_order():
+    plain = InOrder().double()
+    fused, report = fuse_separately(plain)
+    assert report.fused == [("bn", "relu", False)]
+    for net in (plain, fused):
+        net.layers["pool"] = net.layers.pop("pool")
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-9, atol=1e-9)
+
+
 def test_stacked_copies():
     models = [build("resnet", seed).eval() for seed in range(3)]
     fused = [fuse_separately(model)[0] for model in models]

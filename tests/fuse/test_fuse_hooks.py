@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
+import bnorm_ext
+from bnorm_ext.fuse.call import batch_norm_add_act
 from tests.common.fuse_nets import assert_trains_alike, build, fuse_separately, images
 
 KINDS = {
@@ -55,3 +58,14 @@ def test_hooks_of_all_modules_fire():
             handle.remove()
         seen.append(calls)
     assert seen[0] == seen[1]
+
+
+def test_hooks_of_all_modules_fire_in_the_fused_call():
+    """As when somebody runs `fused_graph`, without the module that looks for hooks before."""
+    bn, act, seen = bnorm_ext.BatchNorm2d(3), nn.ReLU(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, a, y: seen.append(m))
+    try:
+        batch_norm_add_act(bn, torch.randn(2, 3, 4, 4), act=act)
+    finally:
+        handle.remove()
+    assert seen == [bn, act]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bnorm_ext
 from tests.common.fuse_nets import TOLERANCE, Net, check, fuse_separately, inputs
 
 INTO = {
@@ -15,6 +18,7 @@ INTO = {
     "chunk": (lambda net, z, x: torch.cat([x, x], 1).chunk(2, 1)[0], "share memory"),
     "slice": (lambda net, z, x: torch.cat([x, x])[:4], "share memory"),
     "dropout": (lambda net, z, x: net.drop(x), "share memory"),
+    "hooked layer": (lambda net, z, x: net.hooked(x), "share memory"),
 }
 
 
@@ -29,7 +33,8 @@ def test_addition_into_what_may_be_seen_elsewhere(target):
         return torch.relu(shortcut)
 
     plain = Net(body).double()
-    plain.drop = nn.Dropout(0.0)
+    plain.drop, plain.hooked = nn.Dropout(0.0), nn.AvgPool2d(1)
+    plain.hooked.register_forward_hook(lambda module, arguments, y: arguments[0])
     net, report = fuse_separately(plain)
     assert report.fused == []
     assert len(report.refused) == 1
@@ -80,6 +85,26 @@ def test_input_changed_in_place_before_the_addition():
             torch.testing.assert_close(net(x), plain(x), **TOLERANCE)
 
 
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x, other):
+        y = self.bn(x)
+        other.mul_(2)
+        return torch.relu(y + x)
+
+
+def test_inputs_that_are_one_tensor():
+    plain, x = TwoInputs().double(), torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    net, report = bnorm_ext.fuse_batchnorm_act(copy.deepcopy(plain), (x, x))
+    assert report.fused == []
+    assert "mul_ may change its input in place" in report.refused[0][1]
+    a, b = x.clone(), x.clone()
+    torch.testing.assert_close(net(a, a), plain(b, b), **TOLERANCE)
+
+
 CHANGES = {
     "method": lambda net, v: v.mul_(2),
     "function": lambda net, v: F.relu(v, True),
@@ -122,7 +147,7 @@ def test_residual_changed_in_place_before_the_addition(act):
 
 
 def test_residual_changed_in_place_afterwards():
-    """Backward of silu needs the residual: with relu, which does not, all is fused."""
+    """Backward of silu and hardswish reads the residual: with relu, all is fused."""
 
     def body(act):
         def run(net, z, x):
@@ -134,9 +159,11 @@ def test_residual_changed_in_place_afterwards():
         return run
 
     check(body(torch.relu), ["bn"], [])
-    words = "without silu: mul_ may change the residual in place afterwards"
-    net = check(body(F.silu), ["bn"], [("bn", words)])
-    assert "silu" in [node.name for node in net.fused_graph.nodes]
+    for act in (F.silu, F.hardswish):
+        name = act.__name__
+        words = f"without {name}: mul_ may change the residual in place afterwards"
+        net = check(body(act), ["bn"], [("bn", words)])
+        assert name in [node.name for node in net.fused_graph.nodes]
 
 
 def test_residual_changed_in_place_after_an_activation_in_place():

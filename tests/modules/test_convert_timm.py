@@ -119,6 +119,12 @@ def hooked(norm):
     return module
 
 
+def hooked_drop(norm):
+    module = norm(3)
+    module.drop.register_forward_hook(lambda m, a, y: 2 * y)
+    return module
+
+
 def with_another_child(norm):
     module = norm(3)
     module.more = nn.ReLU()
@@ -131,6 +137,7 @@ OTHERS = {
     "tanh": lambda norm: norm(3, act_layer=lambda **kwargs: nn.Tanh()),
     "dropout": lambda norm: norm(3, drop_layer=nn.Dropout),
     "hooked": hooked,
+    "hooked drop": hooked_drop,
     "child": with_another_child,
 }
 

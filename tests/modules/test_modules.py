@@ -97,6 +97,17 @@ def test_parameters_and_buffers_set_to_none_later(removed, momentum, training):
     assert_twins_agree(ours, native, 2)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("removed", ["running_mean", "running_var"])
+def test_one_statistic_alone_is_natives_error(removed, training):
+    ours, native = twins(2)
+    x, _ = next(batches(2, 1))
+    for module in (ours, native):
+        setattr(module, removed, None)
+        module.train(training)
+    assert outcome(lambda: ours(x)) == outcome(lambda: native(x)) is not None
+
+
 def test_buffers_without_tracking_are_used_in_eval_but_never_changed():
     """Running statistics may be put into a module that was built without tracking."""
     ours, native = twins(2, track_running_stats=False)

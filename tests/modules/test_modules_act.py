@@ -198,8 +198,9 @@ def test_qconfig_can_be_set():
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_scripted(act, residual):
-    ours = build(act)
-    native = composition(ours)
+    ours = build(act, negative_slope=0.3)
+    slope = nn.LeakyReLU(0.3) if act == "leaky_relu" else None
+    native = composition(ours, slope)
     scripted = torch.jit.script(ours)
     x, r = batch(), batch(seed=1)
     args = (x, r) if residual else (x,)
@@ -208,6 +209,16 @@ def test_scripted(act, residual):
         torch.testing.assert_close(scripted(*args), native(*args), **FLOAT64)
     torch.testing.assert_close(scripted.running_var, native.norm.running_var, **FLOAT64)
     assert scripted.num_batches_tracked == 1
+
+
+def test_eps_that_is_set_later_reaches_compiled_code():
+    torch._dynamo.reset()
+    ours = build()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    for eps in (1e-5, 0.5):
+        ours.eps = eps
+        native = composition(ours)
+        torch.testing.assert_close(compiled(batch()), native(batch()), **FLOAT64)
 
 
 def test_traced_by_fx_as_one_call():

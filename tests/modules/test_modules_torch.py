@@ -54,6 +54,16 @@ def test_torchscript_matches_native_and_leaves_the_module(kwargs):
         assert_same(seen, step(native, x, dy))
 
 
+def test_torchscript_of_one_whose_tracking_was_turned_off():
+    ours, native = twins(2)
+    ours.track_running_stats = native.track_running_stats = False
+    scripted, scripted_native = torch.jit.script(ours), torch.jit.script(native)
+    x, dy = batch()
+    for training in (True, False):
+        scripted.train(training), scripted_native.train(training)
+        assert_same(step(scripted, x, dy), step(scripted_native, x, dy))
+
+
 def test_torchscript_shares_tensors_and_needs_no_extension_in_its_file():
     ours, _ = twins(2)
     scripted = torch.jit.script(ours)

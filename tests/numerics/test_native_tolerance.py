@@ -255,6 +255,14 @@ def test_counter_on_the_path_of_native():
         assert_same([partial(step_with, c, make(), None, x[:0]) for c in classes])
 
 
+def test_cumulative_average_on_the_path_of_native(monkeypatch):
+    monkeypatch.setattr(bnorm_ext.functional, "_takes_native_path", lambda x: True)
+    ours, native = (c(5, momentum=None).double() for c in (bnorm_ext.BatchNorm2d, nn.BatchNorm2d))
+    for seed in range(3):
+        ours(x + seed), native(x + seed)
+    torch.testing.assert_close(dict(ours.state_dict()), dict(native.state_dict()))
+
+
 def test_counter_that_is_no_tensor():
     for counter in (3, "3", [3]):
         with pytest.raises(TypeError, match="num_batches_tracked must be a Tensor or None"):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -108,6 +109,18 @@ CALLS = (
     st.sampled_from(["identity", "relu", "leaky_relu", "silu"]),
     st.booleans(),
 )
+
+
+@pytest.mark.parametrize("S", [42, 43, 127, 128, 129, 255, 256, 257, 258])
+def test_masks_where_their_rows_change(S):
+    """42 and 43 positions of 3 channels are a sample of about 128 values."""
+    check(installed, "cpu", ((2, 3, S), [[3 * S, S, 1]] * 2), torch.float32, "relu", True)
+
+
+def test_a_mask_ties_gradients_to_the_format_of_x():
+    contiguous, channels_last = [60, 20, 5, 1], [60, 1, 15, 3]
+    for strides in ([contiguous, channels_last], [channels_last, contiguous]):
+        check(installed, "cpu", ((2, 3, 4, 5), strides), torch.float32, "relu", True)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -237,8 +237,9 @@ def test_native_path_does_the_same(monkeypatch):
     for name, t in run(ours, f).items():
         torch.testing.assert_close(t, right[name], rtol=1e-12, atol=1e-12)
     x = torch.randn(2, 3, 4, 4)
-    with pytest.raises(RuntimeError, match="residual must be like the input"):
-        bnorm_ext.batch_norm(x, None, None, training=True, residual=torch.randn(3, 1, 1))
+    for bad in (torch.randn(3, 1, 1), x.double(), x.half()):  # torch would broadcast or promote
+        with pytest.raises(RuntimeError, match="residual must be like the input"):
+            bnorm_ext.batch_norm(x, None, None, training=True, residual=bad)
 
 
 def test_refused():

@@ -88,6 +88,23 @@ OVERLAPS = {
     "var is the weight": within("weight", "running_var"),
     "mean is the bias": within("bias", "running_mean"),
 }
+
+
+def counter_in_the_mean(a: dict[str, Any]) -> None:
+    a["num_batches_tracked"] = a["running_mean"][:1].view(torch.int64)
+
+
+def counter_over_half_of_an_element(a: dict[str, Any]) -> None:
+    """In float32: the elements of the mean are at bytes 4, 12 and 20, the counter is at 8 to 15."""
+    a |= {n: t.float() for n, t in a.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    memory = values(2 * C).abs().float()
+    a["running_mean"], a["num_batches_tracked"] = memory[1::2], memory.view(torch.int64)[1]
+
+
+OF_COUNTERS = {
+    "counter in the mean": counter_in_the_mean,
+    "counter over half of an element": counter_over_half_of_an_element,
+}
 APART = {"columns of a matrix": columns, "halves": halves, "gaps of x": gaps_of_x}
 
 
@@ -96,7 +113,9 @@ def tensors(a: dict[str, Any]) -> dict[str, tuple[Tensor, int]]:
 
 
 @pytest.mark.parametrize("negated", [False, True])
-@pytest.mark.parametrize("change", OVERLAPS.values(), ids=OVERLAPS.keys())
+@pytest.mark.parametrize(
+    "change", [*OVERLAPS.values(), *OF_COUNTERS.values()], ids=[*OVERLAPS, *OF_COUNTERS]
+)
 def test_buffers_that_overlap(change, negated):
     given = arguments()
     change(given)

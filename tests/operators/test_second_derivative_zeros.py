@@ -108,6 +108,26 @@ def test_every_combination(act, training, residual):
     assert len(kinds) > 4
 
 
+def of_bias_without_weight(
+    function: Callable[..., Tensor], weight: Tensor | None, act: str
+) -> tuple[Tensor, ...]:
+    t = {n: GIVEN[n].clone().requires_grad_() for n in ("x", "residual", "bias", "dy")}
+    buffers = torch.zeros(3, dtype=f64), torch.ones(3, dtype=f64)
+    y = function(t["x"], *buffers, weight, t["bias"], True, residual=t["residual"], act=act)
+    asked = [t["x"], t["residual"], t["bias"]]
+    first = torch.autograd.grad(y, asked, t["dy"], create_graph=True)
+    return torch.autograd.grad(sum((g * (1 + g)).sum() for g in first), [*t.values()])
+
+
+@pytest.mark.parametrize("act", ["relu", "leaky_relu"])
+def test_bias_without_weight(act):
+    """Native has no second derivative then: beside a weight of ones."""
+    ours = of_bias_without_weight(bnorm_ext.batch_norm, None, act)
+    theirs = of_bias_without_weight(native, torch.ones(3, dtype=f64), act)
+    for mine, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-10)
+
+
 @RESIDUAL
 @TRAINING
 @ACTS

@@ -91,6 +91,18 @@ def test_grad_is_eager_autograd_to_the_bit(training):
     assert_equal(per_sample, [torch.stack(g) for g in zip(*loop, strict=True)])
 
 
+def test_grad_in_inference_has_the_bits_of_eager_in_float32():
+    """1 / sqrt(running_var + eps) is rounded once, from float64, in both."""
+    x, mean, var = torch.randn(4, 200), torch.randn(200), torch.rand(200) + 0.1
+    weight = torch.randn(200)
+
+    def f(x, weight):
+        return bnorm_ext.batch_norm(x, mean, var, weight).sum()
+
+    inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    assert_equal(grad(f, (0, 1))(x, weight), torch.autograd.grad(f(*inputs), inputs))
+
+
 @pytest.mark.parametrize("training", MODES)
 def test_jvp_and_jacobians(training):
     ours, native = batch_norm(training), batch_norm(training, F.batch_norm)
