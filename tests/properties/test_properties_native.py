@@ -79,12 +79,14 @@ Results = dict[str, Any]
 
 def native(x: Tensor, *given: Any, counter: Tensor | None, call: Call) -> Tensor:
     momentum = given[5]
-    # Its backward misreads strided ones: a row of the README's table.
-    read = {2} if call.training else {0, 1, 2}
-    given = tuple(
-        t.contiguous() if i in read and t is not None and t.dim() == 1 else t
-        for i, t in enumerate(given)
-    )
+    if len({t.dtype for t in given[:4] if t is not None}) == 1 and call.eps > 0:
+        # Its backward misreads strided ones: a row of the README's table. Where dtypes differ, it
+        # depends on the strides whether it takes them at all; for eps = 0 ours is native's.
+        read = {2} if call.training else {0, 1, 2}
+        given = tuple(
+            t.contiguous() if i in read and t is not None and t.dim() == 1 else t
+            for i, t in enumerate(given)
+        )
     if call.training and counter is not None:
         if momentum is None:
             momentum = 1 / (int(counter) + 1)
@@ -142,30 +144,45 @@ def run(function: Callable[..., Tensor], call: Call, grad: bool) -> tuple[Any, A
     return first, second, {n: r.detach() for n, r in results.items()}
 
 
+def comparable(call: Call, y: Tensor, names: list[str]) -> list[str]:
+    """The results that rules decide, and not native's slips or the last bit of a value."""
+    # With such an eps, what rounding leaves of a variance of 0 decides on all values.
+    if 0 < call.eps < 1e-12:
+        return []
+    left_out = set()
+    if call.training:
+        # Native loses the update of negated views: a row of the README's table.
+        left_out = {
+            n for n in VECTORS[:2]
+            if (d := getattr(call, n)) is not None and d.view.sign in ("negated", "imaginary")
+        }  # fmt: skip
+    # Such strides fit several formats, and native's backward mixes two of them (a row of that
+    # table).
+    ambiguous = call.x.view.sliding or (1 in call.x.shape and call.x.view.order)
+    # Torch's derivative at nan is 0 or 1, by the place in a vector of the processor.
+    at_nan = call.act in ("relu6", "hardswish") and y.isnan().any()
+    at_kink = call.act is not None and call.x.values in ("constant", "zero")
+    if ambiguous or at_nan or at_kink:
+        left_out |= {n for n in names if n.startswith("d")}
+    return [n for n in names if n not in left_out]
+
+
 @given(any_calls(), st.booleans())
 def test_function(call, grad):
     # Of a (1, C) weight native's backward is an error, ours is not: a row of the README's table.
     grad = grad and all(d is None or len(d.shape) == 1 for d in (call.weight, call.bias))
-    theirs, mine = list(run(native, call, grad)), list(run(ours, call, grad))
+    theirs, mine = run(native, call, grad), run(ours, call, grad)
     if theirs[0] is not None and "INTERNAL ASSERT" in theirs[0][1] + (mine[0] or ("", ""))[1]:
         return  # an accident of native's, about strides that it does not expect
-    assert mine[0] == theirs[0]
-    assert mine[1] == theirs[1]
-    for name in VECTORS[:2]:
-        drawn = getattr(call, name)
-        if call.training and drawn is not None and drawn.view.sign in ("negated", "imaginary"):
-            # Native loses the update: a row of the README's table.
-            del mine[2][name], theirs[2][name]
-    # With such an eps, what rounding leaves of a variance of 0 decides on native's values.
-    if theirs[0] is None and not 0 < call.eps < 1e-12:
-        if call.act in ("relu6", "hardswish") and theirs[2]["y"].isnan().any():
-            # Torch's derivative at nan is 0 or 1, by the place in a vector of the processor.
-            mine[2], theirs[2] = (
-                {n: t for n, t in r.items() if not n.startswith("d")} for r in (mine[2], theirs[2])
-            )
-        if call.x.view.sliding:
-            # Such strides fit every format, and native mixes two of them (a row of that table).
-            mine[2], theirs[2] = ({n: r[n] for n in r if n != "dx"} for r in (mine[2], theirs[2]))
-        # Torch's own additions and activations may choose other strides.
-        plain = call.residual is None and call.act is None and not call.x.view.sliding
-        assert_like(mine[2], theirs[2], call.x.dtype, strides=plain)
+    kinds = {d.dtype for n in VECTORS if (d := getattr(call, n)) is not None}
+    if len(kinds) > 1 and (mine[0] is None) != (theirs[0] is None):
+        return  # natively strides decide whether a mixture of dtypes is an error
+    assert mine[:2] == theirs[:2]
+    if theirs[0] is not None:
+        return
+    assert mine[2].keys() == theirs[2].keys()
+    names = comparable(call, theirs[2]["y"], list(theirs[2]))
+    got, right = ({n: r[2][n] for n in names} for r in (mine, theirs))
+    # Torch's own additions and activations may choose other strides.
+    plain = call.residual is None and call.act is None and not call.x.view.sliding
+    assert_like(got, right, call.x.dtype, strides=plain)
