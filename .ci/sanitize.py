@@ -7,6 +7,7 @@
     .ci/sanitize.py address -- -k layouts     what follows -- goes to pytest; tests named there
                                               run in place of all
     .ci/sanitize.py thread                    ThreadSanitizer
+    .ci/sanitize.py uninitialised             Valgrind's memcheck
 
 address: a copy of the checkout (what git tracks or would add) is compiled with both sanitizers, and
 the tests of the operators, of numerics and of faults run on it, once for each instruction set that
@@ -16,8 +17,12 @@ thread: the CPU kernels and csrc/cpu/parallel.h without torch, on plain std::thr
 access ThreadSanitizer follows (tests/kernels/standalone/). With torch's OpenMP it would report
 races that are none, because it does not know OpenMP's barriers.
 
-Needs GCC or Clang with the sanitizers' runtimes, and the torch of this Python. Everything is
-written below build/sanitize/ and kept, so that a second run compiles only what has changed.
+uninitialised: the same program without torch, numbers only, under Valgrind: no result may depend on
+memory that nothing was written to, as the lanes of a vector beyond the end of a row. Valgrind knows
+no AVX-512.
+
+Needs GCC or Clang with the sanitizers' runtimes, Valgrind, and the torch of this Python. Everything
+is written below build/sanitize/ and kept, so that a second run compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import zlib
@@ -33,6 +39,7 @@ from pathlib import Path
 from checkout import ROOT, copy_checkout
 
 WORK = ROOT / "build" / "sanitize"
+KINDS = ("address", "thread", "uninitialised", "all")
 ISAS = ("baseline", "avx2", "avx512")
 TESTS = ("tests/operators", "tests/numerics", "tests/properties", "tests/faults")
 SANITIZERS = (
@@ -45,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", nargs="?", choices=("address", "thread", "all"), default="all")
+    parser.add_argument("kind", nargs="?", choices=KINDS, default="all")
     parser.add_argument("--isa", nargs="+", choices=ISAS, default=ISAS)
     parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
     given, after = sys.argv[1:], []
@@ -134,23 +141,38 @@ def address(options: argparse.Namespace) -> bool:
     return good
 
 
-def thread(options: argparse.Namespace) -> bool:
+def standalone(
+    options: argparse.Namespace, kind: str, mode: str, flags: list[str], before: list[str]
+) -> bool:
+    """Runs a mode of the program without torch for each instruction set."""
     sys.path.insert(0, str(ROOT))
     from tests.kernels.standalone import build
 
-    flags = ["-O1", "-g1", "-fsanitize=thread"]
-    program = build(WORK / "thread", flags, all_isas=tuple(options.isa) != ("baseline",))
+    only_baseline = tuple(options.isa) == ("baseline",)
+    program = build(WORK / kind, ["-O1", "-g1", *flags], all_isas=not only_baseline)
     good = True
     for isa in options.isa:
         done = subprocess.run(
-            [program, "threads", isa],
+            [*before, program, mode, isa],
             env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
             check=False,
         )
-        outcome = {0: "no race", 2: "left out, this CPU does not have it"}
-        print(f"=== threads, {isa}: {outcome.get(done.returncode, 'FAILED')}", flush=True)
+        outcome = {0: "nothing found", 2: "left out, this CPU does not have it"}
+        print(f"=== {kind}, {isa}: {outcome.get(done.returncode, 'FAILED')}", flush=True)
         good = good and done.returncode in outcome
     return good
+
+
+def thread(options: argparse.Namespace) -> bool:
+    return standalone(options, "thread", "threads", ["-fsanitize=thread"], [])
+
+
+def uninitialised(options: argparse.Namespace) -> bool:
+    if shutil.which("valgrind") is None:
+        print("=== uninitialised: left out, there is no valgrind here", flush=True)
+        return True
+    valgrind = ["valgrind", "--quiet", "--error-exitcode=66", "--track-origins=yes"]
+    return standalone(options, "uninitialised", "numbers", [], valgrind)
 
 
 def main() -> int:
@@ -158,6 +180,8 @@ def main() -> int:
     good = True
     if options.kind in ("thread", "all"):
         good = thread(options) and good
+    if options.kind in ("uninitialised", "all"):
+        good = uninitialised(options) and good
     if options.kind in ("address", "all"):
         good = address(options) and good
     return 0 if good else 1
