@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,9 @@ from tests.common.fused_cases import ACTS, SLOPE, activate
 from tests.common.likeness import assert_like
 from tests.common.strategies import ORDINARY, REFUSED_DTYPES, Draw, seeds, shapes, views
 from tests.common.twins import NATIVE, OURS, outcome
+
+# Where buffers overlap, native's result depends on which channel comes first.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ACT = {d: getattr(bnorm_ext, f"BatchNormAct{d}d") for d in (1, 2, 3)}
 
