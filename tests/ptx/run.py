@@ -35,9 +35,8 @@ SECONDS = 1500  # a job may take no longer
 
 FILES = ["kernels", "fused", "mask", "resident", "runs", "sweeps", "smooth", "memory"]
 # Tests that expect the launches of an sm_80. An sm_75 has less shared memory, and an sm_90 more.
-RESIDENT = "tests/emulated/test_emulated_resident.py"
 OF_SM_80 = {
-    75: [
+    (75, "resident"): [
         "test_results[block-few channels-torch.float32]",
         "test_results[block-rows longer than a block-torch.float32]",
         "test_teams[block-shape0-expected0]",
@@ -47,7 +46,11 @@ OF_SM_80 = {
         "test_values_that_are_not_finite[grid-nan]",
         "test_refused_launch_takes_two_passes[grid-groups]",
     ],
-    90: ["test_teams[grid-shape2-expected2]"],
+    (75, "runs"): [
+        "test_several_runs_on_chip[torch.float32]",
+        "test_first_values_far_from_the_rest_on_chip",
+    ],
+    (90, "resident"): ["test_teams[grid-shape2-expected2]"],
 }
 
 
@@ -89,12 +92,12 @@ def pytest(job: Job, folder: Path) -> Done:
         command += ["-k", "silu"]
     if job.file == "memory":  # bank conflicts are told apart by lines of the source
         command += ["-k", "evicted_first"]
-    if job.file == "resident":
-        command += [f"--deselect={RESIDENT}::{name}" for name in OF_SM_80.get(job.arch, [])]
+    file = f"tests/{test}_{job.file}.py"
+    command += [f"--deselect={file}::{name}" for name in OF_SM_80.get((job.arch, job.file), [])]
     start = time.monotonic()
     try:
         done = subprocess.run(
-            [*command, str(ROOT / "tests" / f"{test}_{job.file}.py")],
+            [*command, str(ROOT / file)],
             cwd=ROOT,
             env=environment,
             capture_output=True,
