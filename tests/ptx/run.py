@@ -46,12 +46,9 @@ OF_SM_80 = {
         "test_values_that_are_not_finite[grid-nan]",
         "test_refused_launch_takes_two_passes[grid-groups]",
     ],
-    (75, "runs"): [
-        "test_several_runs_on_chip[torch.float32]",
-        "test_first_values_far_from_the_rest_on_chip",
-    ],
     (90, "resident"): ["test_teams[grid-shape2-expected2]"],
 }
+TOO_LARGE = {(75, "runs")}  # none of the file's tensors fits on an sm_75's chip
 
 
 @dataclass
@@ -114,7 +111,7 @@ def pytest(job: Job, folder: Path) -> Done:
 
 
 def jobs_of(archs: list[int]) -> list[Job]:
-    jobs = [Job(arch, file) for arch in archs for file in FILES]
+    jobs = [Job(arch, file) for arch in archs for file in FILES if (arch, file) not in TOO_LARGE]
     # Hardware may be off by up to 2 units where the interpreter gives the nearest result.
     jobs += [Job(archs[0], "fused", error) for error in (-2, 2)]
     return [*jobs, Job(80, "mutants")]
