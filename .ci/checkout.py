@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,3 +24,16 @@ def copy_checkout(target: Path) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, target / name)
     record.write_text("\n".join(sorted(wanted)))
+
+
+def known_to_this_cpu(isa: str, environment: Mapping[str, str], copy: Path) -> bool:
+    """Whether the package that was built in ``copy`` takes these CPU kernels on this processor."""
+    code = "import bnorm_ext; assert bnorm_ext.build_info()['cpu_capability']"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=copy,
+        env={**environment, "BNORM_EXT_CPU_CAPABILITY": isa},
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    return done.returncode == 0

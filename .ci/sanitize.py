@@ -36,7 +36,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from checkout import ROOT, copy_checkout
+from checkout import ROOT, copy_checkout, known_to_this_cpu
 
 WORK = ROOT / "build" / "sanitize"
 KINDS = ("address", "thread", "uninitialised", "all")
@@ -85,19 +85,6 @@ def runtimes() -> str:
         command = [*shlex.split(compiler()), f"-print-file-name={name}"]
         found.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return " ".join(path.strip() for path in found)
-
-
-def known_to_this_cpu(isa: str, environment: dict[str, str], copy: Path) -> bool:
-    code = "import bnorm_ext; assert bnorm_ext.build_info()['cpu_capability']"
-    return (
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=copy,
-            env=environment | {"BNORM_EXT_CPU_CAPABILITY": isa},
-            stderr=subprocess.DEVNULL,
-        ).returncode
-        == 0
-    )
 
 
 def address(options: argparse.Namespace) -> bool:

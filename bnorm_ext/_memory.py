@@ -13,14 +13,12 @@ from ._load import load
 _compiled: Any = load()
 
 
-def _tensors(call: Arguments) -> list[Tensor]:
-    return [t for t in call if isinstance(t, Tensor)]
-
-
 def lacks_memory(call: Arguments) -> bool:
     """Whether elements of an argument lie outside of its storage, as
     ``UntypedStorage.resize_`` leaves it."""
-    return _compiled is not None and any(map(_compiled.lacks_memory, _tensors(call)))
+    return _compiled is not None and any(
+        _compiled.lacks_memory(t) for t in call if isinstance(t, Tensor)
+    )
 
 
 def has_unwritable_buffers(call: Arguments) -> bool:

@@ -70,7 +70,10 @@ class Maker:
 
     def good(self) -> Arguments:
         train, C = self.random.random() < 0.5, self.shape[1]
-        vector = lambda dtype: self.normal((C,), dtype)  # noqa: E731
+
+        def vector(dtype: torch.dtype) -> Tensor:
+            return self.normal((C,), dtype)
+
         has_buffers = self.random.random() < 0.7
         merging = self.name == "batch_norm_merge_stats"
         backward = self.name == "batch_norm_backward"

@@ -221,7 +221,10 @@ def expected(name: str, a: Arguments) -> dict[str, Tensor] | None:
     if x.numel() == 0:
         return None
     per_channel = [1, -1, *[1] * (x.dim() - 2)]
-    wide = lambda t: t.reshape(per_channel)  # noqa: E731
+
+    def wide(t: Tensor) -> Tensor:
+        return t.reshape(per_channel)
+
     out: dict[str, Tensor] = {}
     if name == "batch_norm_training":
         mean, var = x.mean(dims), x.var(dims, correction=0)
