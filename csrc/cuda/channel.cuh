@@ -37,6 +37,17 @@ __device__ __forceinline__ void set(const ChannelVector& v, int64_t c, double va
   }
 }
 
+// Starts to load the values of channel c that were given, so that loads which wait for one after the
+// other have to wait for memory once.
+template <typename... Vectors>
+__device__ __forceinline__ void prefetch_channel(int64_t c, const Vectors&... vectors) {
+  const auto one = [&](const ChannelVector& v) {
+    const int bytes = v.dtype == DType::Double ? 8 : v.dtype == DType::Float ? 4 : 2;
+    if (v.data != nullptr) prefetch(static_cast<const char*>(v.data) + c * v.stride * bytes);
+  };
+  (one(vectors), ...);
+}
+
 // The first value of channel c.
 template <typename T>
 __device__ __forceinline__ const T* first_of_channel(const void* x, const Shape& shape, int64_t c) {

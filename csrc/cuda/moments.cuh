@@ -33,7 +33,7 @@ class MomentSums {
   }
   __device__ __forceinline__ bool is_empty() const { return count_ == 0; }
 
-  // The first batch of a run.
+  // Takes the anchor from the first batch of a run, or from vectors of it.
   template <typename Valid>
   __device__ __forceinline__ void begin(const Vector (&batch)[kBatch], Valid valid) {
 #pragma unroll
@@ -45,7 +45,6 @@ class MomentSums {
       }
       anchor_[k] = total * (A{1} / static_cast<A>(valid * kPerVector));
     }
-    add(batch, valid);
   }
 
   template <typename Valid>

@@ -174,6 +174,11 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
   return value;
 }
 
+// Starts to bring the cache line of p into the L2, and waits for nothing.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
+
 // ---- Asynchronous copies (sm_80 and newer) -----------------------------------------------------
 
 // Starts a copy of 16 bytes into shared memory; both addresses must be multiples of 16. This thread

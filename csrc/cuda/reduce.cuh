@@ -34,6 +34,7 @@ __device__ __forceinline__ Pair block_sum(Pair (&value)[kChannels], int columns)
   const int t = computed_here(static_cast<int>(threadIdx.x)), lane = t % kWarp, warp = t / kWarp;
   const Shared<Pair> of_warp = dynamic_shared<Pair>(0);  // [kWarps, columns * kChannels places]
   // Lanes of the same column are `columns` apart.
+#pragma unroll 1
   for (int apart = kWarp / 2; apart >= columns; apart /= 2) {
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
@@ -99,6 +100,7 @@ __device__ __forceinline__ Pair group_sum(const Pair (&value)[Iterator::kChannel
         total.b += part.b;
       }
     }
+#pragma unroll 1
     for (int apart = kWarp / 2; apart > 0; apart /= 2) {
       total.a += __shfl_xor_sync(0xffffffffu, total.a, apart);
       total.b += __shfl_xor_sync(0xffffffffu, total.b, apart);
@@ -138,6 +140,7 @@ __device__ __forceinline__ Pair sum_of_parts(int count, int channels, Part part)
     sum.b += more.b;
   }
   // Lanes of the same channel are `channels` apart.
+#pragma unroll 1
   for (int apart = kWarp / 2; apart >= channels; apart /= 2) {
     sum.a += __shfl_xor_sync(0xffffffffu, sum.a, apart);
     sum.b += __shfl_xor_sync(0xffffffffu, sum.b, apart);

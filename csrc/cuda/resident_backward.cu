@@ -62,7 +62,10 @@ __global__ void __launch_bounds__(kThreads, kShares)
     const auto channel = [&] { return tile * channels + t; };  // of thread t < channels
     if (t < channels) {
       Affine<A> affine = {};  // read but not used where the tile extends beyond the last channel
-      if (channel() < p.shape.C) affine = {p.statistics, p.weight, p.bias, channel()};
+      if (channel() < p.shape.C) {
+        prefetch_statistics(p, channel());
+        affine = {p.statistics, p.weight, p.bias, channel()};
+      }
       set(table, t, affine);
     }
     __syncthreads();
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
       int i = 0;
 #pragma unroll 1
       while (it.more()) {
-        it.batches(
+        it.template batches<V::kPlain>(
             tile_plan,
             [&](const int64_t (&at)[kBatch], auto valid) {
               const unsigned mask_bits = masked ? mask.read(valid) : 0;
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
                 f(g, x_vec, at[u]);
                 used(i + u);
               }
-              i += kBatch;
+              i += valid;
             },
             /*whole_warp=*/false, kRun);
         end_run();

@@ -35,15 +35,18 @@ __device__ __forceinline__ void sum_on_chip(
     };
     const auto begins = [&](const Vector(&batch)[kBatch], auto valid) { run.begin(batch, valid); };
     const auto adds = [&](const Vector(&batch)[kBatch], auto valid) { run.add(batch, valid); };
-    int i = kBatch;
+    // What does not fill a batch is added vector by vector, which takes the least code: a kernel that
+    // other kernels have driven out of the instruction cache waits for each line of it.
     if (of_run < kBatch) {
-      batch_at(0, of_run, begins);
+      batch_at(0, Full<1>{}, begins);
     } else {
       batch_at(0, FullBatch{}, begins);
     }
+    int i = 0;
 #pragma unroll 1
     for (; i + kBatch <= of_run; i += kBatch) batch_at(i, FullBatch{}, adds);
-    if (i < of_run) batch_at(i, of_run - i, adds);
+#pragma unroll 1
+    for (; i < of_run; ++i) batch_at(i, Full<1>{}, adds);
     run.end(sum, about);
   }
   if (all_finite(sum)) return;
@@ -72,6 +75,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
   using A = Acc<T>;
   using Iterator = TileIterator<V::kWidth, V::kMapping>;
   constexpr int kChannels = Iterator::kChannels;
+  static_assert(V::kMapping != Mapping::ChannelsLast, "a thread has two channels at most");
   static_assert(TileTable<V>::kBytes <= kTableBytes, "the plan reserves kTableBytes");
   const TilePlan& tile_plan = p.plan.tile_plan;
   const T* x = static_cast<const T*>(p.x);
@@ -96,30 +100,32 @@ __global__ void __launch_bounds__(kThreads, kShares)
     // Of thread t < channels; computed on demand too.
     const auto channel = [&] { return tile * channels + t; };
     const auto has_channel = [&] { return t < channels && channel() < p.shape.C; };
-    const auto anchor = [&](int64_t c) -> double {
-      return c < p.shape.C ? anchor_of<T>(p.x, p.shape, c) : 0;
+    const auto anchor = [&](int64_t c) {
+      return c < p.shape.C ? static_cast<A>(anchor_of<T>(p.x, p.shape, c)) : 0;
     };
     // Before the wait, so that they arrive meanwhile.
-    A weight = 1, bias = 0;
+    A weight = 1, bias = 0, anchor_of_channel = 0;
     if (has_channel()) {
       weight = get_or(p.weight, channel(), A{1});
       bias = get_or(p.bias, channel(), A{0});
+      anchor_of_channel = anchor(channel());
     }
+    const A first_anchor = anchor(start().channel);
+    const A second_anchor = Iterator::kGrouped ? anchor(start().channel + 1) : 0;
     async_wait<0>();
 
     Pair sum[kChannels];
     sum_on_chip<V>(
         x_smem, vectors,
-        [&](int k) {
-          const Iterator it = start();
-          return it.channel < p.shape.C ? anchor(it.channel_of(k)) : 0;
+        [&](int k) -> double {
+          return k < start().split_of_vector() ? first_anchor : second_anchor;
         },
         sum);
     Pair total = chunk_sum(sum, start(), tile_plan, p.shape);
     total = team_total<Iterator>(total, p.plan, shared, p.staging, team, round);
 
     BatchStatistics<A> found;  // read but not used where the tile extends beyond the last channel
-    if (has_channel()) found = {p, total, anchor(channel()), weight, bias};
+    if (has_channel()) found = {p, total, anchor_of_channel, weight, bias};
     if (t < channels) set(table, t, found.affine);
     __syncthreads();
     // After the barrier, so that the other threads write y meanwhile.
@@ -133,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
     Iterator it = start(), next = start_of(tile + p.plan.teams);
     MaskCursor<uint8_t, V::kWidth, V::kMapping> mask(p.mask, tile_plan, it);
     int i = 0;
-    it.batches(
+    it.template batches<V::kPlain>(
         tile_plan,
         [&](const int64_t (&at)[kBatch], auto valid) {
           Values<T, V::kWidth> batch[kBatch], residual_batch[kBatch];  // batch: x, then y
@@ -153,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
             next.advance(tile_plan);
           }
           if (writes_mask) mask.write(mask_bits, valid);
-          i += kBatch;
+          i += valid;
         },
         writes_mask);
   }

@@ -138,23 +138,23 @@ __device__ __forceinline__ Pair team_total(Pair own, const ResidentPlan& plan,
   const Workspace<Pair> of_team = Workspace<Pair>(staging.partials) + at;
   if (t < channels) of_team[team.rank * channels + t] = own;
   team_barrier(staging, team);
-  if (team.size <= kAddedByAll) {
-    return sum_of_parts(team.size, channels,
-                        [&](int64_t rank, int i) -> Pair { return of_team[rank * channels + i]; });
+  // Each block adds up its share of the channels, all of them or a power of two, for all the others.
+  int share = channels, first = 0;
+  if (team.size > kAddedByAll) {
+    share = 1;
+    while (share * team.size < channels) share *= 2;
+    first = team.rank * share;
   }
-  // Each block adds up its share of the channels, a power of two of them, for all the others.
-  int share = 1;
-  while (share * team.size < channels) share *= 2;
-  const int first = team.rank * share;
-  const Workspace<Pair> totals = of_team + team.size * channels;
+  Pair total = {0, 0};
   if (first < channels) {
-    const Pair total = sum_of_parts(team.size, share, [&](int64_t rank, int i) -> Pair {
+    total = sum_of_parts(team.size, share, [&](int64_t rank, int i) -> Pair {
       return of_team[rank * channels + first + i];
     });
-    if (t < share) totals[first + t] = total;
   }
+  if (team.size <= kAddedByAll) return total;
+  const Workspace<Pair> totals = of_team + team.size * channels;
+  if (first < channels && t < share) totals[first + t] = total;
   team_barrier(staging, team);
-  Pair total = {0, 0};
   if (t < channels) total = totals[t];
   return total;
 }

@@ -76,6 +76,8 @@ inline unsigned load_acquire(const unsigned* p) {
   return emulator::detail::load_acquire(p);
 }
 
+inline void prefetch(const void*) {}
+
 template <typename T>
 inline void async_copy16(Shared<T> to, const void* from) {
   emulator::detail::async_copy(to.block(), to.byte(), from);

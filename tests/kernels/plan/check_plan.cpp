@@ -106,7 +106,7 @@ void visit_whole(const Shape& s, int bytes, const TilePlan& plan) {
         while (from_end.remaining > 1) from_end.advance(back);
         if (from_end.offset != it.offset) fail(s, bytes, "another way back");
       }
-      it.batches(plan, [&](const int64_t (&at)[kBatch], int valid) {
+      const auto see = [&](const int64_t (&at)[kBatch], int valid) {
         for (int u = 0; u < valid; ++u) {
           if (at[u] % kWidth != 0 || at[u] < 0 || at[u] + kWidth > s.numel()) {
             return fail(s, bytes, "an access that is not aligned or outside");
@@ -118,7 +118,23 @@ void visit_whole(const Shape& s, int bytes, const TilePlan& plan) {
             ++seen[static_cast<size_t>(at[u] + v)];
           }
         }
-      });
+      };
+      // The three ways to take all vectors, in turn.
+      struct Nothing {};
+      const auto load = [](Nothing&, const int64_t (&)[kBatch], int) {};
+      const auto use = [&](const Nothing&, const int64_t (&at)[kBatch], int valid) {
+        see(at, valid);
+      };
+      switch (threadIdx.x % 3) {
+        case 0:
+          it.template batches<false>(plan, see);
+          break;
+        case 1:
+          it.template batches<true>(plan, see);
+          break;
+        default:
+          it.template pipelined<kBatch, true, Nothing>(plan, load, use);
+      }
     }
   }
   for (const uint8_t count : seen) {
