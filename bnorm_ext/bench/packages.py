@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .cases import Case
@@ -23,6 +24,7 @@ from .providers import (
     TorchWithoutCudnn,
     Unavailable,
     Unfused,
+    functional_layer,
     module_layer,
 )
 
@@ -108,8 +110,39 @@ class Attorch(Package):
         return module_layer(module, case, i, forward)
 
 
+class FlagGems(Package):
+    """The Triton kernels of FlagGems, which has them in place of torch's."""
+
+    name, module, devices, ops = "flag_gems", "flag_gems.ops.batch_norm", ("cuda",), ("bn",)
+
+    def make(self, case: Case, i: Inputs) -> Layer:
+        kernels = self.imported()
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Any:
+                y, mean, rstd = kernels.batch_norm(x, weight, bias, *rest, MOMENTUM, EPS)
+                ctx.save_for_backward(x, weight, mean, rstd)
+                return y
+
+            @staticmethod
+            def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+                x, weight, mean, rstd = ctx.saved_tensors
+                grads = kernels.batch_norm_backward(
+                    dy, x, weight, None, None, mean, rstd, True, EPS, [True] * 3
+                )
+                return (*grads, None, None, None)
+
+        def call(x: Tensor, _: Any, mean: Tensor, var: Tensor, *parameters: Any) -> Tensor:
+            weight, bias, training = parameters
+            y: Tensor = Function.apply(x, weight, bias, mean, var, training)
+            return y
+
+        return functional_layer(call, case, i)
+
+
 ALL: tuple[type[Provider], ...] = (
-    Ours, Unfused, Torch, TorchWithoutCudnn, Compiled, Apex, InPlaceABN, Timm, Attorch,
+    Ours, Unfused, Torch, TorchWithoutCudnn, Compiled, Apex, InPlaceABN, Timm, Attorch, FlagGems,
 )  # fmt: skip
 NAMES = tuple(cls.name for cls in ALL)
 
