@@ -33,8 +33,12 @@ __device__ __forceinline__ void add_moments(TileIterator<V::kWidth, V::kMapping>
           }
         },
         [&](Loaded& loaded, const int64_t (&)[kBatch], auto valid) {
-          if (run.is_empty()) run.begin(loaded.batch, valid);
-          run.add(loaded.batch, valid);
+          if (run.is_empty()) {
+            run.begin(loaded.batch, valid);
+            run.add(loaded.batch, valid);
+          } else {
+            run.add(loaded.batch, valid);
+          }
         },
         /*whole_warp=*/false, kRun);
     run.end(sum, about);

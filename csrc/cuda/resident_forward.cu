@@ -35,8 +35,6 @@ __device__ __forceinline__ void sum_on_chip(
     };
     const auto begins = [&](const Vector(&batch)[kBatch], auto valid) { run.begin(batch, valid); };
     const auto adds = [&](const Vector(&batch)[kBatch], auto valid) { run.add(batch, valid); };
-    // What does not fill a batch is added vector by vector, which takes the least code: a kernel that
-    // other kernels have driven out of the instruction cache waits for each line of it.
     if (of_run < kBatch) {
       batch_at(0, Full<1>{}, begins);
     } else {
@@ -45,8 +43,15 @@ __device__ __forceinline__ void sum_on_chip(
     int i = 0;
 #pragma unroll 1
     for (; i + kBatch <= of_run; i += kBatch) batch_at(i, FullBatch{}, adds);
+    // What does not fill a batch is added vector by vector, which takes the least code: a kernel that
+    // other kernels have driven out of the instruction cache waits for each line of it. With an
+    // epilogue registers spill by that.
+    if constexpr (V::kPlain) {
 #pragma unroll 1
-    for (; i < of_run; ++i) batch_at(i, Full<1>{}, adds);
+      for (; i < of_run; ++i) batch_at(i, Full<1>{}, adds);
+    } else {
+      if (i < of_run) batch_at(i, of_run - i, adds);
+    }
     run.end(sum, about);
   }
   if (all_finite(sum)) return;

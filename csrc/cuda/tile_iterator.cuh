@@ -98,7 +98,7 @@ struct TileIterator {
   // Whether a vector is left, for this thread or, with `whole_warp`, for any thread of the warp.
   // Then all threads of the warp must call.
   __device__ __forceinline__ bool more(bool whole_warp = false) const {
-    return any(remaining > 0, whole_warp);
+    return whole_warp ? __any_sync(0xffffffffu, remaining > 0) != 0 : remaining > 0;
   }
 
   // Calls f(offsets, valid) for kBatch vectors at a time, of which the first `valid` exist. For the
@@ -111,7 +111,7 @@ struct TileIterator {
                                           int most = INT32_MAX) {
     int64_t at[kBatch];
 #pragma unroll 1
-    for (; most > 0 && all(remaining >= kBatch, whole_warp); --most) {
+    for (; most > 0 && full<kBatch>(whole_warp); --most) {
       take(plan, kBatch, at);
       f(at, FullBatch{});
     }
@@ -132,47 +132,43 @@ struct TileIterator {
   // The same for kCount vectors at a time, in two steps: load(loaded, offsets, valid) starts the
   // loads of a batch, and use(loaded, offsets, valid) is called after those of the next one have been
   // started, where kAhead. So loads are in flight while values are used, for twice as many registers.
-  // `valid` is a constant for `use` alone. What does not fill a batch is loaded ahead too: a small
-  // tensor has little else.
   template <int kCount, bool kAhead, typename Loaded, typename LoadBatch, typename Use>
   __device__ __forceinline__ void pipelined(const TilePlan& plan, LoadBatch load, Use use,
                                             bool whole_warp = false, int most = INT32_MAX) {
-    int64_t at[kCount];
-    Loaded loaded;
-    int valid = 0;
-    const auto take_batch = [&](int64_t (&of_batch)[kCount]) {
-      const int taken = most <= 0 ? 0 : remaining < kCount ? remaining : kCount;
-      take(plan, taken, of_batch);
-      --most;
-      return taken;
-    };
-    const auto next_batch = [&] {
-      valid = take_batch(at);
-      load(loaded, at, valid);
-    };
-    next_batch();
+    if (kAhead && full<kCount>(whole_warp)) {
+      int64_t at[kCount];
+      Loaded loaded;
+      take(plan, kCount, at);
+      load(loaded, at, Full<kCount>{});
 #pragma unroll 1
-    while (all(valid == kCount, whole_warp)) {
-      if constexpr (kAhead) {
+      for (--most; most > 0 && full<kCount>(whole_warp); --most) {
         int64_t next[kCount];
         Loaded of_next;
-        valid = take_batch(next);
-        load(of_next, next, valid);
+        take(plan, kCount, next);
+        load(of_next, next, Full<kCount>{});
         use(loaded, at, Full<kCount>{});
         loaded = of_next;
 #pragma unroll
         for (int u = 0; u < kCount; ++u) at[u] = next[u];
-      } else {
-        use(loaded, at, Full<kCount>{});
-        next_batch();
       }
+      use(loaded, at, Full<kCount>{});
     }
-    // More than one batch is left only if other threads of the warp had none left.
 #pragma unroll 1
-    while (any(valid > 0, whole_warp)) {
+    for (; !kAhead && most > 0 && full<kCount>(whole_warp); --most) {
+      int64_t at[kCount];
+      Loaded loaded;
+      take(plan, kCount, at);
+      load(loaded, at, Full<kCount>{});
+      use(loaded, at, Full<kCount>{});
+    }
+#pragma unroll 1
+    for (; most > 0 && more(whole_warp); --most) {
+      int64_t at[kCount];
+      Loaded loaded;
+      const int valid = remaining < kCount ? remaining : kCount;
+      take(plan, valid, at);
+      load(loaded, at, valid);
       use(loaded, at, valid);
-      if (!whole_warp) return;
-      next_batch();
     }
   }
 
@@ -187,12 +183,10 @@ struct TileIterator {
     return kTilesFirst ? block / static_cast<unsigned>(plan.tiles)
                        : block % static_cast<unsigned>(plan.chunks);
   }
-  // Whether it holds for this thread or, with `whole_warp`, for all or any threads of the warp.
-  static __device__ __forceinline__ bool all(bool holds, bool whole_warp) {
-    return whole_warp ? __all_sync(0xffffffffu, holds) != 0 : holds;
-  }
-  static __device__ __forceinline__ bool any(bool holds, bool whole_warp) {
-    return whole_warp ? __any_sync(0xffffffffu, holds) != 0 : holds;
+  // Whether kCount vectors are left, with `whole_warp` for all threads of the warp.
+  template <int kCount>
+  __device__ __forceinline__ bool full(bool whole_warp) const {
+    return whole_warp ? __all_sync(0xffffffffu, remaining >= kCount) != 0 : remaining >= kCount;
   }
   // The offsets of the next `valid` vectors.
   template <int kCount>

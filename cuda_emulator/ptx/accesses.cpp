@@ -185,6 +185,11 @@ const Instruction* load_acquire(const Instruction* at, Frame& frame) {
   return at + 1;
 }
 
+const Instruction* start_prefetch(const Instruction* at, Frame& frame) {
+  detail::prefetch(host_pointer(address_of(*at, frame)));
+  return at + 1;
+}
+
 const Instruction* start_copy(const Instruction* at, Frame& frame) {
   detail::async_copy(detail::current_block(), shared_offset(address_of(*at, frame)),
                      host_pointer(frame.slots[at->operand[0]]));
@@ -233,6 +238,7 @@ void add_accesses(std::vector<Kind>& kinds) {
   add_family(kinds, "st.shared", Form::kStore, &store_own_shared);
   add_family(kinds, "ld", Form::kLoad, &load_generic);
   kinds.push_back({"ld.acquire.gpu.u32", Form::kLoad, &load_acquire, 0, 1, 4});
+  kinds.push_back({"prefetch.global.L2", Form::kAddress, &start_prefetch});
   kinds.push_back({"cvta.shared.u64", Form::kValues, &to_generic, 1});
   kinds.push_back({"mapa.u64", Form::kValues, &map_rank, 2});
   kinds.push_back({"atom.global.add.u32", Form::kAtomic, &atomic<added>});

@@ -153,6 +153,10 @@ class Decoder {
         set_address(to, written[0]);
         add_operands(to, written[1], kind.count);
         return;
+      case Form::kAddress:
+        expect(1);
+        set_address(to, written[0]);
+        return;
       case Form::kAtomic:
         expect(3);
         add_result(to, written[0]);

@@ -20,6 +20,7 @@ enum class Form : unsigned char {
   kSpecial,      // mov.u32 d, %tid.x: the kind is named "mov.u32 %tid.x"
   kLoad,         // ld.global.v2.f32 {d, e}, [address]
   kStore,        // st.global.f32 [address], a
+  kAddress,      // prefetch.global.L2 [address]
   kAtomic,       // atom.global.add.u32 d, [address], a
   kShuffle,      // shfl.sync.bfly.b32 d|p, a, b, 31, mask
   kBarrier,      // bar.sync 0

@@ -114,6 +114,10 @@ __global__ void load_outside(Params p) {
   if (threadIdx.x == 3) bnorm_ext::cuda::load_bytes<4>(p.in - 1);
 }
 
+__global__ void prefetch_outside(Params p) {
+  if (threadIdx.x == 3) bnorm_ext::cuda::prefetch(p.in - 1);
+}
+
 __global__ void store_to_input(Params p) {
   if (threadIdx.x == 4) store_float(const_cast<float*>(p.in), 1);
 }
@@ -145,6 +149,7 @@ void add_broken_calls(std::vector<Case>& cases) {
   ADD(plain_tail);
   ADD(misaligned_load);
   ADD(load_outside);
+  ADD(prefetch_outside);
   ADD(store_to_input);
   ADD(in_a_template<3>);
 #undef ADD

@@ -188,6 +188,10 @@ BROKEN = {
         "outside",
         rf"{of(3)} reads 4 bytes at an address 4 bytes before the start of 'in'",
     ),
+    "prefetch_outside": (
+        "outside",
+        rf"{of(3)} reads 1 byte at an address 4 bytes before the start of 'in'",
+    ),
     "store_to_input": (
         "outside",
         rf"{of(4)} writes 4 bytes at 'in' \+0, which is an input",

@@ -166,6 +166,7 @@ PROGRAMS = {
         + """
         setp.ne.s32 %p1, %r3, 0;
         @%p1 bra $L_second;
+        prefetch.global.L2 [%rd10+4];
         ld.global.u32 %r10, [%rd10+4];
         st.global.cs.u32 [%rd11+4], %r10;
         membar.gl;

@@ -60,6 +60,10 @@ def test_listing_refuses_too(tmp_path) -> None:
 REPORTED: dict[str, tuple[str, dict[str, int]]] = {
     "race: .* nothing orders the two": ("st.global.u32 [%rd11], %r0;", {"threads": 2}),
     "outside: .* directly after the end of 'out'": ("st.global.u32 [%rd11+256], %r0;", {}),
+    "outside: .* 4 bytes before the start of 'in'": (
+        "prefetch.global.L2 [%rd10+-4];",
+        {},
+    ),
     "outside: .* which is an input": ("st.global.u32 [%rd10], %r0;", {}),
     r"misaligned: .* reads 8 bytes at shared memory \+4": (
         "ld.shared.v2.u32 {%r10, %r11}, [%r6+4];",

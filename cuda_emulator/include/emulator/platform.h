@@ -76,7 +76,9 @@ inline unsigned load_acquire(const unsigned* p) {
   return emulator::detail::load_acquire(p);
 }
 
-inline void prefetch(const void*) {}
+inline void prefetch(const void* p) {
+  emulator::detail::prefetch(p);
+}
 
 template <typename T>
 inline void async_copy16(Shared<T> to, const void* from) {

@@ -53,6 +53,7 @@ void shared_write(Block* owner, std::ptrdiff_t offset, const void* from, std::si
 void workspace_read(const void* from, void* to, std::size_t bytes, std::size_t alignment);
 void workspace_write(void* to, const void* from, std::size_t bytes, std::size_t alignment);
 void tensor_read(const void* from, void* to, std::size_t bytes);
+void prefetch(const void* p);
 void tensor_write(void* to, const void* from, std::size_t bytes);
 void tensor_write_evict_first(void* to, const void* from, std::size_t bytes);
 void async_copy(Block* owner, std::ptrdiff_t offset, const void* from);
