@@ -31,9 +31,8 @@ def test_one_launch_each() -> None:
         "  a team, since a channel is 784 KB, and a block has 113 KB",
         "  predicted: 33.2 us, most of them for moving bytes (18.4), then launches and barriers "
         "(11.9), computing (2.9)",
-        "Predictions are a model's. On an H200 calls took 0.87 to 1.36 times as long as predicted, "
-        "and 1.1 to 1.8 times with groups of channels of 16-bit values; other GPUs have not been "
-        "measured.",
+        "Predictions are a model's. On an H200, 330 calls took 0.81 to 1.34 times as long as "
+        "predicted; other GPUs have not been measured.",
     ]
 
 
