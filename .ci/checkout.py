@@ -27,13 +27,20 @@ def copy_checkout(target: Path) -> None:
 
 
 def known_to_this_cpu(isa: str, environment: Mapping[str, str], copy: Path) -> bool:
-    """Whether the package that was built in ``copy`` takes these CPU kernels on this processor."""
+    """Whether the package that was built in ``copy`` takes these CPU kernels on this processor.
+
+    A package that fails for another reason raises RuntimeError: it must not pass for one whose
+    processor is too old.
+    """
     code = "import bnorm_ext; assert bnorm_ext.build_info()['cpu_capability']"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=copy,
         env={**environment, "BNORM_EXT_CPU_CAPABILITY": isa},
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         check=False,
     )
+    if done.returncode != 0 and "is not one of this CPU's" not in done.stderr:
+        raise RuntimeError(f"{isa}: the package in {copy} fails:\n{done.stderr}")
     return done.returncode == 0
