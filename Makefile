@@ -6,6 +6,7 @@
 #   make test VENV=            the same in the current environment: python3 and the torch it has
 #   make test TORCH=torch==2.11.0 VENV=.venv-2.11        with another torch
 #   make test-torches          build and test it with every torch that is promised (slow)
+#   make install-matrix        install it in every way that users do (slow)
 #   make bench                 measure it beside torch
 #   make docs                  the API reference as HTML, in build/docs
 #   make mutants               whether the tests see CUDA kernels that were broken on purpose
@@ -25,6 +26,7 @@ PYTEST_ARGS ?=
 PTX_ARGS ?=
 SANITIZE_ARGS ?=
 OTHER_MACHINES_ARGS ?=
+INSTALL_ARGS ?=
 
 # On Linux torch's usual packages are CUDA builds. Beside an nvcc the CUDA kernels would then be
 # compiled, which takes minutes and is of no use without a GPU (on WSL it is /dev/dxg).
@@ -50,7 +52,7 @@ STAMPS := $(VENV)/stamps
 AGAIN :=
 endif
 
-.PHONY: sanitize other-machines test test-all test-ptx test-install test-torches demo demo-distributed build lint format cuda-build gpu-check mutants mutants-host bench docs clean FORCE
+.PHONY: sanitize other-machines test test-all test-ptx test-install test-torches install-matrix demo demo-distributed build lint format cuda-build gpu-check mutants mutants-host bench docs clean FORCE
 .DELETE_ON_ERROR:
 
 test: build
@@ -81,7 +83,11 @@ sanitize: build
 other-machines: build
 	$(PY) .ci/other_machines.py $(OTHER_MACHINES_ARGS)
 
-# The install matrix: sdist, clean environments, the messages that pip shows.
+# In each of the ways that users do, one environment for each (slow); INSTALL_ARGS="wheel spaces" for some.
+install-matrix: $(if $(strip $(VENV)),$(STAMPS)/torch)
+	$(PY) .ci/install_matrix.py $(INSTALL_ARGS)
+
+# An sdist in a clean environment, and the messages that pip shows.
 test-install: build
 	$(PY) -m pytest -m slow tests/packaging/test_install.py $(PYTEST_ARGS)
 
