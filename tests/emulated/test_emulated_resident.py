@@ -24,6 +24,8 @@ CASES = [
     pytest.param((3, 37, 1, 8), "contiguous", id="a vector a row"),
     pytest.param((2, 3, 1, 4096), "contiguous", id="rows longer than a block"),
     pytest.param((9, 16, 7, 7), "contiguous", id="groups of channels"),
+    # Where channel C would begin, the tensor has ended.
+    pytest.param((1, 16, 7, 7), "contiguous", id="groups, one sample"),
     pytest.param((5, 32, 3, 3), "contiguous", id="channels of two vectors"),
     pytest.param((5, 3, 37, 29), "contiguous", id="odd rows"),
     pytest.param((3, 5, 7, 3), "contiguous", id="odd, small"),
