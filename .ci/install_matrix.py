@@ -101,9 +101,19 @@ def sdist(trial: Trial) -> None:
 
 
 def no_ninja(trial: Trial) -> None:
-    path = trial.building["PATH"].split(os.pathsep)
-    kept = [folder for folder in path if not (Path(folder) / "ninja").exists()]
-    trial.building["PATH"] = os.pathsep.join(kept)
+    path = []
+    for number, folder in enumerate(map(Path, trial.building["PATH"].split(os.pathsep))):
+        if (folder / "ninja").exists():  # the same folder without it: compilers may be there too
+            others = trial.folder / f"without-ninja-{number}"
+            others.mkdir()
+            for program in folder.iterdir():
+                if program.name != "ninja":
+                    (others / program.name).symlink_to(program)
+            folder = others
+        path.append(str(folder))
+    trial.building["PATH"] = os.pathsep.join(path)
+    if shutil.which("ninja", path=trial.building["PATH"]):
+        raise RuntimeError("there is still a ninja")
     plain(trial)
 
 
