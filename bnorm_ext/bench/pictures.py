@@ -37,6 +37,7 @@ STYLES = {
     "inplace_abn": ("#D55E00", "P", ":"),
     "timm": ("#000000", "X", ":"),
     "attorch": ("#999999", "*", ":"),
+    "flag_gems": ("#F0E442", "p", ":"),
 }
 GREY = "#555555"
 PASS_NAMES = {
