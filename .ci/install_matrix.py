@@ -8,8 +8,8 @@
 Each way has a virtual environment of its own and a copy of the checkout (what git tracks or would
 add). --torch: installed by pip in each environment; without it the torch of this interpreter
 serves, whose version --python must have then. Built without CUDA kernels. Afterwards
-.ci/check_install.py runs outside of the copy, and no file of the environment may have changed by
-it: a package that writes beside itself fails in read-only site-packages. One table at the end; the
+.ci/check_install.py runs outside of the copy, and no file of the environment but Python's .pyc may
+have changed by it: a package that writes beside itself fails in read-only site-packages. One table at the end; the
 exit code is 1 where a way fails.
 """
 
@@ -62,12 +62,12 @@ class Trial:
         self.call(self.python, "-m", "pip", "--disable-pip-version-check", *arguments)
 
     def files(self) -> dict[str, int]:
-        """When each file of the environment was last written."""
+        """When each file of the environment was last written, Python's own caches apart."""
         every = (p for p in self.venv.rglob("*") if p.is_file() and not p.is_symlink())
         return {str(p): p.stat().st_mtime_ns for p in every if p.suffix != ".pyc"}
 
     def check(self) -> str:
-        """Runs the check elsewhere; returns the line with the compiler and the kernels."""
+        """Runs the check elsewhere; returns the versions of Python and torch, and the compiler."""
         before = self.files()
         elsewhere = self.folder / "elsewhere"
         elsewhere.mkdir()
