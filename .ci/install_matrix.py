@@ -9,8 +9,8 @@ Each way has a virtual environment of its own and a copy of the checkout (what g
 add). --torch: installed by pip in each environment; without it the torch of this interpreter
 serves, whose version --python must have then. Built without CUDA kernels. Afterwards
 .ci/check_install.py runs outside of the copy, and no file of the environment but Python's .pyc may
-have changed by it: a package that writes beside itself fails in read-only site-packages. One table at the end; the
-exit code is 1 where a way fails.
+have changed by it: a package that writes beside itself fails in read-only site-packages. One table
+at the end; the exit code is 1 where a way fails.
 """
 
 from __future__ import annotations

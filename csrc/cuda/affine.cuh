@@ -12,12 +12,6 @@
 namespace bnorm_ext {
 namespace cuda {
 
-// Starts to load what the constants of z of channel c are computed from, if they are known.
-template <typename Params>
-__device__ __forceinline__ void prefetch_statistics(const Params& p, int64_t c) {
-  prefetch_channel(c, p.statistics.mean, p.statistics.rest, p.statistics.var, p.weight, p.bias);
-}
-
 // The constants of z of one channel.
 template <typename A>
 struct Affine {
@@ -26,6 +20,7 @@ struct Affine {
   Affine() = default;
   __device__ __forceinline__ Affine(const Statistics& statistics, const ChannelVector& weight,
                                     const ChannelVector& bias, int64_t c) {
+    prefetch_channel(c, statistics.mean, statistics.rest, statistics.var, weight, bias);
     const MeanRstd<A> known(statistics, c);
     mean = known.mean;
     scale = get_or(weight, c, A{1}) * known.rstd;
@@ -166,7 +161,6 @@ __device__ __forceinline__ void fill(const Table& table, const Params& p, const 
   const int channels = Iterator::channels_of_tile(plan), i = static_cast<int>(threadIdx.x);
   const int64_t c = it.tile * channels + i;
   if (i < channels) {
-    if (c < p.shape.C) prefetch_statistics(p, c);
     Affine<typename Table::A> affine = {};  // read but not used beyond the last channel
     if (c < p.shape.C) affine = {p.statistics, p.weight, p.bias, c};
     set(table, i, affine);

@@ -62,10 +62,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
     const auto channel = [&] { return tile * channels + t; };  // of thread t < channels
     if (t < channels) {
       Affine<A> affine = {};  // read but not used where the tile extends beyond the last channel
-      if (channel() < p.shape.C) {
-        prefetch_statistics(p, channel());
-        affine = {p.statistics, p.weight, p.bias, channel()};
-      }
+      if (channel() < p.shape.C) affine = {p.statistics, p.weight, p.bias, channel()};
       set(table, t, affine);
     }
     __syncthreads();

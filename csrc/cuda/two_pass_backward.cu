@@ -89,7 +89,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int channels = Iterator::channels_of_tile(p.plan), i = static_cast<int>(threadIdx.x);
   const int64_t c = it.tile * channels + i;
   if (i < channels) {
-    if (c < p.shape.C) prefetch_statistics(p, c);
     Projection<A> projection;
     if (!constant_statistics && c < p.shape.C) {
       projection = {MeanRstd<A>(p.statistics, c), load_one(static_cast<const A*>(p.mean_dy) + c),
