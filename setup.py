@@ -128,8 +128,8 @@ def configure() -> dict[str, Any]:
 
     system = as_system(torch_includes)
     compiler = cpp_extension.get_cxx_compiler()
-    # at::parallel_for is serial without -fopenmp. It is not given to the linker: torch has brought
-    # its own OpenMP runtime into the process, and a second one must not join it.
+    # ATen's headers have no threads without -fopenmp. It is not given to the linker: torch has
+    # brought its own OpenMP runtime into the process, and a second one must not join it.
     openmp = []
     if sys.platform == "linux":
         openmp, line = support.openmp_flags(compiler_name(compiler), torchs_symbols(torch))

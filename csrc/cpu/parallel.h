@@ -17,10 +17,24 @@ namespace cpu {
 template <typename Partial>
 using Partials = Scratch<Partial, 2048>;
 
+// Calls f(begin, end) for pieces of [0, count) of at least `grain`, one a thread. Not
+// at::parallel_for: its first call in a thread sets that thread's number of threads to what any
+// thread set last. ATen guards against that with a flag, of which each shared library has its own.
+template <typename F>
+void parallel_for(int64_t count, int64_t grain, const F& f) {
+#ifdef INTRA_OP_PARALLEL  // by ATen's headers, where torch and this build have threads
+  if (count > grain && !at::in_parallel_region() && at::get_num_threads() > 1) {
+    at::internal::invoke_parallel(0, count, grain, f);
+    return;
+  }
+#endif
+  if (count > 0) f(0, count);
+}
+
 // Calls f(t) for every thread t of `threads`.
 template <typename F>
 void for_each_thread(int64_t threads, F f) {
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) f(t);
     kernels().fence();
   });
@@ -35,7 +49,7 @@ void merge_chunks(const Chunks& chunks, int64_t C, Partials<Partial>& partials, 
   const int64_t K = chunks.size();
   constexpr int64_t kNeighbours = 8;  // channels whose partials share a cache line
   const int64_t grain = max(1, kMergeGrain / (K * kNeighbours));
-  at::parallel_for(0, ceil_div(C, kNeighbours), grain, [&](int64_t begin, int64_t end) {
+  parallel_for(ceil_div(C, kNeighbours), grain, [&](int64_t begin, int64_t end) {
     for (int64_t c0 = begin * kNeighbours; c0 < min(end * kNeighbours, C); c0 += kNeighbours) {
       const int64_t n = min(kNeighbours, C - c0);
       Total totals[kNeighbours];

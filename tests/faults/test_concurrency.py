@@ -76,6 +76,29 @@ def test_threads_train_their_own_modules(kind, each):
         assert_same(together, one)
 
 
+def test_a_thread_keeps_its_number_of_threads():
+    """`torch.set_num_threads` is a thread's own, and others set theirs before this one first calls
+    an operator. Were it lost, torch's convolutions would round differently from then on."""
+    bn = bnorm_ext.BatchNorm2d(4)
+    images = torch.randn(2, 4, 300, 300)  # large enough for several threads
+    others_have_set = threading.Event()
+    one_has_set = threading.Event()
+
+    def work() -> int:
+        with threads(1):
+            one_has_set.set()
+            assert others_have_set.wait(60)
+            bn(images.requires_grad_()).sum().backward()
+            return torch.get_num_threads()
+
+    with threads(2), ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work)
+        assert one_has_set.wait(60)
+        torch.set_num_threads(2)
+        others_have_set.set()
+        assert result.result() == 1
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_threads_share_a_module(training):
     """Outputs and gradients do not depend on what others do to the running statistics, which in

@@ -80,7 +80,7 @@ def test_one_openmp_runtime_and_threads_through_it():
     assert not [name for name in needed if re.match(r"lib(gomp|omp|iomp)", name)]
     if "clang" in str(bnorm_ext.build_info()["compiler"]).lower():
         pytest.skip("a build by Clang may have no threads: test_build.py")
-    # Without -fopenmp at::parallel_for would be serial, and say nothing.
+    # Without -fopenmp the kernels would use one thread, and say nothing.
     assert re.search(r" U (GOMP_parallel|__kmpc_fork_call)", tool("nm", "-D", library))
 
     code = """
