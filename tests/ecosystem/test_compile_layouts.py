@@ -38,7 +38,7 @@ def arguments(x_format, dy_format, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("x_format", "dy_format"), itertools.product(FORMATS, FORMATS))
+@pytest.mark.parametrize(("x_format", "dy_format"), list(itertools.product(FORMATS, FORMATS)))
 def test_gradients_are_channels_last_where_x_or_dy_is(x_format, dy_format, training):
     op, given = OPS.batch_norm_backward, arguments(x_format, dy_format, training)
     native_like = op(*given)

@@ -94,9 +94,13 @@ REPLACED = [
 
 
 @pytest.mark.parametrize(
-    "duplicate", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))]
+    "duplicate",
+    [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["itself", "copied", "pickled"],
 )
-@pytest.mark.parametrize(("name", "value"), [row[1:] for row in REPLACED], ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("name", "value"), [row[1:] for row in REPLACED], ids=[row[0] for row in REPLACED]
+)
 def test_replaced_after_fusing(name, value, duplicate, monkeypatch):
     net = nn.Sequential(Block(), Block()).eval()
     fused, report = bnorm_ext.fuse_batchnorm_act(net)
