@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
     """Started as users start it, with tiny settings."""
     file = tmp_path / "sync.json"

@@ -44,8 +44,14 @@ def differences(printed: str, training: str) -> list[float]:
 
 @pytest.mark.parametrize(
     "start",
-    [(), ("-m", "torch.distributed.run", "--nproc-per-node", "2")],
-    ids=["alone", "torchrun"],
+    [
+        pytest.param((), id="alone"),
+        pytest.param(
+            ("-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            id="torchrun",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_it_equals_one_process(start, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -290,11 +291,24 @@ def run_without(path: str) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def outputs(request):
+    """`run_without` of every name that is tested, two at a time, since each imports torch anew."""
+    paths = [
+        item.callspec.params["path"]
+        for item in request.session.items
+        if "outputs" in getattr(item, "fixturenames", ())
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(run_without, path) for path in paths}
+        pool.shutdown(cancel_futures=True)
+
+
 @compiled_only
 @pytest.mark.parametrize("path", _compat.NAMES)
-def test_without_a_private_name(path):
+def test_without_a_private_name(path, outputs):
     """Imports, trains, differentiates and fuses, or says why it does not fuse."""
-    output = run_without(path)
+    output = outputs[path].result()
     refused = "fusing is refused" in _compat.NAMES[path]
     assert ("fused: 0" if refused else "fused: 2") in output
     assert ("reasons: []" in output) is not refused
