@@ -119,16 +119,9 @@ def _all_files(kind: str, folder: Path) -> Loaded:
     return found
 
 
-#: Writing and loading the files of one kind takes 20 seconds. What fused nets and converted ones
-#: call is all that BatchNormAct modules do.
-MOST = pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.slow] if k == "act" else []) for k in KINDS]
-)
-
-
 @pytest.mark.parametrize("exporter", EXPORTERS)
 @MODES
-@MOST
+@EVERY
 def test_loads_without_this_package(loaded, kind, training, exporter):
     available(exporter)
     if exporter not in chosen(kind, training):
