@@ -5,6 +5,7 @@
 #   make demo-distributed      compile, and train on two processes with synchronised batch norm
 #   make test VENV=            the same in the current environment: python3 and the torch it has
 #   make test TORCH=torch==2.11.0 VENV=.venv-2.11        with another torch
+#   make test WORKERS=1        in as many processes; as many as there are cores, but no more than 4
 #   make test-torches          build and test it with every torch that is promised (slow)
 #   make install-matrix        install it in every way that users do (slow)
 #   make bench                 measure it beside torch
@@ -23,6 +24,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.14.1
 PYTEST_ARGS ?=
+# A file stays in one process: what its tests compile is compiled once.
+WORKERS ?= auto
+PARALLEL := --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
 PTX_ARGS ?=
 SANITIZE_ARGS ?=
 OTHER_MACHINES_ARGS ?=
@@ -56,7 +60,7 @@ endif
 .DELETE_ON_ERROR:
 
 test: build
-	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: export BNORM_EXT_EXAMPLES ?= 20000
 test-all: build mutants mutants-host

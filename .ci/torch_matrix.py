@@ -28,7 +28,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkout import ROOT, copy_checkout
+from checkout import PARALLEL, ROOT, copy_checkout
 
 #: What is promised: the range that pyproject.toml and README.md name, and what pip takes today.
 VERSIONS = (
@@ -186,7 +186,8 @@ class Trial:
         report.unlink(missing_ok=True)
         chosen = shlex.split(self.options.pytest)
         # Everything is counted: a failure does not end the run.
-        command = [self.python, "-m", "pytest", "-q", f"--junitxml={report}", *chosen]
+        command = [self.python, "-m", "pytest", "-q", *PARALLEL]
+        command += [f"--junitxml={report}", *chosen]
         output = self.step("pytest", *command, check=False)
         if not report.exists():
             raise Failed(f"pytest: {first_error(output)}")

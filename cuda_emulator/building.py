@@ -6,12 +6,14 @@ tests compiles nothing.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +47,16 @@ def digest(parts: Iterable[bytes]) -> str:
         hashed.update(len(part).to_bytes(8, "little"))
         hashed.update(part)
     return hashed.hexdigest()[:20]
+
+
+@contextlib.contextmanager
+def only_one(target: Path) -> Iterator[None]:
+    """Inside, no other process or thread makes `target`, which may be there by then. Who compiles
+    the same program at the same time compiles its other files meanwhile."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache
@@ -89,13 +101,16 @@ def compile_object(source: Path, flags: Sequence[str], includes: Sequence[Path])
     target = CACHE / f"{source.stem}-{digest(parts)}.o"
     if target.exists():
         return target
-    CACHE.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".{os.getpid()}.o")
-    done = run_compiler([*flags, *where, *language, "-c", str(source), "-o", str(temporary)])
-    if done.returncode != 0 or done.stderr:
-        temporary.unlink(missing_ok=True)
-        raise RuntimeError(f"{source} does not compile without errors and warnings:\n{done.stderr}")
-    temporary.replace(target)
+    with only_one(target):
+        if target.exists():
+            return target
+        temporary = target.with_suffix(f".{os.getpid()}.o")
+        done = run_compiler([*flags, *where, *language, "-c", str(source), "-o", str(temporary)])
+        if done.returncode != 0 or done.stderr:
+            temporary.unlink(missing_ok=True)
+            problem = "does not compile without errors and warnings"
+            raise RuntimeError(f"{source} {problem}:\n{done.stderr}")
+        temporary.replace(target)
     return target
 
 

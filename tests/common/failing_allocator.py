@@ -31,12 +31,13 @@ def library() -> Any:
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", *torch_headers.flags()]
     compiled = building.compile_object(SOURCE, flags, [])
     target = compiled.with_suffix(".so")
-    if not target.exists():
-        linked = ["-shared", str(compiled), "-o", f"{target}.part"]
-        done = building.run_compiler([*linked, *torch_headers.libraries("c10")])
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        Path(f"{target}.part").replace(target)
+    with building.only_one(target):
+        if not target.exists():
+            linked = ["-shared", str(compiled), "-o", f"{target}.part"]
+            done = building.run_compiler([*linked, *torch_headers.libraries("c10")])
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            Path(f"{target}.part").replace(target)
     loaded = ctypes.CDLL(str(target))
     loaded.arm.argtypes = [ctypes.c_int64, ctypes.c_bool]
     loaded.arm.restype = None

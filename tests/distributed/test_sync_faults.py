@@ -17,11 +17,19 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )
 
-TIMEOUT_S = 5
+TIMEOUT_S = 8
 
 
 @pytest.fixture
 def group(tmp_path):
+    with ranks(2, tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def impatient(tmp_path):
+    """For what ends only when a collective has waited in vain. Nothing else: on a busy machine a
+    rank that compiles may take longer."""
     with ranks(2, tmp_path, TIMEOUT_S) as started:
         yield started
 
@@ -122,13 +130,13 @@ def changes_dtype_later(rank: int) -> None:
     bn(torch.randn(2, 4, 3, 3).to([torch.float32, torch.bfloat16][rank]))
 
 
-def test_a_later_change_is_an_error_too(group: Ranks) -> None:
-    started = time.monotonic()
-    group.send(changes_dtype_later)
+def test_a_later_change_is_an_error_too(impatient: Ranks) -> None:
+    impatient(forward, [(2, 4, 3, 3)] * 2, [torch.float32] * 2)  # from here on both run
+    impatient.send(changes_dtype_later)
     for rank in range(2):
-        with pytest.raises(RankFailed):
-            group.answer(rank, 4 * TIMEOUT_S)
-    assert time.monotonic() - started < 4 * TIMEOUT_S
+        with pytest.raises(RankFailed) as raised:
+            impatient.answer(rank, 4 * TIMEOUT_S)
+        assert raised.value.name != "no answer"
 
 
 def one_value(rank: int, sizes: list[int]) -> list[torch.Tensor]:
@@ -178,10 +186,10 @@ def dies(rank: int) -> None:
 def test_a_rank_that_dies(group: Ranks) -> None:
     group.send(dies)
     with pytest.raises(RankFailed) as dead:
-        group.answer(1, 4 * TIMEOUT_S)
+        group.answer(1)
     assert dead.value.text == "code 3"
     with pytest.raises(RankFailed) as alone:
-        group.answer(0, 4 * TIMEOUT_S)
+        group.answer(0)
     assert alone.value.name in ("RuntimeError", "DistBackendError", "DistNetworkError")
 
 
@@ -193,9 +201,9 @@ def late(rank: int) -> None:
     bn(torch.randn(2, 4, 3, 3))
 
 
-def test_a_rank_that_comes_too_late(group: Ranks) -> None:
-    group.send(late)
+def test_a_rank_that_comes_too_late(impatient: Ranks) -> None:
+    impatient.send(late)
     with pytest.raises(RankFailed) as waited:
-        group.answer(0, 4 * TIMEOUT_S)
+        impatient.answer(0)
     assert waited.value.name in ("RuntimeError", "DistBackendError", "DistNetworkError")
     assert "imed out" in waited.value.text or "imeout" in waited.value.text
