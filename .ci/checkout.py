@@ -8,8 +8,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-#: Arguments of pytest, as `make test` gives them: several processes, each file in one of them.
-PARALLEL = ("--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -36,7 +36,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from checkout import PARALLEL, ROOT, copy_checkout, known_to_this_cpu
+from checkout import ROOT, copy_checkout, known_to_this_cpu
 
 WORK = ROOT / "build" / "sanitize"
 KINDS = ("address", "thread", "uninitialised", "all")
@@ -120,8 +120,7 @@ def address(options: argparse.Namespace) -> bool:
             print(f"=== {isa}: left out, this CPU does not have it", flush=True)
             continue
         print(f"=== address and undefined behaviour, {isa}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-q", *PARALLEL, "-m", "not slow"]
-        command += [*tests, *options.pytest]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *tests, *options.pytest]
         done = subprocess.run(
             command, cwd=copy, env=running | {"BNORM_EXT_CPU_CAPABILITY": isa}, check=False
         )

@@ -28,13 +28,15 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkout import PARALLEL, ROOT, copy_checkout
+from checkout import ROOT, copy_checkout
 
 #: What is promised: the range that pyproject.toml and README.md name, and what pip takes today.
 VERSIONS = (
     *("2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1"),
     "newest",
 )
+#: Arguments of pytest, as `make test` gives them: several processes, each file in one of them.
+PARALLEL = ("--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 DEFAULT_TESTS = '-m "not slow"'
 COUNTS = ("passed", "failed", "skipped")
 SHOWN_LINES = 30  # of a failed step; the log has all

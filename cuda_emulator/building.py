@@ -6,14 +6,13 @@ tests compiles nothing.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,14 +48,22 @@ def digest(parts: Iterable[bytes]) -> str:
     return hashed.hexdigest()[:20]
 
 
-@contextlib.contextmanager
-def only_one(target: Path) -> Iterator[None]:
-    """Inside, no other process or thread makes `target`, which may be there by then. Who compiles
-    the same program at the same time compiles its other files meanwhile."""
+def made(target: Path, make: Callable[[Path], object]) -> Path:
+    """`target`, by `make(temporary)` if it is not there yet: whole or not at all, and by one
+    process or thread only. Others wait, and find it then."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f"{target.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    if target.exists():
+        return target
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            temporary = target.with_name(f"{target.name}.part")
+            try:
+                make(temporary)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return target
 
 
 @functools.cache
@@ -73,9 +80,8 @@ def header_bytes(folder: Path) -> bytes:
 @functools.cache
 def has_boost_context() -> bool:
     """Whether programs can be linked against Boost.Context."""
-    answer = CACHE / f"boost-{digest([compiler_version()])}"
-    if not answer.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
+
+    def ask(answer: Path) -> None:
         source = CACHE / "boost.cpp"
         source.write_text(
             "#include <boost/context/detail/fcontext.hpp>\n"
@@ -83,7 +89,8 @@ def has_boost_context() -> bool:
         )
         linked = run_compiler([str(source), "-lboost_context", "-o", str(CACHE / "boost.out")])
         answer.write_text("no" if linked.returncode else "yes")
-    return answer.read_text() == "yes"
+
+    return made(CACHE / f"boost-{digest([compiler_version()])}", ask).read_text() == "yes"
 
 
 def compile_object(source: Path, flags: Sequence[str], includes: Sequence[Path]) -> Path:
@@ -98,20 +105,14 @@ def compile_object(source: Path, flags: Sequence[str], includes: Sequence[Path])
         parts += [seen.stdout.encode(), seen.stderr.encode()]
     else:
         parts += [bytes(source), source.read_bytes(), *map(header_bytes, [HERE, *includes])]
-    target = CACHE / f"{source.stem}-{digest(parts)}.o"
-    if target.exists():
-        return target
-    with only_one(target):
-        if target.exists():
-            return target
-        temporary = target.with_suffix(f".{os.getpid()}.o")
+
+    def compile_to(temporary: Path) -> None:
         done = run_compiler([*flags, *where, *language, "-c", str(source), "-o", str(temporary)])
         if done.returncode != 0 or done.stderr:
-            temporary.unlink(missing_ok=True)
             problem = "does not compile without errors and warnings"
             raise RuntimeError(f"{source} {problem}:\n{done.stderr}")
-        temporary.replace(target)
-    return target
+
+    return made(CACHE / f"{source.stem}-{digest(parts)}.o", compile_to)
 
 
 def build(
@@ -149,17 +150,16 @@ def build(
     if fibers == "boost":
         libraries = [*libraries, "-lboost_context"]
     linked = digest([*(bytes(o) for o in objects), *(library.encode() for library in libraries)])
-    program = CACHE / f"{name}-{linked}"
-    if not program.exists():
-        temporary = program.with_name(f"{program.name}.{os.getpid()}")
+
+    def link_to(temporary: Path) -> None:
         paths = [str(o) for o in objects]
         kind = ["-shared"] if shared else []
         link = [*common, *kind, *paths, "-o", str(temporary), "-ldl", *libraries]
         done = run_compiler(link)
         if done.returncode != 0:
             raise RuntimeError(f"{name} cannot be linked:\n{done.stderr}")
-        temporary.replace(program)
-    return program
+
+    return made(CACHE / f"{name}-{linked}", link_to)
 
 
 def selftest(fibers: str | None = None, sanitize: bool = False) -> Path:

@@ -30,15 +30,14 @@ def library() -> Any:
     """Compiled at the first use, and kept until its source changes."""
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", *torch_headers.flags()]
     compiled = building.compile_object(SOURCE, flags, [])
-    target = compiled.with_suffix(".so")
-    with building.only_one(target):
-        if not target.exists():
-            linked = ["-shared", str(compiled), "-o", f"{target}.part"]
-            done = building.run_compiler([*linked, *torch_headers.libraries("c10")])
-            if done.returncode:
-                raise RuntimeError(done.stderr)
-            Path(f"{target}.part").replace(target)
-    loaded = ctypes.CDLL(str(target))
+
+    def link_to(temporary: Path) -> None:
+        linked = ["-shared", str(compiled), "-o", str(temporary)]
+        done = building.run_compiler([*linked, *torch_headers.libraries("c10")])
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+
+    loaded = ctypes.CDLL(str(building.made(compiled.with_suffix(".so"), link_to)))
     loaded.arm.argtypes = [ctypes.c_int64, ctypes.c_bool]
     loaded.arm.restype = None
     loaded.disarm.restype = loaded.alive.restype = ctypes.c_int64

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )
 
-TIMEOUT_S = 8
+TIMEOUT_S = 5
 
 
 @pytest.fixture
@@ -28,9 +28,10 @@ def group(tmp_path):
 
 @pytest.fixture
 def impatient(tmp_path):
-    """For what ends only when a collective has waited in vain. Nothing else: on a busy machine a
-    rank that compiles may take longer."""
+    """For what has to end soon, with no time for the start. Nothing else: on a busy machine a rank
+    that compiles may take longer."""
     with ranks(2, tmp_path, TIMEOUT_S) as started:
+        started(forward, [(2, 4, 3, 3)] * 2, [torch.float32] * 2)  # from here on both run
         yield started
 
 
@@ -131,12 +132,12 @@ def changes_dtype_later(rank: int) -> None:
 
 
 def test_a_later_change_is_an_error_too(impatient: Ranks) -> None:
-    impatient(forward, [(2, 4, 3, 3)] * 2, [torch.float32] * 2)  # from here on both run
+    started = time.monotonic()
     impatient.send(changes_dtype_later)
     for rank in range(2):
-        with pytest.raises(RankFailed) as raised:
+        with pytest.raises(RankFailed):
             impatient.answer(rank, 4 * TIMEOUT_S)
-        assert raised.value.name != "no answer"
+    assert time.monotonic() - started < 4 * TIMEOUT_S
 
 
 def one_value(rank: int, sizes: list[int]) -> list[torch.Tensor]:
@@ -183,13 +184,13 @@ def dies(rank: int) -> None:
     bn(torch.randn(2, 4, 3, 3))
 
 
-def test_a_rank_that_dies(group: Ranks) -> None:
-    group.send(dies)
+def test_a_rank_that_dies(impatient: Ranks) -> None:
+    impatient.send(dies)
     with pytest.raises(RankFailed) as dead:
-        group.answer(1)
+        impatient.answer(1, 4 * TIMEOUT_S)
     assert dead.value.text == "code 3"
     with pytest.raises(RankFailed) as alone:
-        group.answer(0)
+        impatient.answer(0, 4 * TIMEOUT_S)
     assert alone.value.name in ("RuntimeError", "DistBackendError", "DistNetworkError")
 
 
@@ -204,6 +205,6 @@ def late(rank: int) -> None:
 def test_a_rank_that_comes_too_late(impatient: Ranks) -> None:
     impatient.send(late)
     with pytest.raises(RankFailed) as waited:
-        impatient.answer(0)
+        impatient.answer(0, 4 * TIMEOUT_S)
     assert waited.value.name in ("RuntimeError", "DistBackendError", "DistNetworkError")
     assert "imed out" in waited.value.text or "imeout" in waited.value.text
