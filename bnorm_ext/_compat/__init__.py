@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.overrides
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -23,6 +24,7 @@ NAMES: dict[str, str] = {
     "torch._C._are_functorch_transforms_active": "slower: every call goes through _transforms.py",
     "torch._C._functorch.get_interpreter_stack": "slower: torch.func takes basic operations",
     "torch._C._functorch.TransformType": "slower: torch.func takes basic operations",
+    "torch.overrides._get_current_function_mode_stack": "modes see a fused graph's own calls",
     "torch.autograd.forward_ad._current_level": "slower: every call goes through _transforms.py",
     "torch._prims_common.suggest_memory_format": "none: computed here",
     "torch._subclasses.fake_tensor.FakeTensorMode": "fusing knows no shapes",
@@ -100,14 +102,39 @@ FORWARD_STATE: Mapping[str, Any] = (
 )
 
 
-def may_be_forward_over_forward() -> bool:
-    """Whether jvp transforms of torch.func are nested; True too where that cannot be determined."""
+def _transforms_of_kind(name: str) -> int | None:
+    """How many transforms of torch.func of this kind are active; None where that is unknown."""
     try:
         stack = torch._C._functorch.get_interpreter_stack() or ()
-        jvp = torch._C._functorch.TransformType.Jvp
+        kind = getattr(torch._C._functorch.TransformType, name)
     except AttributeError:
-        return True
-    return sum(interpreter.key() == jvp for interpreter in stack) > 1
+        return None
+    return sum(1 for interpreter in stack if interpreter.key() == kind)
+
+
+def may_be_forward_over_forward() -> bool:
+    """Whether jvp transforms of torch.func are nested; True too where that cannot be determined."""
+    count = _transforms_of_kind("Jvp")
+    return count is None or count > 1
+
+
+def is_functionalizing() -> bool:
+    """Whether torch.func.functionalize is active, which takes no autograd Function."""
+    return bool(_transforms_of_kind("Functionalize"))
+
+
+# --- modes ----------------------------------------------------------------------------------------
+
+_modes: Callable[[], list[Any]] | None = getattr(
+    torch.overrides, "_get_current_function_mode_stack", None
+)
+
+
+def has_function_modes() -> bool:
+    """Whether a mode sees the functions of torch that are called, other than the default device."""
+    return _modes is not None and any(
+        type(mode).__module__ != "torch.utils._device" for mode in _modes()
+    )
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -91,6 +91,14 @@ def has_global_module_hooks() -> bool:
     return bool(a or b or c or d)
 
 
+_CALL = nn.Module.__call__
+
+
+def is_call_replaced() -> bool:
+    """Whether somebody has replaced how all modules are called, to see the calls."""
+    return nn.Module.__call__ is not _CALL
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of the module does more than the forward of its class: it has hooks, or its
     ``forward`` was replaced on the instance."""

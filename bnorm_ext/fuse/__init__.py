@@ -1,11 +1,11 @@
 """Fusing batch norms with the additions and activations that follow them, by ``torch.fx``.
 
 The steps, and where they are: trace the modules (``trace.py``, ``tracer.py``, ``proxy.py``), and
-see what their forwards change or ask for (``watch.py``, ``bytecode.py``, ``outside.py``,
-``process_state.py``, ``state.py``); find chains of batch norm, addition and activation in the
-graphs and replace them (``chains.py``, ``patterns.py``, ``shapes.py``, ``aliasing.py``,
-``call.py``); make the modules run the graphs (``program.py``, ``guards.py``, ``names.py``,
-``contents.py``, ``fused_module.py``).
+see what their forwards change or ask for (``watch.py``, ``effects.py``, ``bytecode.py``,
+``tensor_calls.py``, ``outside.py``, ``process_state.py``, ``state.py``); find chains of batch norm,
+addition and activation in the graphs and replace them (``chains.py``, ``patterns.py``,
+``shapes.py``, ``aliasing.py``, ``call.py``); make the modules run the graphs (``program.py``,
+``guards.py``, ``names.py``, ``contents.py``, ``fused_module.py``).
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def fuse_batchnorm_act(
     **What changes.** In the copy every module keeps its name, hooks, methods and children; ``bn1``
     is still a batch norm, ``relu`` a ReLU. A module whose forward ``torch.fx`` can trace runs a
     graph instead (its class becomes a subclass of its own class), in which one call stands for
-    several. That call does what the separate calls would do if one of the modules was replaced,
-    has hooks or another activation, or if shapes or dtypes do not fit. The modules' own forwards
-    run if a module whose forward is part of the graph was changed or has hooks, and while a tool
-    traces or exports the model. ``fused.unfuse()`` or :func:`bnorm_ext.revert_batchnorm` undoes
-    fusing.
+    several. That call does what the separate calls would do if one of the modules was replaced, has
+    hooks or another activation, or if shapes or dtypes do not fit. The modules' own forwards run if
+    a module whose forward is part of the graph, or that it reads, was changed or has hooks, and
+    while a tool traces or exports the model or looks at all calls. ``fused.unfuse()`` or
+    :func:`bnorm_ext.revert_batchnorm` undoes fusing.
 
     **What is shared.** The copy has the very same parameters and buffers, under the same names and
     in the same order. An optimizer that was built before stays valid, checkpoints load both ways
@@ -92,22 +92,25 @@ def fuse_batchnorm_act(
     forward cannot be traced, differs between training and evaluation, draws or seeds random
     numbers, changes the module or something outside of it, switches gradients or modes, asks
     whether gradients or autocast are on, enters autocast, checkpoints, handles exceptions, uses
-    autograd functions, asks for the type of its input or whether the result of a module is None,
-    reads the clock, environment or context variables, or takes optional arguments. A module with
-    hooks is traced by itself. A module whose forward asks for exact types (``type(child) is
-    Block``), and those in it, keep theirs and are not fused; such a model gets no method
-    ``unfuse``. A call with arguments that are neither tensors nor lists, tuples or dictionaries of
-    them runs the module's own forward. A chain is refused, and named in the report, if an
-    intermediate value has several users; a hook sees the batch norm or the activation; the addition
-    broadcasts, promotes, or writes into a tensor that may be used elsewhere; or the input of the
-    batch norm is changed in place before the addition.
+    autograd functions, asks for the type of its input or what object it is (``x.dtype is
+    torch.half``), or whether the result of a module is None, changes a module for the time of a
+    call, enters a mode, labels regions for profilers, goes through a structure of values
+    (``tree_map``), uses locks, queues, files or variables of a thread, reads the clock, environment
+    or context variables, or takes optional arguments. A module with hooks is traced by itself. A
+    module whose forward asks for exact types (``type(child) is Block``), and those in it, keep
+    theirs and are not fused; such a model gets no method ``unfuse``. A call with arguments that are
+    neither tensors nor lists, tuples or dictionaries of them runs the module's own forward. A chain
+    is refused, and named in the report, if an intermediate value has several users; a hook sees the
+    batch norm or the activation; the addition broadcasts, promotes, or writes into a tensor that
+    may be used elsewhere; or the input of the batch norm is changed in place before the addition.
 
     **What is not seen.** Functions, classes and constants that a forward reads from Python modules,
-    classes or enclosing functions may be replaced after fusing: the module's own forwards run
-    then. Some changes a graph does not see: of what only torch's own functions use; inside of
-    arrays, of objects without ``__dict__``, and of global objects that hold more than 100 values;
-    None as a result of a module whose forward has it from another function. Call ``unfuse`` and
-    fuse again after such a change.
+    classes or enclosing functions may be replaced after fusing, and modules, settings and shapes of
+    parameters that it reads may change: the module's own forwards run then. Some changes a graph
+    does not see: of what only torch's own functions use; inside of arrays, of objects without
+    ``__dict__``, and of global objects that hold more than 100 values; None as a result of a module
+    whose forward has it from another function; messages to a logger that was off while tracing.
+    Call ``unfuse`` and fuse again after such a change.
 
     Shapes and dtypes are those of :class:`bnorm_ext.BatchNormAct1d`, ``2d`` and ``3d``; the method
     is that of Ioffe & Szegedy 2015, arXiv:1502.03167.
@@ -157,7 +160,7 @@ def fuse_batchnorm_act(
             guarded = traced.inlined | unit.removed | _around(unit)
             program = Program(unit.graph, dict(unit.root.named_modules()))
             called = {path: index for index, path in enumerate(program.modules)}
-            guard = make_guard(unit.root, guarded, called, traced.names)
+            guard = make_guard(unit.root, guarded, called, traced.asked)
             guard.outside = _names_outside(unit, traced)
             run_graph(unit.root, Fusion(program, guard))
     if not asks_for_exact_types(copied):
@@ -213,7 +216,7 @@ def _names_outside(unit: Unit, traced: Traced) -> Names:
                 modules.append(module)
                 forward: Any = type(module).forward
                 ran[forward.__code__] = forward.__globals__
-    return names_of(ran, modules, traced.names)
+    return names_of(ran, modules, traced.asked.names)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:

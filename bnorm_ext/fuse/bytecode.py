@@ -16,6 +16,7 @@ _IDLE = (
     "CACHE", "EXTENDED_ARG", "NOP", "NOT_TAKEN", "PUSH_NULL", "PRECALL", "RESUME", "COPY",
     "DUP_TOP",
 )  # fmt: skip
+_KINDS = ("isinstance", "issubclass", "hasattr", "getattr")
 _READS_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
 _ABSENT: Any = object()
 
@@ -25,12 +26,18 @@ def _instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
     return tuple(i for i in dis.get_instructions(code) if i.opname not in _IDLE)
 
 
-def _local(instruction: dis.Instruction) -> str | None:
-    """The name of the local variable that it puts on top of the stack, or has taken from there."""
+def _locals(instruction: dis.Instruction) -> tuple[str, ...]:
+    """The names of the local variables that it puts on the stack, or has taken from there: one
+    instruction may do two."""
     if not instruction.opname.startswith(("LOAD_FAST", "STORE_FAST")):
-        return None
+        return ()
     name = instruction.argval
-    return str(name[-1] if isinstance(name, tuple) else name)  # one instruction may do two
+    return name if isinstance(name, tuple) else (name,)
+
+
+def _local(instruction: dis.Instruction) -> str | None:
+    """The last of these, on top of the stack."""
+    return (_locals(instruction) or (None,))[-1]
 
 
 @functools.cache
@@ -71,28 +78,52 @@ def _questions_for_types(
             yield (_local(found[i + 1]), i + 3) if simple else (None, len(found))
 
 
+@functools.cache
+def compares_identity(code: types.CodeType, offset: int) -> bool:
+    """Whether the code goes on, from the instruction at this offset, by comparing its result by
+    ``is``: with None, or with the value of a name."""
+    after = (i for i in _instructions(code) if i.offset > offset)
+    for instruction in after:
+        operation = instruction.opname
+        if operation == "IS_OP" or "IF_NONE" in operation or "IF_NOT_NONE" in operation:
+            return True
+        if not operation.startswith("LOAD_"):
+            return False
+    return False
+
+
 @dataclass(frozen=True)
 class Questions:
     """What some code asks of its values."""
 
-    none: frozenset[str]  #: local variables that it compares with None
-    none_of_results: bool  #: whether it compares results of calls and subscripts without a name
-    types: frozenset[str]  #: local variables of which it asks for the class
+    #: Local variables that it compares by ``is`` with something but None.
+    same: frozenset[str] = frozenset()
+    none: frozenset[str] = frozenset()  #: local variables that it compares with None
+    #: Whether it compares results of calls and subscripts, without a name, with None.
+    none_of_results: bool = False
+    types: frozenset[str] = frozenset()  #: local variables of which it asks for the class
+    #: Local variables that it asks by isinstance, hasattr or getattr.
+    kinds: frozenset[str] = frozenset()
+    kinds_of_others: bool = False  #: whether it asks so of anything but a local variable
 
     def __bool__(self) -> bool:
-        return bool(self.none or self.none_of_results or self.types)
+        return self != Questions()
 
 
 @functools.cache
 def questions(code: types.CodeType) -> Questions:
     """What the code asks of its values."""
     found = _instructions(code)
+    same: set[str] = set()
     names, results = set(), False
     for i, instruction in enumerate(found):
         if "IF_NONE" in instruction.opname or "IF_NOT_NONE" in instruction.opname:
             operand = found[i - 1]
         elif instruction.opname == "IS_OP" and _is_none(found[i - 1]):
             operand = found[i - 2]
+        elif instruction.opname == "IS_OP":
+            same |= {name for operand in found[max(i - 2, 0) : i] for name in _locals(operand)}
+            continue
         else:
             continue
         name = _local(operand)
@@ -100,7 +131,15 @@ def questions(code: types.CodeType) -> Questions:
             names.add(name)
         results |= operand.opname.startswith(("CALL", "BINARY_SUBSCR", "BINARY_OP"))
     asked = (name for name, _ in _questions_for_types(found) if name is not None)
-    return Questions(frozenset(names), results, frozenset(asked))
+    kinds = [
+        () if found[i + 2].opname.startswith(_READS_ATTRIBUTE) else _locals(found[i + 1])
+        for i, instruction in enumerate(found[:-2])
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in _KINDS
+    ]
+    return Questions(
+        frozenset(same), frozenset(names), results, frozenset(asked),
+        frozenset(name for operand in kinds for name in operand), () in kinds,
+    )  # fmt: skip
 
 
 def _is_none(instruction: dis.Instruction) -> bool:

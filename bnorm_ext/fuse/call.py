@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._compat.modules import has_global_module_hooks, is_hooked
 from ..activations import addable, compose
+from ..functional import has_own_functions
 from ..modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormMixin, is_ours
 from ..modules_act import _BatchNormActMixin, activation_of
 
@@ -64,7 +65,7 @@ def batch_norm_add_act(
     if (
         name is not None
         and _is_fusible(bn)
-        and (addition == "none" or addable(input, residual))
+        and (addition == "none" or (addable(input, residual) and not has_own_functions(residual)))
         and not has_global_module_hooks()
     ):
         return bn._normalise(input, residual, name, slope)

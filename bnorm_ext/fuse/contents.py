@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import enum
+import functools
 import types
 from collections import deque
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 #: In place of a value that is not there.
 ABSENT = "(absent)"
 #: Values of these types are compared by value, all others by identity.
 BY_VALUE = (bool, int, float, str, tuple, types.MethodType)
-_DEPTH = 4
+_DEPTH = 4  # of objects and containers in each other
+# Where that is more values than these, only so deep.
+_MANY, _LESS_DEPTH = 1000, 2
 # Tuples, because Dynamo of torch 2.8 cannot trace a test against a union.
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _OPAQUE = (
     *(nn.Module, Tensor, type, types.ModuleType),
-    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+    *_FUNCTIONS,
 )
+# They stay the same objects, or equal ones, in a copy and in a pickle.
+_CONSTANTS = (bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _SETS = (set, frozenset)
 _CONTAINERS = (list, tuple, dict, *_SETS, deque)
 
@@ -29,10 +37,12 @@ class _TooLarge(Exception):
 def contents(value: Any, most: float = float("inf")) -> Any:
     """What a container or an object of somebody's class holds, to be compared by value; None for
     anything else, and for what holds more than ``most`` values."""
-    try:
-        return _contents(value, _DEPTH, [most])
-    except _TooLarge:
-        return None
+    for depth, limit in ((_DEPTH, min(most, _MANY)), (_LESS_DEPTH, most)):
+        try:
+            return _contents(value, depth, [limit])
+        except _TooLarge:
+            pass
+    return None
 
 
 def _contents(value: Any, depth: int, left: list[float]) -> Any:
@@ -40,7 +50,7 @@ def _contents(value: Any, depth: int, left: list[float]) -> Any:
         return None
     if not isinstance(value, _CONTAINERS):
         held = getattr(value, "__dict__", None)
-        return None if not held else _contents(dict(held), depth - 1, left)
+        return None if not held else _contents(dict(held), depth, left)
     left[0] -= len(value)
     if left[0] < 0:
         raise _TooLarge
@@ -54,7 +64,30 @@ def _contents(value: Any, depth: int, left: list[float]) -> Any:
 def _held(value: Any, depth: int, left: list[float]) -> Any:
     if type(value) in BY_VALUE and type(value) not in (tuple, types.MethodType):
         return value
+    if isinstance(value, _CONSTANTS):
+        return value
+    named = _named(value, depth, left)
+    if named is not None:
+        return named
     inside = _contents(value, depth - 1, left)
     # What holds nothing that can be compared counts by what it is. Modules and tensors that are in
     # a container are not copied with the identity that they had.
     return type(value).__name__ if inside is None else inside
+
+
+def _named(value: Any, depth: int, left: list[float]) -> Any:
+    """A function, a class or a member of an enumeration by its name, of which functions without a
+    name of their own have the same: they count by their code too. A number of numpy by its value.
+    None for anything else."""
+    if isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+        return None if depth == 0 else tuple(_held(part, depth - 1, left) for part in parts)
+    if isinstance(value, enum.Enum):
+        return type(value).__qualname__, value.name
+    if isinstance(value, (type, *_FUNCTIONS)):
+        code = getattr(value, "__code__", None)
+        body = None if code is None else (code.co_code, code.co_firstlineno, code.co_names)
+        return getattr(value, "__module__", None), value.__qualname__, body
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return type(value).__name__, value.item()
+    return None

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from .._compat import is_exporting
-from .._compat.modules import change_class, has_global_module_hooks
+from .._compat import has_function_modes, is_exporting
+from .._compat.modules import change_class, has_global_module_hooks, is_call_replaced
 from .copying import copy_with_same_tensors
 from .guards import Guard
 from .program import Program
@@ -116,12 +116,15 @@ fused_class = cast(
 
 
 def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a tool is tracing or exporting. It has to see the modules, not the graph."""
+    """Whether a tool is tracing or exporting, or looks at all calls of modules or functions. It has
+    to see the modules, not the graph."""
     if torch.compiler.is_dynamo_compiling():
         return is_exporting()
     return (
         torch.jit.is_tracing()
         or is_exporting()
+        or has_function_modes()
+        or is_call_replaced()
         or any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))
     )
 

@@ -31,14 +31,16 @@ class Guard:
 
     cls: type[nn.Module]
     children: tuple[str, ...]  #: names, in order
+    empty: tuple[str, ...]  #: those of them that are None
     #: Name, value, and what the value holds.
     attributes: list[tuple[str, Any, Any]]
     called: list[tuple[str, int]]  #: children that the graph calls: name, index
-    inside: list[tuple[str, Guard]]  #: children whose forward is part of the graph
+    #: Children whose forward is part of the graph, or of which the code has asked something
+    inside: list[tuple[str, Guard]]
     #: Names of its own parameters and buffers, and which of them are None
     tensors: tuple[tuple[str, bool], ...]
-    #: dtype, device and requires_grad of all parameters, where the code reads such; of a root alone
-    traits: tuple[Any, ...] | None
+    #: What the code has asked of parameters and buffers; of a root alone
+    traits: list[Trait]
     #: Whether the code asks for a module's mode: then all must be in the same one; of a root alone
     one_mode: bool
     outside: Names | None = None  #: what the code names outside of the modules; of a root alone
@@ -50,6 +52,9 @@ class Guard:
         children = children_of(module)
         if tuple(children) != self.children:
             return False
+        for name in self.empty:
+            if children[name] is not None:
+                return False
         for name, value, inside in self.attributes:
             now = state.get(name, ABSENT)
             if now is not value and not (type(now) in BY_VALUE and now == value):
@@ -60,20 +65,54 @@ class Guard:
             return False
         if _own_tensors(module) != self.tensors:
             return False
-        if self.traits is not None and _traits(module) != self.traits:
-            return False
+        for trait in self.traits:
+            if trait.now(module) != trait.value:
+                return False
         if self.outside is not None and not self.outside.unchanged():
             return False
         for name, index in self.called:
-            called[index] = children[name]
+            called[index] = child = children[name]
+            if child is None:
+                return False
         for name, guard in self.inside:
             child = children[name]
-            if type(child) is not guard.cls or is_hooked(child) or not guard.check(child, called):
+            cls = type(child)
+            if cls is not guard.cls and getattr(cls, "_unfused", None) is not guard.cls:
+                return False
+            if is_hooked(child) or not guard.check(child, called):
                 return False
         return True
 
 
-_TRAITS = frozenset({"dtype", "device", "requires_grad"})
+@dataclass(frozen=True)
+class Trait:
+    """What code has asked of a parameter or buffer, besides its values: its shape, say."""
+
+    path: tuple[str, ...]  #: names of the modules that lead to it, and its own
+    name: str  #: of the attribute, or of the method, which is called without arguments
+    is_method: bool
+    value: Any  #: what it was
+
+    def now(self, module: Any) -> Any:
+        """What it is, of the tensor in ``module`` that has this path; ABSENT if there is none."""
+        for name in self.path[:-1]:
+            module = children_of(module).get(name)
+            if module is None:
+                return ABSENT
+        parameters, buffers = tensors_of(module)
+        tensor = parameters.get(self.path[-1])
+        if tensor is None:
+            tensor = buffers.get(self.path[-1])
+        if tensor is None:
+            return ABSENT
+        value = getattr(tensor, self.name)
+        return value() if self.is_method else value
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """Its class; of a fused module that which it had before."""
+    cls: type[nn.Module] = getattr(type(module), "_unfused", type(module))
+    return cls
 
 
 def _own_tensors(module: nn.Module) -> tuple[tuple[str, bool], ...]:
@@ -83,16 +122,20 @@ def _own_tensors(module: nn.Module) -> tuple[tuple[str, bool], ...]:
     return tuple((name, t is None) for held in (parameters, buffers) for name, t in held.items())
 
 
-def _traits(module: nn.Module) -> tuple[Any, ...]:
-    return tuple((p.dtype, p.device, p.requires_grad) for p in module.parameters())
+@dataclass(frozen=True)
+class Asked:
+    """What the code of forwards has asked for while it was traced."""
+
+    #: Names in the code, texts that may be names with AS_TEXT in front.
+    names: Set[str]
+    #: Paths of the children, parameters and buffers that it has read.
+    read: Set[str] = frozenset()
+    traits: tuple[Trait, ...] = ()
+    kinds: bool = False  #: whether it may have asked a module by isinstance or hasattr
 
 
 def make_guard(
-    module: nn.Module,
-    guarded: Set[str],
-    called: dict[str, int],
-    names: Set[str],
-    path: str = "",
+    module: nn.Module, guarded: Set[str], called: dict[str, int], asked: Asked, path: str = ""
 ) -> Guard:
     """The guard of ``module`` as it is now.
 
@@ -100,33 +143,55 @@ def make_guard(
         module: the root of the graph, or a module inside of it.
         guarded: paths of the modules that must not change.
         called: paths of the modules that the graph calls -> their index.
-        names: names in the code of the forwards. Attributes of these names are guarded.
+        asked: what of the modules has been asked for. Attributes of these names are guarded.
         path: of ``module``, from the root.
     """
+    held = children_of(module)
+    children = [(name, f"{path}.{name}".strip("."), child) for name, child in held.items()]
+    return Guard(
+        _own_class(module),
+        tuple(held),
+        tuple(name for name, child in held.items() if child is None),
+        _attributes(module, asked.names),
+        [(name, called[place]) for name, place, _ in children if place in called],
+        [
+            (name, make_guard(child, guarded, called, asked, place))
+            for name, place, child in children
+            if child is not None and _is_guarded(child, place, guarded, place in called, asked)
+        ],
+        _own_tensors(module),
+        [] if path else list(asked.traits),
+        not path and "training" in asked.names,
+    )
+
+
+def _is_guarded(
+    module: nn.Module, path: str, guarded: Set[str], is_called: bool, asked: Asked
+) -> bool:
+    """Whether the graph is right only as long as this module stays as it is. A graph that calls a
+    module calls what has replaced it too, unless the code has asked for more than to call it."""
+    if path in guarded:
+        return True
+    if not is_called:
+        return path in asked.read
+    tensors = (name for held in tensors_of(module) for name in held)
+    return (
+        asked.kinds
+        or bool(_attributes(module, asked.names))
+        or any(f"{path}.{name}" in asked.read for name in tensors)
+    )
+
+
+def _attributes(module: nn.Module, names: Set[str]) -> list[tuple[str, Any, Any]]:
+    """Attributes of a module that have these names: name, value, and what the value holds."""
     state = vars(module)
-    attributes = [
+    return [
         (name, state.get(name, ABSENT), contents(state.get(name)))
         for name in sorted({name.removeprefix(AS_TEXT) for name in names})
         if name not in INTERNALS
         and not name.startswith("__")
         and (name in state or _is_default(module, name) or AS_TEXT + name in names)
     ]
-    held = children_of(module)
-    children = [(name, f"{path}.{name}".strip("."), child) for name, child in held.items()]
-    return Guard(
-        type(module),
-        tuple(held),
-        attributes,
-        [(name, called[place]) for name, place, _ in children if place in called],
-        [
-            (name, make_guard(child, guarded, called, names, place))
-            for name, place, child in children
-            if child is not None and place in guarded
-        ],
-        _own_tensors(module),
-        _traits(module) if not path and not _TRAITS.isdisjoint(names) else None,
-        not path and "training" in names,
-    )
 
 
 def _is_default(module: nn.Module, name: str) -> bool:

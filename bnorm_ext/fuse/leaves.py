@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any
 
@@ -43,7 +44,8 @@ def asks_for_exact_types(module: nn.Module) -> bool:
     seen: set[types.CodeType] = set()
     while functions and len(seen) < _MAX_FUNCTIONS:
         function = functions.pop()
-        function = getattr(function, "__wrapped__", function)
+        # Statically: it may be any object that code names, with a `__getattr__` of its own.
+        function = inspect.getattr_static(function, "__wrapped__", function)
         if not isinstance(function, types.FunctionType) or is_library(function.__module__):
             continue
         functions += [cell.cell_contents for _, cell in enclosing_cells(function)]

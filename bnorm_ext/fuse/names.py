@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,15 +24,27 @@ Scopes = Mapping[types.CodeType, Mapping[str, Any]]
 # Objects that hold more values are compared by identity alone: comparing what they hold on each
 # call would cost as much as a layer.
 _MOST = 100
+_COMPARED = (list, dict, tuple, set, frozenset, deque, Namespace)
 _LIBRARIES = frozenset({"torch", "numpy", *sys.stdlib_module_names} - {"__main__", "types"})
 
 
+def _library(module: str) -> bool:
+    return module.split(".")[0] in _LIBRARIES
+
+
 def _inside(value: Any) -> Any:
-    cls = type(value)
-    theirs = cls.__module__.split(".")[0] in _LIBRARIES
-    if theirs and not isinstance(value, list | dict | tuple):
+    """What it holds, as far as that may change what code does: nothing of a library's objects but
+    containers and sets of options, and of a function its attributes."""
+    if type(value) is types.FunctionType:
+        library = _library(value.__module__ or "")
+        return None if library or not vars(value) else _now_inside(value)
+    if _library(type(value).__module__) and not isinstance(value, _COMPARED):
         return None
-    return contents(value, _MOST)
+    return _now_inside(value)
+
+
+def _now_inside(value: Any) -> Any:
+    return contents(vars(value) if type(value) is types.FunctionType else value, _MOST)
 
 
 class Names:
@@ -48,13 +62,13 @@ class Names:
             now = getattr(holder, name, ABSENT)
             if now is not value and not (type(now) in BY_VALUE and now == value):
                 return False
-            if inside is not None and contents(now, _MOST) != inside:
+            if inside is not None and _now_inside(now) != inside:
                 return False
         for read, value, inside in self.cells:
             now = read()
             if now is not value and not (type(now) in BY_VALUE and now == value):
                 return False
-            if inside is not None and contents(now, _MOST) != inside:
+            if inside is not None and _now_inside(now) != inside:
                 return False
         return True
 
@@ -129,6 +143,9 @@ def names_of(ran: Scopes, modules: Iterable[nn.Module], names: Iterable[str]) ->
             wanted = plain != name if value is ABSENT else value is not _of_all(plain)
             if wanted and not plain.startswith("__"):
                 add(cls, plain)
+                for base in cls.__mro__[1:]:  # which `super()` looks up
+                    if plain in vars(base) and not _library(base.__module__):
+                        add(base, plain)
     functions = _Functions(classes)
     cells: list[tuple[Callable[[], Any], Any, Any]] = []
     # Twice, because what some code refers to may be the function of other code.

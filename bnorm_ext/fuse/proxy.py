@@ -7,12 +7,16 @@ frozen into the graph. Here each of them is a fault that the tracer notes.
 
 from __future__ import annotations
 
+import dis
 import operator
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor, fx
+
+from .bytecode import compares_identity
 
 _OWN_NAMES = ("tracer", "node", "root", "attr", "_node")
 _KNOWN_ATTRIBUTES = frozenset({*dir(Tensor), *dir(list), *dir(dict)})
@@ -30,6 +34,12 @@ def _asked_by_torch() -> bool:
     return bool(name.split(".")[0] == "torch" or name.startswith(__package__))
 
 
+def _is_read_by_name(frame: types.FrameType) -> bool:
+    """Whether the code that runs in the frame reads an attribute, as ``x.name`` does; if not, it
+    calls ``getattr`` or ``hasattr``."""
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith(("LOAD_ATTR", "LOAD_METHOD"))
+
+
 class Value(fx.Proxy):
     """A value that is computed when the graph runs."""
 
@@ -37,9 +47,21 @@ class Value(fx.Proxy):
         raise self.tracer.fault(what)  # type: ignore[attr-defined]
 
     def __getattr__(self, k: str) -> Attribute:
-        if k not in _KNOWN_ATTRIBUTES:
+        frame = sys._getframe(1)
+        if k not in _KNOWN_ATTRIBUTES or not (_asked_by_torch() or _is_read_by_name(frame)):
             self._refuse(f"asks whether a tensor has an attribute {k}, which tracing would decide")
+        if compares_identity(frame.f_code, frame.f_lasti):
+            self._refuse(f"asks what {k} of a tensor is, which tracing would decide")
         return Attribute(self, k)
+
+    @property
+    def keys(self) -> Any:
+        self._refuse("asks for the keys of a mapping, which tracing would freeze")
+
+    def __hash__(self) -> int:
+        if not _asked_by_torch():
+            self._refuse("looks up a value in a dictionary or set, which tracing would decide")
+        return id(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OWN_NAMES:

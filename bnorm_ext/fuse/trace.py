@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from .._compat.modules import INTERNALS, children_of, why_uncaught
 from .compare import compare
 from .copying import copy_with_same_tensors
+from .guards import Asked
 from .leaves import is_leaf
 from .names import Scopes
 from .outside import Outside
@@ -52,7 +53,7 @@ class Traced:
     """The result of tracing one module."""
 
     graph: fx.Graph
-    names: frozenset[str]  #: all names in the code that ran, attribute names included
+    asked: Asked  #: what the code that ran has asked of the modules
     ran: Scopes  #: the code that ran, with its global variables
     inlined: frozenset[str]  #: paths of the modules whose forward is part of the graph
 
@@ -122,11 +123,11 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
     wanted = [(p, p.requires_grad) for p in root.parameters()]  # the copy has the very same ones
     leaves = {c for c, o in original.items() if id(o) in kept or (o is not root and is_leaf(o))}
     unfit: dict[nn.Module, str] = {}
-    traced, tracer = [], Tracer(leaves, outside)
+    traced, tracer = [], Tracer(leaves, outside, original)
     for training in (True, False):
         for module in original:
             module.training = training
-        tracer = Tracer(leaves, outside)
+        tracer = Tracer(leaves, outside, original)
         try:
             tracer.trace(copied)
         except (Exception, Unfit) as error:
@@ -146,11 +147,16 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
             break
     else:
         compare(traced[0].running[0], traced[1].running[0], {}, unfit)
-    names = frozenset().union(*(tracer.seen.names for tracer in traced))
+    asked = Asked(
+        frozenset().union(*(tracer.seen.names for tracer in traced)),
+        frozenset().union(*(tracer.read for tracer in traced)),
+        tuple(dict.fromkeys(trait for tracer in traced for trait in tracer.traits)),
+        any(tracer.asks_kinds for tracer in traced),
+    )
     ran = {code: scope for tracer in traced for code, scope in tracer.seen.ran.items()}
     inlined = frozenset(tracer.submodule_paths[m] for m in tracer.running[0].modules())
     reasons = {original[module]: reason for module, reason in unfit.items()}
-    return Traced(tracer.graph, names, ran, inlined), reasons
+    return Traced(tracer.graph, asked, ran, inlined), reasons
 
 
 def _check_state(

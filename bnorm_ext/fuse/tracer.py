@@ -15,28 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from .._compat.modules import catch_calls, release_calls
+from .._compat.modules import INTERNALS, catch_calls, release_calls, tensors_of
 from .bytecode import Questions, may_return_none
+from .guards import Trait
 from .leaves import is_layer
 from .outside import Outside
-from .process_state import DRAWS, RANDOM_FUNCTIONS, ProcessState
+from .process_state import ProcessState
 from .proxy import Unfit, Value
+from .state import same
+from .tensor_calls import TensorCalls
 from .watch import Seen, is_watched, unwatched, watching
-
-# The attributes and methods of a tensor that describe it without reading its values.
-_DESCRIBING = frozenset(
-    {
-        "shape", "dtype", "device", "layout", "ndim", "names", "requires_grad", "is_leaf",
-        "grad_fn",
-        "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested", "is_mkldnn", "is_mps",
-        "itemsize", "nbytes", "output_nr", "_version", "size", "dim", "ndimension", "numel",
-        "nelement", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex",
-        "is_signed", "get_device", "type", "data_ptr", "storage_offset", "__len__", "__hash__",
-        "__repr__", "__format__",
-    }
-)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -71,9 +60,15 @@ class Tracer(fx.Tracer):
 
     submodule_paths: dict[nn.Module, str]
 
-    def __init__(self, leaves: set[nn.Module], outside: Outside) -> None:
+    def __init__(
+        self, leaves: set[nn.Module], outside: Outside, original: dict[nn.Module, nn.Module]
+    ) -> None:
         super().__init__()
         self.outside = outside
+        self.original = original  # of each module in the copy that is traced
+        self.read: set[str] = set()  # paths of the children, parameters and buffers that were read
+        self.traits: list[Trait] = []
+        self.asks_kinds = False  # whether code may have asked a module by isinstance or hasattr
         self.process = ProcessState()
         self.leaves = leaves  # the modules that the graph calls
         self.seen = Seen()
@@ -88,13 +83,15 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         self.root = root
+        self.training = root.training
         self.graph = fx.Graph(tracer_cls=type(self))
         self.submodule_paths = {module: path for path, module in root.named_modules()}
         self.tensor_attrs = {}
         self.running = [Call(root)]
+        self.calls = TensorCalls(self)
         forward, args = self.create_args_for_root(type(root).forward, True)
         try:
-            with self._calls_caught(root), _Tensors(self), watching(self):
+            with self._calls_caught(root), self.calls, watching(self):
                 self.running[0].result = forward(*args)
                 self._check_outside()
         finally:
@@ -133,6 +130,12 @@ class Tracer(fx.Tracer):
         for name in asked.types:
             if isinstance(variables.get(name), fx.Proxy):
                 raise self.fault("asks for the exact type of a value, which tracing would decide")
+        asked_of = map(variables.get, asked.kinds)
+        if asked.kinds_of_others or any(isinstance(value, nn.Module) for value in asked_of):
+            self.asks_kinds = True
+        for name in asked.same:
+            if isinstance(variables.get(name), fx.Proxy):
+                raise self.fault(f"asks whether {name} is some object, which tracing would decide")
         for name in asked.none:
             value = variables.get(name)
             if isinstance(value, fx.Proxy) and self._may_be_none(value.node):
@@ -161,6 +164,8 @@ class Tracer(fx.Tracer):
                     return True
             elif node.op == "call_method" and node.target in ("get", "pop", "setdefault"):
                 return True  # of a dictionary
+            elif node.target is getattr and node.args[1] in ("grad", "grad_fn", "names"):
+                return True
             elif node.op in ("call_method", "call_function"):
                 nodes += node.all_input_nodes
         return False
@@ -188,6 +193,7 @@ class Tracer(fx.Tracer):
         def call(*args: Any, **kwargs: Any) -> Any:
             if leaf:
                 path = self.path_of_module(module)
+                self._check_leaf(module)
                 return self.create_proxy("call_module", path, args, kwargs)
             recorded = Call(module)
             self.running[-1].events.append(recorded)
@@ -203,6 +209,29 @@ class Tracer(fx.Tracer):
             return recorded.result
 
         return call
+
+    def _check_leaf(self, leaf: nn.Module) -> None:
+        """The graph calls the module as it is outside of this forward, which may have changed it,
+        or what it reads, for the time of this call."""
+        self.calls.paused = True
+        with unwatched():
+            for module in leaf.modules():
+                before = self.original.get(module)
+                if before is None or isinstance(module, torch.jit.ScriptModule):
+                    continue  # the state of a scripted module is in C++
+                if module.training is not self.training:
+                    raise self.fault("switches modules between training and evaluation")
+                if not _is_as_before(module, before):
+                    raise self.fault("changes attributes of a module before it calls it")
+        self.calls.paused = False
+        if not is_layer(leaf):
+            self._check_outside()
+
+    def reads(self, module: nn.Module, name: str) -> None:
+        """The code has read a child, a parameter or a buffer."""
+        path = self.submodule_paths.get(module)
+        if path is not None:
+            self.read.add(f"{path}.{name}".strip("."))
 
     def path_of_module(self, mod: nn.Module) -> str:
         if mod not in self.submodule_paths:
@@ -242,60 +271,14 @@ class Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         raise self.fault("iterates over a tensor, whose length tracing would freeze")
 
-    def keys(self, obj: fx.Proxy) -> Any:
-        raise self.fault("unpacks a mapping, whose keys tracing would freeze")
+
+def _is_as_before(module: nn.Module, before: nn.Module) -> bool:
+    now, then = tensors_of(module), tensors_of(before)
+    return all(
+        set(a) == set(b) and all(a[name] is b[name] for name in a)
+        for a, b in zip(now, then, strict=True)
+    ) and same(_attributes(module), _attributes(before))
 
 
-class _Tensors(TorchFunctionMode):
-    """Intercepts torch functions that are called with real tensors only.
-
-    Where one of them is a parameter or buffer of the root, the call is recorded in the graph.
-    Otherwise its result would be frozen, and later changes of the parameter would have no effect.
-    """
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-        root = tracer.root
-        own = [*root.parameters(), *root.buffers()]
-        for module in root.modules():  # results of autograd: the copy has the very same
-            held = [t for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
-            own += held
-        self.own = {id(tensor) for tensor in own}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if any(issubclass(cls, fx.Proxy) for cls in types):
-            return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name in ("__get__", "__set__"):
-            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-            if attribute in _DESCRIBING or id(args[0]) not in self.own:
-                return func(*args, **kwargs)
-            if name == "__set__":
-                raise self.tracer.fault(f"assigns to the attribute {attribute} of a tensor")
-            return getattr(self._value(args[0]), attribute)
-        if name.partition(".")[0] in RANDOM_FUNCTIONS:  # an operator's name is `rand.default`
-            raise self.tracer.fault(DRAWS)
-        if name in _DESCRIBING:
-            return func(*args, **kwargs)
-        if any(id(tensor) in self.own for tensor in _tensors([args, kwargs])):
-            if is_tensor_method_or_property(func):
-                return self.tracer.create_proxy("call_method", name, args, kwargs)
-            return self.tracer.create_proxy("call_function", func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _value(self, tensor: Tensor) -> fx.Proxy:
-        return self.tracer.proxy(self.tracer.create_arg(tensor))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _tensors(inner)
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in INTERNALS}

@@ -7,126 +7,47 @@ other threads may train, trace or draw random numbers meanwhile.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import datetime
 import gc
-import logging
-import os
+import io
 import random
 import sys
 import threading
-import time
 import types
-import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.distributed
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch import fx
 
 from .bytecode import Questions, asks_for_types, handles_exceptions, questions
+from .effects import (
+    BUILTINS,
+    BUILTINS_OF_OTHERS,
+    CALLS,
+    CLOCK,
+    EXACT_TYPE,
+    HANDLES,
+    NOW,
+    PLACES,
+    QUESTIONS,
+    READS_ENVIRONMENT,
+    READS_MODULE,
+    SEEDING,
+    SEEDS,
+    TYPE_QUESTIONS,
+    code_of,
+    shared,
+)  # fmt: skip
 from .process_state import DRAWS
 
-_CHECKPOINTS = "checkpoints, or hooks the tensors saved for backward"
-_GRADIENTS = "switches gradients on or off"
-_SEEDS = "seeds a random number generator"
-_CLOCK = "reads the clock, which tracing would freeze"
-_FILES = "changes files or starts processes"
-_ENVIRONMENT = "changes environment variables"
-_HANDLES = "handles exceptions of what it calls, which a graph would not do"
-_EXACT_TYPE = "asks for the exact type of a value or a module, which tracing would decide"
-
-
-def _code(function: Any) -> types.CodeType | None:
-    function = getattr(function, "__wrapped__", function)
-    return getattr(function, "__code__", None)
-
-
-# Code of Python functions -> what a forward does that calls them.
-_CALLS: dict[types.CodeType | None, str] = {
-    _code(torch.autocast.__enter__): "enters the context autocast",
-    _code(checkpoint): _CHECKPOINTS,
-    _code(saved_tensors_hooks.__enter__): _CHECKPOINTS,
-    _code(torch.no_grad.__enter__): _GRADIENTS,
-    _code(torch.enable_grad.__enter__): _GRADIENTS,
-    _code(torch.set_grad_enabled.__init__): _GRADIENTS,
-    _code(torch.inference_mode.__enter__): _GRADIENTS,
-    _code(torch.nn.Module.train): "switches modules between training and evaluation",
-    _code(torch.manual_seed): _SEEDS,
-    _code(torch.seed): _SEEDS,
-    _code(torch.set_rng_state): _SEEDS,
-    _code(torch.random.fork_rng): _SEEDS,
-    _code(torch.cuda.manual_seed): _SEEDS,
-    _code(torch.cuda.manual_seed_all): _SEEDS,
-    _code(torch.cuda.set_rng_state): _SEEDS,
-    _code(torch.set_default_dtype): "changes torch's default dtype",
-    _code(torch.set_default_device): "changes torch's default device",
-    _code(torch.use_deterministic_algorithms): "switches determinism on or off",
-    _code(torch.save): "writes a file, which a graph would not do",
-    _code(torch.load): "reads a file, which a graph would not do",
-    _code(contextlib.suppress.__enter__): _HANDLES,
-    _code(logging.Logger._log): "logs, which a graph would not do",
-    _code(type(os.environ).__setitem__): _ENVIRONMENT,
-    _code(type(os.environ).__delitem__): _ENVIRONMENT,
-}
-_CALLS.pop(None, None)
 _NOT_THE_FORWARDS = ("torch", "bnorm_ext")
-_BUILTINS: dict[Any, str] = {
-    builtins.print: "prints, which a graph would not do",
-    builtins.open: "opens a file, which a graph would not do",
-    builtins.input: "reads input, which a graph would not do",
-    os.urandom: DRAWS,
-}
-# As above, unless a function of torch calls it: the graph will call that function.
-_BUILTINS_OF_OTHERS: dict[Any, str] = {
-    warnings.warn: "warns, which a graph would not do",
-    os.chdir: "changes the working directory",
-    os.putenv: _ENVIRONMENT,
-    os.unsetenv: _ENVIRONMENT,
-    **dict.fromkeys((os.open, os.remove, os.unlink, os.rename, os.replace), _FILES),
-    **dict.fromkeys((os.mkdir, os.rmdir, os.system), _FILES),
-    **{
-        getattr(time, name): _CLOCK
-        for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time")
-        for name in (name, f"{name}_ns")
-        if hasattr(time, name)
-    },
-}
-_NOW = ("now", "utcnow", "today")
-_SEEDING = ("manual_seed", "seed", "set_state")
-_ASKS = "asks whether gradients, autocast, inference mode or determinism are on"
-_ASKS_OTHERWISE = "asks for torch's default dtype or device, or for its processes"
-# Written in C, or the code of those in Python.
-_QUESTIONS: dict[Any, str] = {
-    held: what
-    for what, functions in {
-        _ASKS: (
-            torch.is_grad_enabled,
-            torch.is_inference_mode_enabled,
-            torch.is_autocast_enabled,
-            torch.are_deterministic_algorithms_enabled,
-        ),
-        _ASKS_OTHERWISE: (
-            torch.get_default_dtype,
-            getattr(torch, "get_default_device", None),
-            *(
-                getattr(torch.distributed, name, None)
-                for name in ("is_initialized", "get_rank", "get_world_size")
-            ),
-        ),
-    }.items()
-    for function in functions
-    for held in (function, _code(function))
-    if held is not None
-}
-# The code of os.environ, and of what calls it.
-_READS_ENVIRONMENT = _code(type(os.environ).__getitem__)
-_BETWEEN = ("os", "_collections_abc", "collections.abc")
+# With what torch uses as if it were in there.
+_STANDARD = sys.stdlib_module_names | {"typing_extensions"}
+
 #: In front of a name that the code has as a text.
 AS_TEXT = "'"
 
@@ -153,6 +74,9 @@ class Observer(Protocol):
     def answers(self, asked: Questions, variables: dict[str, Any]) -> None:
         """A function ends that has asked for this; ``variables``: its own."""
 
+    def reads(self, module: torch.nn.Module, name: str) -> None:
+        """The code has read a child, a parameter or a buffer of a module."""
+
 
 @contextlib.contextmanager
 def watching(observer: Observer) -> Iterator[None]:
@@ -164,31 +88,42 @@ def watching(observer: Observer) -> Iterator[None]:
     What runs inside of a garbage collection is not the code's: finalizers of objects that anybody
     left behind earlier, which may close files, warn or log, and callbacks that read the clock.
     """
-    functions = {_code(cls.forward): cls.__name__ for cls in _subclasses(torch.autograd.Function)}
+    functions = {code_of(cls.forward): cls.__name__ for cls in _subclasses(torch.autograd.Function)}
     seen, fault = observer.seen, observer.fault
 
     def called_python(frame: types.FrameType) -> None:
         code = frame.f_code
-        if code in _CALLS:
-            raise fault(_CALLS[code])
-        if code in _QUESTIONS and not _is_torchs(frame.f_back):
-            raise fault(_QUESTIONS[code])
-        if code is _READS_ENVIRONMENT and not _is_torchs(_caller_of_environment(frame)):
+        if code is READS_MODULE:
+            if not _is_torchs(frame.f_back):
+                observer.reads(frame.f_locals["self"], frame.f_locals["name"])
+            return
+        if code in CALLS:
+            raise fault(CALLS[code])
+        if code in QUESTIONS and _is_forwards(frame.f_back):
+            raise fault(QUESTIONS[code])
+        if code is READS_ENVIRONMENT and not _is_torchs(_beyond_the_library(frame)):
             raise fault("reads environment variables, which tracing would freeze")
+        if code in TYPE_QUESTIONS and not _is_torchs(frame.f_back) and _has_values(frame):
+            raise fault("asks for the type of a value, which tracing would decide")
+        module = str(frame.f_globals.get("__name__"))
+        did = PLACES.get((module, code.co_name)) or PLACES.get((module, None))
+        if did is not None and not _is_torchs(_beyond_the_library(frame.f_back)):
+            raise fault(did)
         if code in functions:
             raise fault(f"uses the autograd function {functions[code]}")
-        if _is_torchs(frame) or code in seen.ran:
+        if code in seen.ran or _is_torchs(_beyond_the_library(frame)):
             return
-        if isinstance(frame.f_locals.get("self"), torch.nn.Module) and handles_exceptions(code):
-            raise fault(_HANDLES)
         standard = _is_standard(frame)
+        if not standard and handles_exceptions(code):
+            raise fault(HANDLES)
         if not standard and asks_for_types(code):
-            raise fault(_EXACT_TYPE)
+            raise fault(EXACT_TYPE)
         scope = frame.f_globals
         variables = (frame.f_locals.get(name) for name in code.co_freevars)
-        if any(map(_is_generator, (*map(scope.get, code.co_names), *variables))):
-            # It cannot be copied, and whatever is raised in it ends it.
-            raise fault("uses a generator that is outside of the module")
+        for value in () if standard else (*map(scope.get, code.co_names), *variables):
+            what = shared(value)
+            if what is not None:
+                raise fault(f"uses {what} outside of the module")
         seen.ran[code] = scope
         seen.names.update(code.co_names)
         for constant in () if standard else code.co_consts:
@@ -199,22 +134,24 @@ def watching(observer: Observer) -> Iterator[None]:
         owner = getattr(called, "__self__", None)
         if isinstance(owner, random.Random):
             raise fault(DRAWS)
-        if isinstance(owner, torch.Generator) and called.__name__ in _SEEDING:
-            raise fault(_SEEDS)
+        if isinstance(owner, torch.Generator) and called.__name__ in SEEDING:
+            raise fault(SEEDS)
+        if isinstance(owner, io.IOBase) and called.__name__ in ("write", "writelines", "truncate"):
+            raise fault("writes a file, which a graph would not do")
         if isinstance(owner, ContextVar) and not _is_torchs(frame):
             raise fault("uses a context variable")
-        if called in _BUILTINS:
-            raise fault(_BUILTINS[called])
-        if called in _BUILTINS_OF_OTHERS and not _is_torchs(frame):
-            raise fault(_BUILTINS_OF_OTHERS[called])
-        if called in _QUESTIONS and not _is_torchs(frame):
-            raise fault(_QUESTIONS[called])
+        if called in BUILTINS:
+            raise fault(BUILTINS[called])
+        if called in BUILTINS_OF_OTHERS and not _is_torchs(_beyond_the_library(frame)):
+            raise fault(BUILTINS_OF_OTHERS[called])
+        if called in QUESTIONS and _is_forwards(frame):
+            raise fault(QUESTIONS[called])
         if isinstance(owner, type):
             # Since torch 2.14 `apply` is written in C, so that no Python code of it is entered.
             if issubclass(owner, torch.autograd.Function):
                 raise fault(f"uses the autograd function {owner.__name__}")
-            if issubclass(owner, datetime.date) and called.__name__ in _NOW:
-                raise fault(_CLOCK)
+            if issubclass(owner, datetime.date) and called.__name__ in NOW:
+                raise fault(CLOCK)
 
     thread, collecting = threading.get_ident(), False
 
@@ -252,10 +189,6 @@ def watching(observer: Observer) -> Iterator[None]:
         gc.callbacks.remove(after_collection)
 
 
-def _is_generator(value: Any) -> bool:
-    return isinstance(value, types.GeneratorType)
-
-
 def is_watched() -> bool:
     """Whether the profiler hook of this thread is there. It goes when it raises."""
     return sys.getprofile() is not None
@@ -277,18 +210,29 @@ def _is_torchs(frame: types.FrameType | None) -> bool:
     return frame is None or _package(frame) in _NOT_THE_FORWARDS
 
 
+def _is_forwards(frame: types.FrameType | None) -> bool:
+    """Whether the code is a forward's or what it calls, but of no library."""
+    return frame is not None and not _is_torchs(frame) and not _is_standard(frame)
+
+
 def _is_standard(frame: types.FrameType) -> bool:
-    return _package(frame) != "__main__" and _package(frame) in sys.stdlib_module_names
+    package = _package(frame)
+    return package != "__main__" and package in _STANDARD
 
 
 def _package(frame: types.FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def _caller_of_environment(frame: types.FrameType | None) -> types.FrameType | None:
-    while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
+def _beyond_the_library(frame: types.FrameType | None) -> types.FrameType | None:
+    """The innermost frame that is not of Python's standard library."""
+    while frame is not None and _is_standard(frame):
         frame = frame.f_back
     return frame
+
+
+def _has_values(frame: types.FrameType) -> bool:
+    return any(issubclass(type(value), fx.Proxy) for value in frame.f_locals.values())
 
 
 def _subclasses(cls: type) -> Iterator[Any]:
