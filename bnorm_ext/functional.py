@@ -7,7 +7,6 @@ Internal Covariate Shift", 2015, arXiv:1502.03167.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,7 +18,13 @@ from torch.nn import Parameter
 
 from . import _transforms
 from ._arguments import Arguments
-from ._compat import FORWARD_LEVEL, FORWARD_STATE, is_exporting, transforms_active
+from ._compat import (
+    FORWARD_LEVEL,
+    FORWARD_STATE,
+    is_exporting,
+    is_functionalizing,
+    transforms_active,
+)  # fmt: skip
 from ._cuda import has_code, has_code_while_tracing
 from ._load import warn_without_cuda_kernels
 from ._memory import has_unwritable_buffers, lacks_memory
@@ -157,6 +162,8 @@ def batch_norm(
                 return _count_apart(Arguments(*arguments))
             return _native(Arguments(*arguments))
         if transforms_active() or FORWARD_STATE[FORWARD_LEVEL] >= 0:
+            if is_functionalizing():
+                return _native(Arguments(*arguments))
             return _transforms.batch_norm(Arguments(*arguments))
         # What `_call_op` does, without the host time of a function call and a tuple.
         if training:
@@ -174,7 +181,11 @@ def batch_norm(
         if training is True and counts_apart(num_batches_tracked, input):
             return _count_apart(call)
         raise_as_native(call)
-        if isinstance(error, NotImplementedError) or has_unwritable_buffers(call):
+        if (
+            isinstance(error, NotImplementedError)
+            or has_unwritable_buffers(call)
+            or any(map(_has_own_dispatch, call))
+        ):
             return _native(call)
         raise
 
@@ -238,13 +249,26 @@ def _takes_native_path(input: Tensor) -> bool:
         return True
     if type(input) is Tensor:
         return input.is_nested
-    torch_function: Any = type(input).__torch_function__
-    if getattr(torch_function, "__func__", torch_function) not in _PLAIN_TORCH_FUNCTIONS:
-        return True  # a subclass that overrides torch's functions
-    if input.is_nested:
-        return True
-    dtensor = sys.modules.get("torch.distributed.tensor")
-    return dtensor is not None and isinstance(input, dtensor.DTensor)
+    return has_own_functions(input) or input.is_nested or _has_own_dispatch(input)
+
+
+def has_own_functions(t: Tensor) -> bool:
+    """Whether it is of a subclass that overrides torch's functions (``__torch_function__``)."""
+    if type(t) in (Tensor, Parameter):  # all that Dynamo has to trace
+        return False
+    own: Any = type(t).__torch_function__
+    return getattr(own, "__func__", own) not in _PLAIN_TORCH_FUNCTIONS
+
+
+def _has_own_dispatch(t: Any) -> bool:
+    """Whether it is of a subclass that handles operators itself (``__torch_dispatch__``), and so
+    may know only torch's own. The fake tensors of compilers know all operators."""
+    cls = type(t)
+    return (
+        isinstance(t, Tensor)
+        and getattr(cls, "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
+        and not cls.__module__.startswith("torch._subclasses.")
+    )
 
 
 def _native(call: Arguments) -> Tensor:

@@ -111,8 +111,8 @@ class _SyncMixin(_BatchNormActMixin):
             )
         if group is None:
             group = everyone
-        if input.device.type == "meta" or dist.get_world_size(group) == 1:
-            return None
+        if input.device.type == "meta" or dist.get_world_size(group) <= 1:
+            return None  # -1: this rank is not in the group; natively it shares nothing then
         return group
 
     def _scripted_forward(self, input: Tensor) -> Tensor:

@@ -207,6 +207,20 @@ def test_process_groups_of_a_part_of_the_ranks(tmp_path) -> None:
             torch.testing.assert_close(state, dict(net.state_dict()), **TIGHT)
 
 
+def outside_of_the_group(rank: int) -> Any:
+    group = dist.new_group([0])
+    net = bnorm_ext.SyncBatchNorm(3, process_group=group)
+    x = images(rank).float()
+    return net(x), bnorm_ext.BatchNorm2d(3)(x)
+
+
+def test_a_rank_outside_of_the_group_shares_nothing(tmp_path) -> None:
+    """As in nn.SyncBatchNorm, whose world size is then -1."""
+    with ranks(2, tmp_path) as two:
+        for shared, alone in two(outside_of_the_group):
+            assert torch.equal(shared, alone)
+
+
 def second_order(rank: int, act: str, residual: bool) -> Any:
     torch.manual_seed(0)
     bn = bnorm_ext.SyncBatchNorm(3, act=act).double()

@@ -8,7 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.func import (
+    functional_call,
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vmap,
+)  # fmt: skip
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import bnorm_ext
 
@@ -261,3 +272,24 @@ def test_gradient_in_inference_does_not_read_x():
 def test_empty_batch():
     x = torch.randn(B, 0, C, 2, 2)
     assert vmap(lambda x: batch_norm(True)(x, None, None))(x).shape == x.shape
+
+
+@pytest.mark.parametrize("training", MODES)
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_functionalize(training, act):
+    """It has no rule for autograd Functions: native's operations are taken."""
+    x, weight, bias = arguments()
+    buffers = torch.zeros(C, dtype=x.dtype), torch.ones(C, dtype=x.dtype)
+    mean, var = (t.clone() for t in buffers)
+
+    def ours(x):
+        return bnorm_ext.batch_norm(x, mean, var, weight, bias, training, act=act)
+
+    expected = F.batch_norm(x[0], *buffers, weight, bias, training)
+    expected = expected if act is None else expected.relu()
+    assert torch.equal(functionalize(ours)(x[0]), expected)
+    assert torch.equal(mean, buffers[0])
+    traced = make_fx(functionalize(ours))(x[0])
+    names = {str(node.target) for node in traced.graph.nodes if node.op == "call_function"}
+    assert any("batch_norm" in name for name in names)
+    assert not any(name.startswith("bnorm_ext") for name in names)
