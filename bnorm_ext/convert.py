@@ -32,6 +32,8 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
 }
 _NATIVE = {ours: native for native, ours in _OURS.items()}
+# Somebody may replace it, for all batch norms of the process.
+_NATIVES_FORWARD = nn.BatchNorm2d.forward
 
 
 def convert_batchnorm(module: ModuleT, sync: bool = False, process_group: Any = None) -> ModuleT:
@@ -52,8 +54,9 @@ def convert_batchnorm(module: ModuleT, sync: bool = False, process_group: Any = 
     was a ``SyncBatchNorm`` before keeps its process group if none is given.
 
     Modules that are converted already stay as they are. Other subclasses of native batch norm
-    (parametrised ones, ``nn.SyncBatchNorm`` without ``sync=True``) stay as they are too, because
-    their forward may do more; one ``UserWarning`` names them.
+    (parametrised ones, ``nn.SyncBatchNorm`` without ``sync=True``), and classes of torch whose
+    ``forward`` somebody has replaced, stay as they are too, because their forward may do more; one
+    ``UserWarning`` names them.
 
     The method is that of Ioffe & Szegedy 2015, arXiv:1502.03167; shapes and dtypes are those of
     :class:`bnorm_ext.BatchNorm1d`, ``2d`` and ``3d``.
@@ -126,7 +129,7 @@ def change_classes(module: nn.Module, to_ours: bool) -> dict[type[nn.Module], li
     left: dict[type[nn.Module], list[str]] = {}
     for name, child in module.named_modules():
         cls = type(child)
-        if cls in replacements:
+        if cls in replacements and not (to_ours and cls.forward is not _NATIVES_FORWARD):
             change_class(child, replacements[cls])
         elif to_ours and (cls.__module__, cls.__qualname__) == modules_timm.NAME:
             change_class(child, modules_timm.ours(cls))
@@ -155,7 +158,7 @@ def _warn_of(left: dict[type[nn.Module], list[str]], caller: str) -> None:
     if left:
         listed = "; ".join(f"{class_name(c)}: {', '.join(names)}" for c, names in left.items())
         warnings.warn(
-            f"{caller} left these batch norms as they are, since the forward of a subclass may do "
-            f"more than batch normalisation: {listed}",
+            f"{caller} left these batch norms as they are, since their forward may do more than "
+            f"batch normalisation: {listed}",
             stacklevel=3,
         )

@@ -238,3 +238,14 @@ def test_lazy_modules_revert_before_and_after_their_first_call():
     assert [type(module) for module in net] == [nn.BatchNorm2d, nn.LazyBatchNorm2d]
     net(images())
     assert [type(module) for module in net] == [nn.BatchNorm2d, nn.BatchNorm2d]
+
+
+def test_a_forward_that_somebody_replaced_for_all_is_kept(monkeypatch):
+    original = nn.BatchNorm2d.forward
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: original(self, x) + 100)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(2), nn.BatchNorm1d(3))
+    with pytest.warns(UserWarning, match="BatchNorm2d: 0$"):
+        convert_batchnorm(net)
+    assert type(net[0]) is nn.BatchNorm2d
+    assert type(net[2]).__module__ == "bnorm_ext.modules"
+    assert net[0](torch.randn(4, 3, 2, 2)).mean() > 90
