@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,8 +61,9 @@ def explain(
         chooses by the same model.
 
     Raises:
-        ValueError: a shape without channels or elements, or a device that is neither known nor
-            present.
+        ValueError: a shape without channels or elements, a device that is neither known nor
+            present, or less than one process.
+        TypeError: ``processes`` is not a whole number.
     """
     if isinstance(input, Tensor):
         x = input.detach().to("meta")
@@ -76,6 +78,8 @@ def explain(
         raise ValueError(
             f"explain: expected a tensor (N, C, ...) with elements, got {list(x.shape)}"
         )
+    if processes is not None and (operator.index(processes) < 1):
+        raise ValueError(f"explain: processes must be 1 or more, got {processes}")
     gpu = resolve_device(device)
     if load() is None:
         return "BNORM_EXT_DISABLE is set: torch's own batch norm runs"

@@ -40,8 +40,8 @@ def parser(command: str) -> Parser:
     p = Parser(
         prog=command,
         description=DESCRIPTION,
-        epilog="Other programs: train, profile, cost_model, compare, plots, numerics, each with a "
-        "--help.\n\n"
+        epilog="Other programs: train, profile, sync, cost_model, compare, plots, numerics, "
+        "each with a --help.\n\n"
         "How it is measured.\n\n" + METHOD,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -44,7 +44,7 @@ def parser(command: str) -> Parser:
     add = p.add_argument
     add("--processes", type=whole(2, 64), default=2, metavar="N", help="default: 2")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there are N GPUs")
-    add("--shape", nargs="+", default=SHAPES, metavar="N,C,...",
+    add("--shape", nargs="+", default=SHAPES, metavar="N,C,H,W",
         help=f"of one process's input of a layer; default: {' '.join(SHAPES)}")  # fmt: skip
     add("--model", choices=tuple(nets.NETS),
         help="default: resnet18, with --traffic resnet50")  # fmt: skip

@@ -168,3 +168,33 @@ def test_statistics_written_between_forward_and_backward(how):
             else:
                 with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                     torch.autograd.grad(y.square().sum(), x)
+
+
+def moved_by_training(cls, keep):
+    """Gradient of what ``keep`` makes of a module and x, after a pass in training has moved the
+    statistics."""
+    module = cls(3, dtype=f64)
+    x = normal((4, 3, 5, 5), 0, 2, 1).requires_grad_()
+    total = keep(module, x)
+    module.train()(x.detach() * 3)
+    return torch.autograd.grad(total, x)[0]
+
+
+def in_evaluation(module, x):
+    return module.eval()(x).square().sum()
+
+
+def by_an_operation(module, x):
+    return (module.running_var * x.mean((0, 2, 3))).sum()
+
+
+@pytest.mark.parametrize("keep", [in_evaluation, by_an_operation])
+def test_training_moves_statistics_that_are_kept_for_backward(keep):
+    """Native does not tell autograd that it has changed them, so that backward reads the new ones.
+    Here autograd notices."""
+    dx = moved_by_training(nn.BatchNorm2d, keep)
+    x = normal((4, 3, 5, 5), 0, 2, 1).requires_grad_()
+    (right,) = torch.autograd.grad(keep(nn.BatchNorm2d(3, dtype=f64), x), x)
+    assert (dx - right).abs().max() > 0.1 * right.abs().max()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        moved_by_training(bnorm_ext.BatchNorm2d, keep)

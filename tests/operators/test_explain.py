@@ -252,3 +252,9 @@ def test_errors() -> None:
     for shape in ((3,), (2, 0, 4)):
         with pytest.raises(ValueError, match=r"expected a tensor \(N, C, ...\) with elements"):
             explain(shape, device="A100")
+    for processes in (0, -1):
+        with pytest.raises(ValueError, match=f"processes must be 1 or more, got {processes}"):
+            explain((2, 3), device="A100", processes=processes)
+    for processes in (1.5, "2"):
+        with pytest.raises(TypeError):
+            explain((2, 3), device="A100", processes=processes)
