@@ -110,12 +110,17 @@ QUESTIONS: dict[Any, str] = {
             torch.is_inference_mode_enabled,
             torch.is_autocast_enabled,
             torch.is_autocast_cache_enabled,
-            torch.is_autocast_cpu_enabled,
             torch.get_autocast_dtype,
-            torch.get_autocast_cpu_dtype,
-            torch.get_autocast_gpu_dtype,
             torch.is_anomaly_enabled,
             torch.are_deterministic_algorithms_enabled,
+            # Deprecated.
+            *(
+                getattr(torch, name, None)
+                for name in (
+                    *("is_autocast_cpu_enabled", "get_autocast_cpu_dtype"),
+                    *("get_autocast_gpu_dtype", "get_autocast_ipu_dtype"),
+                )
+            ),
         ),
         _THREAD: (
             threading.current_thread,
