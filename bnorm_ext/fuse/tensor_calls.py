@@ -34,10 +34,9 @@ _STAYING = _DESCRIBING - {
     "names",
 }  # fmt: skip
 
-# What makes Python numbers of a tensor.
-_READING = frozenset(
-    {"__bool__", "__int__", "__float__", "__index__", "__complex__", "item", "tolist", "numpy"}
-)
+# What makes Python numbers of a tensor; those with underscores have to return one at once.
+_NUMBERS = frozenset({"__bool__", "__int__", "__float__", "__index__", "__complex__"})
+_READING = _NUMBERS | {"item", "tolist", "numpy"}
 
 
 class TensorCalls(TorchFunctionMode):
@@ -80,8 +79,13 @@ class TensorCalls(TorchFunctionMode):
             raise self.tracer.fault(DRAWS)
         if name in _DESCRIBING:
             return self._described(args[0], name, True, func(*args, **kwargs))
-        if name in _READING and id(args[0]) in self.constants:
-            raise self.tracer.fault("decides by the values of a tensor (control flow)")
+        if (name in _READING and id(args[0]) in self.constants) or (
+            name in _NUMBERS and id(args[0]) in self.own
+        ):
+            raise self.tracer.fault(
+                "makes a Python number of a parameter, a buffer or another tensor that it holds, "
+                "which tracing would freeze"
+            )
         if any(id(tensor) in self.own for tensor in _tensors([args, kwargs])):
             if is_tensor_method_or_property(func):
                 return self.tracer.create_proxy("call_method", name, args, kwargs)

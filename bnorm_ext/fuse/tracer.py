@@ -266,7 +266,7 @@ class Tracer(fx.Tracer):
         return super().create_arg(tuple(a) if type(a) is torch.Size else a)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        raise self.fault("decides by the values of a tensor (control flow)")
+        raise self.fault("decides by the values or the shape of a tensor (control flow)")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         raise self.fault("iterates over a tensor, whose length tracing would freeze")

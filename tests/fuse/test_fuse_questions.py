@@ -58,6 +58,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv, self.bn, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
         self.own, self.twice = nn.Parameter(torch.full((3,), 3.0)), Twice()
+        self.scale, self.flag = nn.Parameter(torch.tensor(3.0)), torch.tensor(True)
 
     def forward(self, x):
         return self.body(x)
@@ -165,6 +166,14 @@ FORWARDS = {
         "variables of its thread",
     ),
     "file": (lambda s, x: s.fused(x) * (2 if os.path.exists("no such file") else 1), "file"),
+    "shape": (lambda s, x: s.fused(x) * (2 if x.shape[2] > 1 else 1), "shape"),
+    "number of a buffer": (
+        lambda s, x: s.fused(x) * int(s.other.num_batches_tracked + 2),
+        "Python number",
+    ),
+    "number of a parameter": (lambda s, x: s.fused(x) * float(s.own[0]), "Python number"),
+    "truth of a parameter": (lambda s, x: s.fused(x) * (2 if s.scale else 1), "Python number"),
+    "truth of a tensor": (lambda s, x: s.fused(x) * (2 if s.flag else 1), "Python number"),
     "temporary momentum": (temporary_momentum, "changes attributes"),
     "temporary mode": (temporary_mode, "switches modules"),
     "context": (own_context, "changes on"),
