@@ -95,14 +95,9 @@ class Trait:
 
     def now(self, module: Any) -> Any:
         """What it is, of the tensor in ``module`` that has this path; ABSENT if there is none."""
-        for name in self.path[:-1]:
-            module = children_of(module).get(name)
-            if module is None:
-                return ABSENT
-        parameters, buffers = tensors_of(module)
-        tensor = parameters.get(self.path[-1])
-        if tensor is None:
-            tensor = buffers.get(self.path[-1])
+        tensor = module
+        for name in self.path:
+            tensor = getattr(tensor, name, None)
         if tensor is None:
             return ABSENT
         value = getattr(tensor, self.name)
@@ -174,7 +169,8 @@ def _is_guarded(
         return True
     if not is_called:
         return path in asked.read
-    tensors = (name for held in tensors_of(module) for name in held)
+    # By items: the dictionaries of scripted modules have no other iterator.
+    tensors = (name for held in tensors_of(module) for name, _ in held.items())
     return (
         asked.kinds
         or bool(_attributes(module, asked.names))

@@ -298,6 +298,37 @@ def test_scripted_children():
     torch.testing.assert_close(fused(images(0)), plain(images(0)), rtol=0, atol=1e-10)
 
 
+class Projection(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3))[:, :1].expand(-1, 4))
+
+
+class AsksScripted(nn.Module):
+    """Reads the shape of a parameter in a scripted child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.scripted = nn.BatchNorm2d(3), torch.jit.script(Projection())
+
+    def forward(self, x):
+        return self.scripted(torch.relu(self.bn(x))) * self.scripted.linear.weight.shape[0]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_child_that_is_asked():
+    plain = AsksScripted().double().eval()
+    fused, report = bnorm_ext.fuse_batchnorm_act(plain)
+    assert len(report.fused) == 1
+    fusion = fused._bnorm_ext_fusion
+    assert fusion.guard.check(fused, [None] * len(fusion.program.modules))
+    torch.testing.assert_close(fused(images(0)), plain(images(0)), rtol=0, atol=1e-10)
+
+
 class Scaled(nn.Module):
     """A container with a parameter of its own."""
 
