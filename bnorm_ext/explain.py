@@ -78,7 +78,7 @@ def explain(
         raise ValueError(
             f"explain: expected a tensor (N, C, ...) with elements, got {list(x.shape)}"
         )
-    if processes is not None and (operator.index(processes) < 1):
+    if processes is not None and operator.index(processes) < 1:
         raise ValueError(f"explain: processes must be 1 or more, got {processes}")
     gpu = resolve_device(device)
     if load() is None:

@@ -42,10 +42,6 @@ class Head(nn.Module):
         return y * self.factor
 
 
-def shifted(y):
-    return y + 1
-
-
 def doubled(y):
     return y * 2
 
@@ -87,9 +83,8 @@ class Base(nn.Module):
         return self.after(self.normalised(x))
 
 
-def net_with(after, normalised=None):
-    body = {"after": after} | ({"normalised": normalised} if normalised else {})
-    return type("Net", (Base,), body)
+def net_with(after):
+    return type("Net", (Base,), {"after": after})
 
 
 def all_heads(self, y):
