@@ -7,8 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-#: Each is also a module of its own: `bnorm-bench train` is `python -m bench.train`.
-PROGRAMS = ("train", "profile", "sync", "cost_model", "compare", "plots", "numerics")
+from .options import PROGRAMS
 
 
 def main(arguments: Sequence[str] | None = None, command: str | None = None) -> int:

@@ -13,6 +13,7 @@ import torch
 from . import cases, clocks, compare, graphs, machine, measure, packages, providers, report, run
 from .options import (
     DAY,
+    PROGRAMS,
     Parser,
     check_output,
     device_of,
@@ -40,8 +41,7 @@ def parser(command: str) -> Parser:
     p = Parser(
         prog=command,
         description=DESCRIPTION,
-        epilog="Other programs: train, profile, sync, cost_model, compare, plots, numerics, "
-        "each with a --help.\n\n"
+        epilog=f"Other programs: {', '.join(PROGRAMS)}, each with a --help.\n\n"
         "How it is measured.\n\n" + METHOD,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

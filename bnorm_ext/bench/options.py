@@ -15,6 +15,9 @@ from typing import NoReturn
 
 import torch
 
+#: What the command line's first argument may name, besides the microbenchmarks. Each is also a
+#: module of its own: `bnorm-bench train` is `python -m bench.train`.
+PROGRAMS = ("train", "profile", "sync", "cost_model", "compare", "plots", "numerics")
 DAY = 86400.0
 LARGEST = 2**63 - 1  # the largest size that torch takes
 

@@ -173,7 +173,7 @@ def _is_guarded(
     tensors = (name for held in tensors_of(module) for name, _ in held.items())
     return (
         asked.kinds
-        or bool(_attributes(module, asked.names))
+        or bool(_names_asked(module, asked.names))
         or any(f"{path}.{name}" in asked.read for name in tensors)
     )
 
@@ -183,6 +183,15 @@ def _attributes(module: nn.Module, names: Set[str]) -> list[tuple[str, Any, Any]
     state = vars(module)
     return [
         (name, state.get(name, ABSENT), contents(state.get(name)))
+        for name in _names_asked(module, names)
+    ]
+
+
+def _names_asked(module: nn.Module, names: Set[str]) -> list[str]:
+    """Which of these names are, or may become, attributes of the module."""
+    state = vars(module)
+    return [
+        name
         for name in sorted({name.removeprefix(AS_TEXT) for name in names})
         if name not in INTERNALS
         and not name.startswith("__")

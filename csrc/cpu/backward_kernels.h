@@ -64,24 +64,34 @@ void sums(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1, Sum
   const A* rstd = static_cast<const A*>(p.rstd) + c0;
   const V zero = V::all(0);
   double sum_dy[kMaxChannelsPerCall], dot[kMaxChannelsPerCall];
+  const T* residual = p.mask == nullptr ? static_cast<const T*>(p.residual) : nullptr;
+  const auto ahead = [=](int64_t i) BNORM_INLINE_LAMBDA {
+    prefetch(dy + i);
+    prefetch(x + i);
+    if (residual != nullptr) prefetch(residual + i);
+  };
   if (p.act == Activation::Identity) {
     const A* const coefficients[] = {static_cast<const A*>(p.mean) + c0};
-    sums_of_pairs<T>(p.shape, span, c0, c1, coefficients, sum_dy, dot,
-                     [=](Offset at, auto part, const V(&k)[1]) BNORM_INLINE_LAMBDA {
-                       return Pair<V>{load(dy + at.element, part, zero),
-                                      load(x + at.element, part, k[0]) - k[0]};
-                     });
+    sums_of_pairs<T>(
+        p.shape, span, c0, c1, coefficients, sum_dy, dot,
+        [=](Offset at, auto part, const V(&k)[1]) BNORM_INLINE_LAMBDA {
+          return Pair<V>{load(dy + at.element, part, zero),
+                         load(x + at.element, part, k[0]) - k[0]};
+        },
+        ahead);
   } else {
     const A* const coefficients[] = {static_cast<const A*>(p.mean) + c0,
                                      static_cast<const A*>(p.scale) + c0,
                                      static_cast<const A*>(p.shift) + c0};
     with_epilogue_backward<T>(p, [&](auto epilogue_backward) {
-      sums_of_pairs<T>(p.shape, span, c0, c1, coefficients, sum_dy, dot,
-                       [=](Offset at, auto part, const V(&k)[3]) BNORM_INLINE_LAMBDA {
-                         const V dy_vec = load(dy + at.element, part, zero),
-                                 d = load(x + at.element, part, k[0]) - k[0];
-                         return Pair<V>{epilogue_backward(dy_vec, d, at, part, k[1], k[2]), d};
-                       });
+      sums_of_pairs<T>(
+          p.shape, span, c0, c1, coefficients, sum_dy, dot,
+          [=](Offset at, auto part, const V(&k)[3]) BNORM_INLINE_LAMBDA {
+            const V dy_vec = load(dy + at.element, part, zero),
+                    d = load(x + at.element, part, k[0]) - k[0];
+            return Pair<V>{epilogue_backward(dy_vec, d, at, part, k[1], k[2]), d};
+          },
+          ahead);
     });
   }
   for (int64_t k = 0; k < c1 - c0; ++k) {

@@ -57,10 +57,11 @@ BNORM_INLINE void sample_means(const T* x, const Shape& shape, const Span& span,
       if (tile.rows > 0) tile.rest = 0;
       if (tile.rows > wanted) tile.stride *= tile.rows / wanted, tile.rows = wanted;
       const int64_t values = tile.rows > 0 ? tile.rows * per_row : tile.rest / shape.C;
-      sum_columns<V>(tile, sizeof(T), zeros, columns.a, nullptr,
-                     [=](Offset at, auto part, const V(&zero)[1]) BNORM_INLINE_LAMBDA {
-                       return Pair<V>{load(x + at.element, part, zero[0]), zero[0]};
-                     });
+      sum_columns<V>(
+          tile, sizeof(T), zeros, columns.a, nullptr,
+          [=](Offset at, auto part, const V(&zero)[1])
+              BNORM_INLINE_LAMBDA { return Pair<V>{load(x + at.element, part, zero[0]), zero[0]}; },
+          [](int64_t) BNORM_INLINE_LAMBDA {});
       double sums[kColumns];
       sum_by_channel<V>(tile, shape.S, columns.a, sums);
       for (int64_t c = tile.c0; c < tile.c1; ++c) {
@@ -101,11 +102,13 @@ void moments(const ForwardParams& p, const Span& span, int64_t c0, int64_t c1, M
 
   const A* const coefficients[] = {anchor};
   const auto sum_about_anchor = [&] {
-    sums_of_pairs<T>(p.shape, span, c0, c1, coefficients, d, d2,
-                     [=](Offset at, auto part, const V(&k)[1]) BNORM_INLINE_LAMBDA {
-                       const V deviation = load(x + at.element, part, k[0]) - k[0];
-                       return Pair<V>{deviation, deviation};
-                     });
+    sums_of_pairs<T>(
+        p.shape, span, c0, c1, coefficients, d, d2,
+        [=](Offset at, auto part, const V(&k)[1]) BNORM_INLINE_LAMBDA {
+          const V deviation = load(x + at.element, part, k[0]) - k[0];
+          return Pair<V>{deviation, deviation};
+        },
+        [=](int64_t i) BNORM_INLINE_LAMBDA { prefetch(x + i); });
   };
   sum_about_anchor();
   // All channels are converted, and the good ones only counted: a loop without a branch.

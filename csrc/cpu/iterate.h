@@ -61,6 +61,12 @@ BNORM_INLINE void prefetch(const T* p, Nontemporal) {
 template <typename T>
 BNORM_INLINE void prefetch(const T*, Cached) {}
 
+// Prefetches what will be read soon.
+template <typename T>
+BNORM_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
+
 // ---- Columns ----------------------------------------------------------------------------------
 
 // One value for each column of a tile, rounded up to whole vectors.

@@ -199,7 +199,10 @@ class Chunks {
       const int64_t most = is_folded(shape) ? clamp(131072 / sample, 512, 16384) : 512;
       const int64_t even = max(unit / (smallest_unit(shape) * S_), joined > 1 ? 48 * joined : 16);
       const int64_t step = max(16 * joined * sample <= 4096 ? 16 * joined : 8, sample_unit(shape));
-      samples_ = ceil_div(ceil_div(N_, ceil_div(N_, min(most, even))), step) * step;
+      int64_t count = ceil_div(N_, min(most, even));
+      // Two threads that share a chunk of channels-last data would each read half of every row.
+      if (S_ == 1 && !is_folded(shape) && N_ >= kDividedRows && count % 2 == 1) ++count;
+      samples_ = ceil_div(ceil_div(N_, count), step) * step;
       positions_ = S_;
     } else if (S_ < kRowChunk) {
       // Equal pieces.
@@ -224,7 +227,8 @@ class Chunks {
   }
 
  private:
-  static constexpr int64_t kRowChunk = 8192;  // values of a channel where rows are long
+  static constexpr int64_t kRowChunk = 8192;    // values of a channel where rows are long
+  static constexpr int64_t kDividedRows = 128;  // so that halves are worth their cost per column
   int64_t N_, S_, samples_ = 1, positions_ = 1, pieces_ = 0, size_ = 0;
 };
 

@@ -103,17 +103,49 @@ BNORM_INLINE void add_row(Offset at, int64_t length, const V (&k)[kCount], LaneS
 template <typename A, int kCount>
 using ColumnCoefficients = const Columns<A> (&)[kCount];
 
+// Rows of a tile that are added up in the data's precision before they go to the column sums in
+// double. More of those of doubles, whose column sums round too.
+template <typename V>
+constexpr int kRowsAtOnce = std::is_same<V, Vec<double>>::value ? 16 : 4;
+// How many rows ahead memory is prefetched, and of which rows: those shorter than so many bytes.
+constexpr int64_t kRowsAhead = 16, kPrefetchedRow = 4096;
+
+// Goes through the rows of a tile in memory order, cache line by cache line.
+class LinesOfRows {
+ public:
+  LinesOfRows(const Tile& tile, int64_t row, int64_t element_size)
+      : at_(tile.row(row).element),
+        left_(tile.width),
+        width_(tile.width),
+        gap_(tile.stride - tile.width),
+        line_(64 / element_size) {}
+
+  // Calls f(element) for the first element of each line of the next `elements`.
+  template <typename F>
+  BNORM_INLINE void next(int64_t elements, F f) {
+    for (int64_t i = 0; i < elements; i += line_) f(at_ + i);
+    at_ += elements;
+    left_ -= elements;
+    if (left_ <= 0) left_ += width_, at_ += gap_;
+  }
+
+ private:
+  int64_t at_, left_, width_, gap_, line_;
+};
+
 // Adds kRows rows of a tile, from row `first` on, to the column sums a and ab. Only the first
-// `width` columns.
-template <typename V, int kRows, int kCount, typename Load>
-BNORM_INLINE void add_rows(const Tile& tile, int64_t first, int64_t width,
+// `width` columns. Meanwhile ahead(element) is called for the lines of as many rows further on.
+template <typename V, int kRows, int kCount, typename Load, typename Ahead>
+BNORM_INLINE void add_rows(const Tile& tile, int64_t first, int64_t width, int64_t element_size,
                            ColumnCoefficients<typename V::Scalar, kCount> coefficients, double* a,
-                           double* ab, Load load_pair) {
+                           double* ab, Load load_pair, Ahead ahead) {
   const Offset at = tile.row(first);
   const int64_t stride = tile.stride, bit_stride = tile.stride + tile.padding;
+  LinesOfRows lines(tile, first + kRowsAhead, element_size);
   for_each_vector<V>(width, [&](int64_t j, auto part) BNORM_INLINE_LAMBDA {
     V k[kCount];
     for (int i = 0; i < kCount; ++i) k[i] = load_lane_order(coefficients[i].a + j, V{});
+    if (kRows > 1) lines.next(kRows * V::W, ahead);
     const Pair<V> sums = tree_sums<kRows>(0, [&](int u) BNORM_INLINE_LAMBDA {
       return load_pair(Offset{at.element + j + u * stride, at.bit + j + u * bit_stride}, part, k);
     });
@@ -123,36 +155,46 @@ BNORM_INLINE void add_rows(const Tile& tile, int64_t first, int64_t width,
 }
 
 // The column sums of a tile: a and, unless ab is null, a * b.
-template <typename V, int kCount, typename Load>
+//
+// Four rows at a time are four strided streams of each tensor, which the hardware's prefetchers
+// follow within a page, but not from one row of less than that to the next four. Such rows are
+// prefetched in memory order (bench/NOTES.md, 43); not beyond a tile that has other columns beside
+// it, since those are what comes next in memory.
+template <typename V, int kCount, typename Load, typename Ahead>
 BNORM_INLINE void sum_columns(const Tile& tile, int64_t element_size,
                               ColumnCoefficients<typename V::Scalar, kCount> coefficients,
-                              double* a, double* ab, Load load_pair) {
+                              double* a, double* ab, Load load_pair, Ahead ahead) {
   for (int64_t j = 0; j < tile.width + V::W; ++j) a[j] = 0;
   if (ab != nullptr) {
     for (int64_t j = 0; j < tile.width + V::W; ++j) ab[j] = 0;
   }
-  const auto add = [&](int64_t row, auto count) BNORM_INLINE_LAMBDA {
-    add_rows<V, decltype(count)::value>(tile, row, tile.width, coefficients, a, ab, load_pair);
+  const auto add = [&](int64_t row, auto count, auto prefetched) BNORM_INLINE_LAMBDA {
+    add_rows<V, decltype(count)::value>(tile, row, tile.width, element_size, coefficients, a, ab,
+                                        load_pair, prefetched);
   };
-  // Rows a multiple of 2 KB apart map to few sets of L1: fewer of them at a time, so that their
-  // lines do not evict each other.
-  const bool share_cache_sets = tile.stride * element_size % 2048 == 0;
-  int64_t r = 0;
-  for (; r + kTree<V> <= tile.rows && !share_cache_sets; r += kTree<V>) {
-    add(r, std::integral_constant<int, kTree<V>>{});
+  const auto nothing = [](int64_t) BNORM_INLINE_LAMBDA {};
+  constexpr std::integral_constant<int, kRowsAtOnce<V>> many{};
+  constexpr std::integral_constant<int, 4> some{};
+  constexpr std::integral_constant<int, 1> one{};
+  int64_t r = 0, ahead_until = 0;
+  if (tile.width * element_size < kPrefetchedRow) {
+    ahead_until = tile.width == tile.stride ? tile.rows : tile.rows - kRowsAhead;
   }
-  for (; r + 4 <= tile.rows; r += 4) add(r, std::integral_constant<int, 4>{});
-  for (; r < tile.rows; ++r) add(r, std::integral_constant<int, 1>{});
-  add_rows<V, 1>(tile, tile.rows, tile.rest, coefficients, a, ab, load_pair);
+  for (; r + many <= ahead_until; r += many) add(r, many, ahead);
+  for (; r + many <= tile.rows; r += many) add(r, many, nothing);
+  for (; r + some <= tile.rows; r += some) add(r, some, nothing);
+  for (; r < tile.rows; ++r) add(r, one, nothing);
+  add_rows<V, 1>(tile, tile.rows, tile.rest, element_size, coefficients, a, ab, load_pair, nothing);
 }
 
 // The sums of a and a * b over each of channels [c0, c1) of a span: sum_a[c - c0], sum_ab[c - c0].
 // load_pair(at, Full | Part, k) returns a and b of a vector, 0 in the lanes beyond a Part (or NaN: the
-// caller then sums again); k[i] is the channel's coefficients[i][c - c0].
-template <typename T, int kCount, typename Load>
+// caller then sums again); k[i] is the channel's coefficients[i][c - c0]. ahead(element) prefetches
+// the cache line of an element of all that load_pair reads.
+template <typename T, int kCount, typename Load, typename Ahead>
 BNORM_INLINE void sums_of_pairs(const Shape& shape, const Span& span, int64_t c0, int64_t c1,
                                 const Acc<T>* const (&coefficients)[kCount], double* sum_a,
-                                double* sum_ab, Load load_pair) {
+                                double* sum_ab, Load load_pair, Ahead ahead) {
   using V = VectorOf<T>;
   if (is_short(shape)) {
     Columns<Acc<T>> k[kCount];
@@ -162,7 +204,7 @@ BNORM_INLINE void sums_of_pairs(const Shape& shape, const Span& span, int64_t c0
       for (int i = 0; i < kCount; ++i) {
         expand_to_columns<V>(tile, shape.S, coefficients[i] + (tile.c0 - c0), k[i].a);
       }
-      sum_columns<V>(tile, sizeof(T), k, a.a, ab.a, load_pair);
+      sum_columns<V>(tile, sizeof(T), k, a.a, ab.a, load_pair, ahead);
       sum_by_channel<V>(tile, shape.S, a.a, sum_a + (tile.c0 - c0));
       sum_by_channel<V>(tile, shape.S, ab.a, sum_ab + (tile.c0 - c0));
     });
