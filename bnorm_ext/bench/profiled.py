@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _MEASURED = "measured step"
+_STEPS = 5  # that are profiled, because one alone may be a slow one
 BATCH_NORM = ("batch_norm", "batchnorm")  # in the names of operators and autograd nodes
 
 
@@ -45,14 +47,18 @@ def _is_batch_norm(name: str) -> bool:
 
 
 def times(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Of one step: the time of batch norm, and that of all operators (on CUDA, of kernels), in
-    microseconds."""
+    """Of a step: the time of batch norm, and that of all operators (on CUDA, of kernels), in
+    microseconds. Medians of _STEPS steps."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        step()
-    return times_of(profiler.events(), on_device=device.type == "cuda")
+    found = []
+    for _ in range(_STEPS):
+        with profile(activities=activities) as profiler:
+            step()
+        found.append(times_of(profiler.events(), on_device=device.type == "cuda"))
+    mine, everything = zip(*found, strict=True)
+    return statistics.median(mine), statistics.median(everything)
 
 
 def times_of(events: Sequence[Any], *, on_device: bool) -> tuple[float, float]:

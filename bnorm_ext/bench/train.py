@@ -4,8 +4,9 @@ Variants: native (nn.BatchNorm2d), converted (bnorm_ext.convert_batchnorm), fuse
 addition taken into it too). All start from the same weights and take the same step in turn, so
 that whatever else the machine does slows all alike. images/s: batch over the median step. Peak
 memory: what tensors hold in one step, over what was there before it. Batch norm: its own time (and
-that of what is fused with it) in the operators of one profiled step, forward and backward, and its
-share; on CUDA, of kernels. Faults: minor page faults of the process in a step.
+that of what is fused with it) in the operators of a step, forward and backward, and its share; on
+CUDA, of kernels; medians of five profiled steps. Faults: minor page faults of the process in a
+step.
 
 With --processes N, each variant runs N times in a process of its own. The processes alternate, and
 the ratios are those of processes of the same round: medians and quartiles.

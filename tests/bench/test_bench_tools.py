@@ -208,6 +208,12 @@ def test_the_share_counts_what_lies_within_a_batch_norm_once():
     assert profiled.times_of(events, on_device=True) == (10, 40)
 
 
+def test_the_share_is_a_median_of_steps(monkeypatch):
+    slow_once = iter([(900.0, 1000.0), (5.0, 20.0), (4.0, 30.0), (6.0, 10.0), (5.0, 20.0)])
+    monkeypatch.setattr(profiled, "times_of", lambda *_, **__: next(slow_once))
+    assert profiled.times(lambda: None, torch.device("cpu")) == (5, 20)
+
+
 def test_peak_is_of_what_is_held_at_once():
     def event(when, change, name="[memory]"):
         return SimpleNamespace(start_ns=lambda: when, nbytes=lambda: change, name=lambda: name)
