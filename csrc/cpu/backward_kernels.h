@@ -9,7 +9,7 @@
 //           (Ioffe and Szegedy 2015, arXiv:1502.03167)
 // Bytes     sums: reads dy and x; dx: reads dy and x, writes dx and, if wanted, dresidual. Both
 //           read the residual, if there is one, or the mask of one bit per element in its place.
-// Numerics  Products and trees of 16 values in the accumulation type, accumulated in double. Where
+// Numerics  Products and trees of 4 or 16 values in the accumulation type, added up in double. Where
 //           a sum is not finite, the chunk is summed again in double. z has the same bits as in
 //           forward.
 #pragma once

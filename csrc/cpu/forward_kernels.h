@@ -9,7 +9,7 @@
 // Numerics  Shifted sums in one pass: of d = x - anchor and of d * d, where the anchor is the mean
 //           of a sample of the chunk. m2 = sum(d * d) - sum(d)^2 / n loses few digits as long as
 //           the anchor is near the mean. Where it is not, the chunk is summed again about its mean.
-//           Sums are trees of 16 values, accumulated in double. A chunk whose sums are not finite
+//           Sums are trees of 4 or 16 values, accumulated in double. A chunk whose sums are not finite
 //           is summed again in double: either its data is not finite, or float's range was exceeded
 //           although the result fits.
 #pragma once
