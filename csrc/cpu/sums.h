@@ -123,10 +123,14 @@ class LinesOfRows {
   // Calls f(element) for the first element of each line of the next `elements`.
   template <typename F>
   BNORM_INLINE void next(int64_t elements, F f) {
-    for (int64_t i = 0; i < elements; i += line_) f(at_ + i);
-    at_ += elements;
-    left_ -= elements;
-    if (left_ <= 0) left_ += width_, at_ += gap_;
+    for (; elements > 0; elements -= line_) {
+      f(at_);
+      at_ += line_;
+      left_ -= line_;
+      if (left_ > 0) continue;
+      at_ += left_ + gap_;  // to the beginning of the next row
+      left_ = width_;
+    }
   }
 
  private:
