@@ -34,34 +34,61 @@ class _TooLarge(Exception):
     """It holds more than may be compared."""
 
 
-def contents(value: Any, most: float = float("inf")) -> Any:
+def contents(value: Any, most: float = float("inf"), like: Any = None) -> Any:
     """What a container or an object of somebody's class holds, to be compared by value; None for
-    anything else, and for what holds more than ``most`` values."""
+    anything else, and for what holds more than ``most`` values.
+
+    like: what it held. If this is given, only the attributes that objects had are looked at.
+    """
     for depth, limit in ((_DEPTH, min(most, _MANY)), (_LESS_DEPTH, most)):
         try:
-            return _contents(value, depth, [limit])
+            return _contents(value, depth, [limit], like)
         except _TooLarge:
             pass
     return None
 
 
-def _contents(value: Any, depth: int, left: list[float]) -> Any:
+def holds(value: Any, inside: Any, most: float = float("inf")) -> bool:
+    """Whether ``inside`` is what it holds, by ``contents(value, most)``."""
+    # Dynamo of torch before 2.12 cannot list the attributes of an object.
+    like = inside if torch.compiler.is_dynamo_compiling() else None
+    return bool(contents(value, most, like) == inside)
+
+
+def _contents(value: Any, depth: int, left: list[float], like: Any = None) -> Any:
     if depth == 0 or isinstance(value, _OPAQUE):
         return None
     if not isinstance(value, _CONTAINERS):
-        held = getattr(value, "__dict__", None)
-        return None if not held else _contents(dict(held), depth, left)
+        held = _attributes(value, like)
+        return _contents(held, depth, left, like) if held else None
     left[0] -= len(value)
     if left[0] < 0:
         raise _TooLarge
     if isinstance(value, dict):
-        return tuple((key, _held(item, depth, left)) for key, item in value.items())
+        named = _by_name(like)
+        return tuple((key, _held(item, depth, left, named.get(key))) for key, item in value.items())
     if isinstance(value, _SETS):
         return frozenset(value)
-    return tuple(_held(item, depth, left) for item in value)
+    before = like if isinstance(like, tuple) else ()
+    return tuple(
+        _held(item, depth, left, before[i] if i < len(before) else None)
+        for i, item in enumerate(value)
+    )
 
 
-def _held(value: Any, depth: int, left: list[float]) -> Any:
+def _attributes(value: Any, like: Any) -> dict[str, Any]:
+    if like is None:
+        return dict(getattr(value, "__dict__", {}))
+    return {name: getattr(value, name, ABSENT) for name in _by_name(like)}
+
+
+def _by_name(like: Any) -> dict[Any, Any]:
+    """What a dictionary or an object held; nothing if it was something else."""
+    pairs = like if isinstance(like, tuple) else ()
+    return {pair[0]: pair[1] for pair in pairs if isinstance(pair, tuple) and len(pair) == 2}
+
+
+def _held(value: Any, depth: int, left: list[float], like: Any = None) -> Any:
     if type(value) in BY_VALUE and type(value) not in (tuple, types.MethodType):
         return value
     if isinstance(value, _CONSTANTS):
@@ -69,7 +96,7 @@ def _held(value: Any, depth: int, left: list[float]) -> Any:
     named = _named(value, depth, left)
     if named is not None:
         return named
-    inside = _contents(value, depth - 1, left)
+    inside = _contents(value, depth - 1, left, like)
     # What holds nothing that can be compared counts by what it is. Modules and tensors that are in
     # a container are not copied with the identity that they had.
     return type(value).__name__ if inside is None else inside

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from .._compat.modules import INTERNALS, children_of, is_hooked, tensors_of
-from .contents import ABSENT, BY_VALUE, contents
+from .contents import ABSENT, BY_VALUE, contents, holds
 from .names import Names
 from .watch import AS_TEXT
 
@@ -59,7 +59,7 @@ class Guard:
             now = state.get(name, ABSENT)
             if now is not value and not (type(now) in BY_VALUE and now == value):
                 return False
-            if inside is not None and contents(now) != inside:
+            if inside is not None and not holds(now, inside):
                 return False
         if self.one_mode and any(m.training is not module.training for m in module.modules()):
             return False

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from .bytecode import enclosing_cells, references
-from .contents import ABSENT, BY_VALUE, contents
+from .contents import ABSENT, BY_VALUE, contents, holds
 from .watch import AS_TEXT
 
 Scopes = Mapping[types.CodeType, Mapping[str, Any]]
@@ -37,14 +37,14 @@ def _inside(value: Any) -> Any:
     containers and sets of options, and of a function its attributes."""
     if type(value) is types.FunctionType:
         library = _library(value.__module__ or "")
-        return None if library or not vars(value) else _now_inside(value)
+        return None if library or not vars(value) else contents(vars(value), _MOST)
     if _library(type(value).__module__) and not isinstance(value, _COMPARED):
         return None
-    return _now_inside(value)
+    return contents(value, _MOST)
 
 
-def _now_inside(value: Any) -> Any:
-    return contents(vars(value) if type(value) is types.FunctionType else value, _MOST)
+def _still_holds(value: Any, inside: Any) -> bool:
+    return holds(vars(value) if type(value) is types.FunctionType else value, inside, _MOST)
 
 
 class Names:
@@ -62,13 +62,13 @@ class Names:
             now = getattr(holder, name, ABSENT)
             if now is not value and not (type(now) in BY_VALUE and now == value):
                 return False
-            if inside is not None and _now_inside(now) != inside:
+            if inside is not None and not _still_holds(now, inside):
                 return False
         for read, value, inside in self.cells:
             now = read()
             if now is not value and not (type(now) in BY_VALUE and now == value):
                 return False
-            if inside is not None and _now_inside(now) != inside:
+            if inside is not None and not _still_holds(now, inside):
                 return False
         return True
 

@@ -246,10 +246,14 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("what", OUTSIDE)
-def test_objects_outside(what):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_objects_outside(what, compiled):
     after, change = OUTSIDE[what]
     kept = vars(OPTIONS).copy(), set(FLAGS), list(RECENT), dict(ATTRIBUTES)
     net, fused = pair(net_with(after)())
+    if compiled:
+        torch.compiler.reset()
+        fused = torch.compile(fused, backend="eager")
     x = images(0).float()
     try:
         assert_alike(net, fused, x)
