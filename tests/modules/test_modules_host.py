@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.common.twins import NATIVE, OURS, SHAPES
@@ -34,6 +35,25 @@ def test_forward_is_one_operator(dims, training, momentum):
     kind = "training" if training else "inference"
     assert recorder.names == [f"bnorm_ext.batch_norm_{kind}.default"]
     assert module.num_batches_tracked.item() == int(training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_backward_only_allocates(training):
+    """Its operator calls none of torch's but those that allocate its results: each costs as much as
+    a small layer's arithmetic."""
+    module = OURS[2](5).train(training)
+    x = torch.randn(SHAPES[2], requires_grad=True)
+    y = module(x)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        y.backward(torch.ones_like(y))
+
+    def inside(event):
+        parent = event.cpu_parent
+        return parent is not None and ("batch_norm_backward" in parent.name or inside(parent))
+
+    names = {event.name for event in profiler.events() if inside(event)}
+    assert names
+    assert names <= {"aten::empty", "aten::empty_like", "aten::empty_strided"}
 
 
 def test_recorder_sees_natives_operators():
