@@ -27,6 +27,7 @@ FRESH_BYTES = 4 << 20  # in a cold run, outputs of at least this size are fresh 
 MADV_HUGEPAGE = 14  # Linux's mman.h
 # glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+_IS_MMAPPED = 2
 VARIABLES = ("BNORM_EXT_", "OMP_", "MKL_", "KMP_", "GOMP_", "GLIBC_TUNABLES", "MALLOC_", "CUDA_",
              "PYTORCH_", "TORCH", "LD_PRELOAD")  # fmt: skip
 
@@ -63,15 +64,18 @@ def no_large_holes() -> Iterator[None]:
     """
     libc, held = _libc(), []
     if libc is not None:
-        libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
-        libc.malloc.argtypes = libc.sbrk.argtypes = [ctypes.c_size_t]
+        libc.malloc.restype = ctypes.c_void_p
+        libc.malloc.argtypes = [ctypes.c_size_t]
         libc.free.argtypes = [ctypes.c_void_p]
         for _ in range(1 << 14):
             block = libc.malloc(FRESH_BYTES)
             if not block:
                 break
             held.append(block)
-            if block > libc.sbrk(0):  # beyond the heap: it has no such block left
+            # In front of a block glibc keeps its size, with a flag for memory of its own from the
+            # system. Then the heap, wherever its parts are, has no such block left.
+            size = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t))
+            if size.value & _IS_MMAPPED:
                 break
     try:
         yield

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,7 @@ from tests.common.fake_cuda import FakeCuda
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 GLIBC = platform.libc_ver()[0] == "glibc"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_percentiles_lie_between_samples():
@@ -102,9 +106,9 @@ def test_the_order_within_rounds_changes_and_is_the_same_in_every_run():
     assert orders == [measure._order(3, i) for i in range(20)]
 
 
-@pytest.mark.skipif(not GLIBC, reason="only glibc's malloc can be told")
-def test_large_outputs_are_fresh_in_a_cold_run_and_used_again_in_a_warm_one():
-    """Whatever lies free in the heap."""
+def check_page_faults():
+    """Large outputs are fresh in a cold run and used again in a warm one, whatever lies free in the
+    heap."""
     machine.fresh_outputs(False)
     holes = [torch.ones(3 << 20) for _ in range(5)]
     del holes[::2]
@@ -120,6 +124,30 @@ def test_large_outputs_are_fresh_in_a_cold_run_and_used_again_in_a_warm_one():
     assert faults["cold"] >= 3
     if "[always]" not in (machine._text("/sys/kernel/mm/transparent_hugepage/enabled") or ""):
         assert faults["cold"] >= x.nbytes / page
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc's malloc can be told")
+def test_large_outputs_are_fresh_in_a_cold_run_and_used_again_in_a_warm_one():
+    check_page_faults()
+
+
+@pytest.mark.skipif(not GLIBC, reason="only glibc's malloc can be told")
+def test_large_outputs_are_fresh_where_the_heap_is_in_parts():
+    """glibc continues its heap elsewhere if other memory is in the way."""
+    program = """if True:
+        import ctypes, os
+        libc = ctypes.CDLL(None)
+        libc.sbrk.restype = libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        from tests.bench.test_bench_measure import check_page_faults
+        page = os.sysconf("SC_PAGE_SIZE")
+        end = -(-libc.sbrk(0) // page) * page
+        private, anonymous, in_no_others_place = 0x02, 0x20, 0x100000
+        flags = private | anonymous | in_no_others_place
+        assert libc.mmap(end, page, 0, flags, -1, 0) == end
+        check_page_faults()
+    """
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("queueing", [1e-6, 1e-3])
