@@ -24,6 +24,9 @@ _OPAQUE = (
     *(nn.Module, Tensor, type, types.ModuleType),
     *_FUNCTIONS,
 )
+# Dynamo of torch before 2.12 cannot list the attributes of an object, so that one which was added
+# is not seen there.
+_UNLISTED = torch.__version__ < "2.12"
 # They stay the same objects, or equal ones, in a copy and in a pickle.
 _CONSTANTS = (bytes, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _SETS = (set, frozenset)
@@ -50,8 +53,7 @@ def contents(value: Any, most: float = float("inf"), like: Any = None) -> Any:
 
 def holds(value: Any, inside: Any, most: float = float("inf")) -> bool:
     """Whether ``inside`` is what it holds, by ``contents(value, most)``."""
-    # Dynamo of torch before 2.12 cannot list the attributes of an object.
-    like = inside if torch.compiler.is_dynamo_compiling() else None
+    like = inside if _UNLISTED and torch.compiler.is_dynamo_compiling() else None
     return bool(contents(value, most, like) == inside)
 
 

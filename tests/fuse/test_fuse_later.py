@@ -269,6 +269,18 @@ def test_objects_outside(what, compiled):
         switched.on = True
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_option_that_is_added(monkeypatch, compiled):
+    if compiled and torch.__version__ < "2.12":
+        pytest.skip("its Dynamo cannot list the attributes of an object")
+    net, fused = pair(net_with(lambda self, y: y * getattr(OPTIONS, "added", 1.0))())
+    monkeypatch.setattr(OPTIONS, "added", 3.0, raising=False)
+    assert not would_run_its_graph(fused)
+    torch.compiler.reset()
+    module = torch.compile(fused, backend="eager", fullgraph=True) if compiled else fused
+    assert_alike(net, module, images(0).float())
+
+
 def test_a_method_that_super_finds(monkeypatch):
     class Derived(Base):
         def forward(self, x):
