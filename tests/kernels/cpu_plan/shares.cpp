@@ -3,10 +3,11 @@
 //
 // Reads lines "N C S layout element_bytes" from stdin, layout being 0 (channels first) or 1
 // (channels last). For each, for 1 to 64 threads and each pass of each call, prints
-//   pass threads busiest
+//   pass threads busiest narrow
 // with `busiest`, the elements of the thread that has most, over those of each if all had the same,
-// where no more threads take part than there are grains of work. Fails if a pass does not cover
-// each channel of each sample once.
+// where no more threads take part than there are grains of work; and `narrow`, the share of the
+// elements that are taken in parts of less than three quarters of the channels. Fails if a pass does
+// not cover each channel of each sample once.
 #include <cpu/parallel.h>
 
 #include <cstdio>
@@ -37,6 +38,7 @@ class Count {
 
   void add(const Span& span, int64_t c0, int64_t c1) {
     elements_[at::thread] += span.count() * (c1 - c0);
+    if ((c1 - c0) * 4 < shape_.C * 3) narrow_ += span.count() * (c1 - c0);
     // A sum that tells places apart, for each channel and position weighed on its own.
     places_ += (span.n0 + span.n1 - 1) * (span.n1 - span.n0) * (span.s1 - span.s0) * (c1 - c0);
     places_ += (c0 + c1 - 1) * (c1 - c0) * span.count() * 3;
@@ -53,13 +55,15 @@ class Count {
       std::exit(1);
     }
     const int64_t wanted = clamp(all / kGrain, 1, at::threads);
-    std::printf("%s %ld %.4f\n", pass, static_cast<long>(at::threads),
-                static_cast<double>(most * wanted) / static_cast<double>(all));
+    std::printf("%s %ld %.4f %.4f\n", pass, static_cast<long>(at::threads),
+                static_cast<double>(most * wanted) / static_cast<double>(all),
+                static_cast<double>(narrow_) / static_cast<double>(all));
   }
 
  private:
   Shape shape_;
   int64_t elements_[64] = {};
+  int64_t narrow_ = 0;
   int64_t places_ = 0;
 };
 
