@@ -83,7 +83,7 @@ void sums(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1, Sum
     const A* const coefficients[] = {static_cast<const A*>(p.mean) + c0,
                                      static_cast<const A*>(p.scale) + c0,
                                      static_cast<const A*>(p.shift) + c0};
-    with_epilogue_backward<T>(p, [&](auto epilogue_backward) {
+    const auto add = [&](auto epilogue_backward) {
       sums_of_pairs<T>(
           p.shape, span, c0, c1, coefficients, sum_dy, dot,
           [=](Offset at, auto part, const V(&k)[3]) BNORM_INLINE_LAMBDA {
@@ -92,7 +92,8 @@ void sums(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1, Sum
             return Pair<V>{epilogue_backward(dy_vec, d, at, part, k[1], k[2]), d};
           },
           ahead);
-    });
+    };
+    if (!with_relu_of_input<T>(p, add)) with_epilogue_backward<T>(p, add);
   }
   for (int64_t k = 0; k < c1 - c0; ++k) {
     out[k] = {sum_dy[k], dot[k] * static_cast<double>(rstd[k])};
@@ -133,7 +134,10 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
                                      p.shift == nullptr ? scale : static_cast<const A*>(p.shift),
                                      training ? mean_g : scale,
                                      training ? mean_g_xhat : scale};
-    with_epilogue_backward<T>(p, [&](auto epilogue_backward) {
+    const auto write = [&](auto epilogue_backward) {
+      using Epilogue = decltype(epilogue_backward);
+      constexpr bool kOnlyDx = Epilogue::kFromInput, kBoth = Epilogue::kFromMask;
+      constexpr bool kAny = !kOnlyDx && !kBoth;
       for_each_vector_of_span<NoMask>(
           p.shape, span, c0, c1, coefficients, dx != nullptr ? dx : dresidual, p.nontemporal,
           nullptr,
@@ -141,15 +145,20 @@ void dx(const BackwardParams& p, const Span& span, int64_t c0, int64_t c1) {
             const int64_t i = at.element;
             prefetch(dy + i + prefetch_distance, hint);
             prefetch(x + i + prefetch_distance, hint);
-            if (residual != nullptr) prefetch(residual + i + prefetch_distance, hint);
+            if (kAny && residual != nullptr) prefetch(residual + i + prefetch_distance, hint);
             const V d = load(x + i, part, zero) - k[0];
             const V g = epilogue_backward(load(dy + i, part, zero), d, at, part, k[2], k[3]);
-            if (dresidual != nullptr) store(dresidual + i, part, g, hint);
-            if (dx == nullptr) return;
-            store(dx + i, part, training ? input_gradient(g, d, k[1], k[4], k[5], k[2]) : g * k[2],
+            if (kBoth || (kAny && dresidual != nullptr)) store(dresidual + i, part, g, hint);
+            if (kAny && dx == nullptr) return;
+            const bool all_terms = !kAny || training;
+            store(dx + i, part, all_terms ? input_gradient(g, d, k[1], k[4], k[5], k[2]) : g * k[2],
                   hint);
           });
-    });
+    };
+    const bool writes_dx = training && dx != nullptr;
+    if (writes_dx && dresidual == nullptr && with_relu_of_input<T>(p, write)) return;
+    if (writes_dx && dresidual != nullptr && with_mask_of_sum<T>(p, write)) return;
+    with_epilogue_backward<T>(p, write);
     return;
   }
   if (!training) {  // x is not read: an infinite one must not reach dx
