@@ -65,6 +65,7 @@ int numbers() {
       {"rows", {3, 5, 331, kFirst}, Activation::Relu, true},
       {"short rows", {7, 11, 49, kFirst}, Activation::Silu, true},
       {"short rows, no residual", {7, 11, 25, kFirst}, Activation::Relu, false},
+      {"rows, no residual", {5, 7, 331, kFirst}, Activation::Relu6, false},
       {"channels last", {303, 67, 1, kFirst}, Activation::Relu, true},
       {"many channels", {5, 1100, 1, kFirst}, Activation::LeakyRelu, true},
       {"folded samples", {2003, 3, 1, kFirst}, Activation::Relu6, true},

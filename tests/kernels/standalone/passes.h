@@ -47,6 +47,7 @@ struct Inputs {
     for (int64_t i = 0; i < c.shape.C; ++i) {
       weight[i] = (i % 5 == 4 ? -1 : 1) * (0.5 + 0.25 * static_cast<double>(i % 7));
       bias[i] = 0.25 * static_cast<double>(i % 3 - 1);
+      if (c.act == Activation::Relu6 && i % 2 == 1) bias[i] += 5;  // on both sides of 6
     }
   }
   Elements x, dy, residual;
