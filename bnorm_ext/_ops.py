@@ -45,18 +45,28 @@ def _dense(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-def _output(x: Tensor) -> Tensor:
-    """As ``output_like`` in ``csrc/tensors.cpp``."""
-    return _dense(x, torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x))
-
-
-def _gradient(x: Tensor) -> Tensor:
-    """As ``gradient_like`` in ``csrc/tensors.cpp``."""
-    return _dense(x, suggest_memory_format(x))
+_FORMATS = (torch.contiguous_format, torch.channels_last_3d, torch.channels_last)
 
 
 def _format(t: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if t.is_contiguous() else suggest_memory_format(t)
+    """As ``format_of`` in ``csrc/tensors.cpp``."""
+    for memory_format in _FORMATS:
+        if t.is_contiguous(memory_format=memory_format):
+            return memory_format
+    return suggest_memory_format(t)
+
+
+def _output(x: Tensor) -> Tensor:
+    """As ``output_like`` in ``csrc/tensors.cpp``."""
+    return _dense(x, _format(x))
+
+
+def _gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """As ``gradient_like`` in ``csrc/tensors.cpp``."""
+    suggested = suggest_memory_format(x)
+    dense = dy.is_contiguous(memory_format=_format(dy))
+    alike = dense and suggest_memory_format(dy) == suggested
+    return _dense(x, suggested if x.is_contiguous() and not alike else _format(x))
 
 
 def _channels_last_as(dy: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -93,9 +103,7 @@ def _mask_bytes(x: Tensor) -> int:
     """As ``MaskRows`` in ``csrc/cpu/plan.h``, and ``mask_bytes`` in ``csrc/cuda/mask.h``."""
     N, C = x.shape[:2]
     S = math.prod(x.shape[2:])
-    channels_last = S == 1 or not x.is_contiguous()
-    if not x.is_contiguous() and suggest_memory_format(x) == torch.contiguous_format:
-        channels_last = S == 1
+    channels_last = S == 1 or _format(x) != torch.contiguous_format
     if C == 1:
         N, S, channels_last = 1, N * S, False
     if x.device.type == "cuda":
@@ -128,8 +136,8 @@ def _gradients(a: SimpleNamespace) -> tuple[Tensor | None, ...]:
         return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
     return (
-        _gradient(x) if a.output_mask[0] else None,
-        _gradient(x) if a.output_mask[1] else None,
+        _gradient(x, a.dy) if a.output_mask[0] else None,
+        _gradient(x, a.dy) if a.output_mask[1] else None,
         of(a.weight) if a.output_mask[2] else None,
         of(a.bias) if a.output_mask[3] else None,
     )
@@ -137,7 +145,7 @@ def _gradients(a: SimpleNamespace) -> tuple[Tensor | None, ...]:
 
 def _gradient_of_residual(a: SimpleNamespace) -> Tensor | None:
     masked = a.mask is not None and a.mask.numel() > 0
-    return None if a.residual is None and not masked else _gradient(a.x)
+    return None if a.residual is None and not masked else _gradient(a.x, a.dy)
 
 
 def _merged(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
@@ -154,7 +162,7 @@ _FAKES: dict[str, Callable[[SimpleNamespace], tuple[Tensor | None, ...]]] = {
     "batch_norm_merge_stats": _merged,
     "batch_norm_apply": lambda a: (_output(a.x), _mask(a)),
     "batch_norm_backward_reduce": lambda a: (_statistic(a.x), _statistic(a.x)),
-    "batch_norm_backward_apply": lambda a: (_gradient(a.x), _gradient_of_residual(a)),
+    "batch_norm_backward_apply": lambda a: (_gradient(a.x, a.dy), _gradient_of_residual(a)),
 }
 
 

@@ -58,8 +58,8 @@ TensorPair backward_apply(const Tensor& dy, const Tensor& x, const OptionalTenso
   const c10::DeviceGuard guard(x.device());
   BackwardCall c = backward_call(arguments, residual, mask, act, negative_slope);
   BackwardOutputs out;
-  out.dx = gradient_like(x, c.in);
-  if (given(residual) || c.epilogue.reads_mask()) out.dresidual = gradient_like(x, c.in);
+  out.dx = gradient_like(x, c.in, dy);
+  if (given(residual) || c.epilogue.reads_mask()) out.dresidual = gradient_like(x, c.in, dy);
   if (x.numel() != 0) {
     c.statistics = known_statistics(mean, rstd);
     backend_of(x).backward_apply(c, mean_dy, mean_dy_xhat, out);
@@ -92,8 +92,8 @@ Gradients batch_norm_backward(const Tensor& dy, const Tensor& given_x,
   const c10::DeviceGuard guard(x.device());
   BackwardCall c = backward_call(arguments, residual, mask, act, negative_slope);
   BackwardOutputs out;
-  if (output_mask[0]) out.dx = gradient_like(x, c.in);
-  if (output_mask[1]) out.dresidual = gradient_like(x, c.in);
+  if (output_mask[0]) out.dx = gradient_like(x, c.in, dy);
+  if (output_mask[1]) out.dresidual = gradient_like(x, c.in, dy);
   if (output_mask[2]) out.sum_g_xhat = parameter_gradient_like(weight, x);
   if (output_mask[3]) out.sum_g = parameter_gradient_like(bias, x);
   if (x.numel() != 0) {

@@ -5,9 +5,14 @@
 namespace bnorm_ext {
 namespace {
 
-// One channel or one position is dense in several formats; native calls that contiguous.
+// One channel or one position is dense in several formats; native calls that contiguous. Asked
+// before the strides, because those of dimensions of size 1 may be any.
 at::MemoryFormat format_of(const at::Tensor& t) {
-  return t.is_contiguous() ? at::MemoryFormat::Contiguous : t.suggest_memory_format();
+  for (const auto format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast3d,
+                            at::MemoryFormat::ChannelsLast}) {
+    if (t.is_contiguous(format)) return format;
+  }
+  return t.suggest_memory_format();
 }
 
 }  // namespace
@@ -88,10 +93,13 @@ at::Tensor output_like(const at::Tensor& x, const Input& in) {
   return x.numel() == 0 ? at::empty_like(x) : at::empty_like(in.tensor, in.format);
 }
 
-at::Tensor gradient_like(const at::Tensor& x, const Input& in) {
+at::Tensor gradient_like(const at::Tensor& x, const Input& in, const at::Tensor& dy) {
+  if (x.numel() == 0) return at::empty_like(x);
   // Other strides than the output's only where x is dense in several formats; both then mean the
   // same order of the elements.
-  return x.numel() == 0 ? at::empty_like(x) : at::empty_like(in.tensor, x.suggest_memory_format());
+  const auto suggested = x.suggest_memory_format();
+  const bool alike = dy.is_contiguous(format_of(dy)) && dy.suggest_memory_format() == suggested;
+  return at::empty_like(in.tensor, x.is_contiguous() && !alike ? suggested : in.format);
 }
 
 at::Tensor parameter_gradient_like(const OptionalTensor& parameter, const at::Tensor& x) {

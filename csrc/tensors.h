@@ -56,8 +56,8 @@ at::Tensor channels_last_as(const at::Tensor& dy, const at::Tensor& x, const Opt
 // Uninitialised, in the memory format that native gives its output for x.
 at::Tensor output_like(const at::Tensor& x, const Input& in);
 
-// Uninitialised, in the memory format that native gives the gradient of x.
-at::Tensor gradient_like(const at::Tensor& x, const Input& in);
+// Uninitialised, in the memory format that native gives the gradient of x for this gradient of y.
+at::Tensor gradient_like(const at::Tensor& x, const Input& in, const at::Tensor& dy);
 
 // For the gradient of a parameter, or of one that was not given: uninitialised, or 0 where x is
 // empty.
