@@ -166,6 +166,12 @@ Tensor run(const Tensor& x, const OptionalTensor& residual, const OptionalTensor
            const OptionalTensor& bias, Call* call) {
   refuse_gradient("native_batch_norm", call->running_mean, "running_mean");
   refuse_gradient("native_batch_norm", call->running_var, "running_var");
+  // The operators themselves have no forward mode; bnorm_ext.batch_norm has.
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !has_tangent(x) && !has_tangent(residual) && !has_tangent(weight) && !has_tangent(bias),
+      "Trying to use forward AD with ",
+      call->train ? "batch_norm_training" : "batch_norm_inference",
+      ", which has no derivative for it. Call bnorm_ext.batch_norm instead.");
   if (at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(residual) ||
                                      requires_grad(weight) || requires_grad(bias))) {
     return BatchNorm::apply(x, residual, flat(weight), flat(bias), call)[0];

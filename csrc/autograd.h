@@ -14,6 +14,11 @@ inline bool requires_grad(const OptionalTensor& t) {
   return given(t) && t->requires_grad();
 }
 
+// Whether it carries a tangent of forward-mode differentiation. torch has one level of them.
+inline bool has_tangent(const OptionalTensor& t) {
+  return given(t) && t->_fw_grad(/*level=*/0).defined();
+}
+
 // Native's words: buffers are not differentiable. function: native's name of it.
 inline void refuse_gradient(const char* function, const OptionalTensor& buffer, const char* name) {
   TORCH_CHECK(!requires_grad(buffer) || !at::GradMode::is_enabled(), "The function '", function,

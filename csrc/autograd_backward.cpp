@@ -1,6 +1,7 @@
 // The backward operators are differentiable themselves: C++ autograd Functions on their Autograd
 // key, whose derivatives (double_backward.cpp) are made of differentiable ATen operations.
 #include <ATen/ATen.h>
+#include <ATen/FuncTorchTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -101,6 +102,18 @@ std::array<Tensor, 2> mean_and_rstd(const OptionalTensor& running_mean,
           (running_var->detach().to(at::kDouble) + eps).rsqrt().to(acc)};
 }
 
+// Whether a transform of torch.func is active, for which a C++ Function raises an error.
+bool is_transformed() {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (transforms == nullptr) return false;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    return true;
+  }
+  return false;
+}
+
 Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
                    const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -111,10 +124,23 @@ Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& resi
   refuse_gradient("native_batch_norm_backward", running_var, "running_var");
   const bool complete =
       train ? given(mean) && given(rstd) : given(running_mean) && given(running_var);
+  const bool is_recorded = at::GradMode::is_enabled() &&
+                           (dy.requires_grad() || x.requires_grad() || requires_grad(residual) ||
+                            requires_grad(weight) || requires_grad(bias));
+  const bool is_dual = has_tangent(dy) || has_tangent(x) || has_tangent(residual) ||
+                       has_tangent(weight) || has_tangent(bias);
+  // C++ Functions know neither tangents nor functorch.
+  if (complete && (is_dual || (is_recorded && is_transformed())) && x.sym_numel() != 0) {
+    const auto statistics = mean_and_rstd(running_mean, running_var, mean, rstd, train, eps,
+                                          accumulation_type(x.scalar_type()));
+    auto [dx, dresidual, dweight, dbias] =
+        differentiable_backward({dy, x, residual, weight, bias, statistics[0], statistics[1], train,
+                                 mask, activation_named(act), negative_slope});
+    const auto wanted = [&](int i, const Tensor& t) { return output_mask[i] ? t : Tensor(); };
+    return {wanted(0, dx), wanted(1, dresidual), wanted(2, dweight), wanted(3, dbias)};
+  }
   // The operator refuses a call whose statistics are missing.
-  if (!complete || !at::GradMode::is_enabled() ||
-      !(dy.requires_grad() || x.requires_grad() || requires_grad(residual) ||
-        requires_grad(weight) || requires_grad(bias))) {
+  if (!complete || !is_recorded) {
     at::AutoDispatchBelowAutograd guard;
     return backward_op().call(dy, x, residual, weight, bias, running_mean, running_var, mean, rstd,
                               train, eps, mask, act, negative_slope, output_mask, any_layout);

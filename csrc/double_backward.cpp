@@ -116,7 +116,31 @@ std::array<Tensor, 2> smooth_slopes(Activation act, const Tensor& z) {
           at::where(between, one / 3, zero)};
 }
 
+// act'(z) and act''(z) as functions of what z is made of; undefined where they are 1 and 0.
+std::array<Tensor, 2> slopes(const BackwardInputs& in, const Normalised& n) {
+  if (in.act == Activation::Identity) return {};
+  if (is_piecewise(in.act)) return {piecewise_slope(in, n.type), Tensor()};
+  Tensor z = given(in.weight) ? n.broadcast(*in.weight) * n.xhat : n.xhat;
+  if (given(in.bias)) z = z + n.broadcast(*in.bias);
+  if (given(in.residual)) z = z + in.residual->to(n.type);
+  return smooth_slopes(in.act, z);
+}
+
 }  // namespace
+
+std::array<Tensor, 4> differentiable_backward(const BackwardInputs& in) {
+  const at::ScalarType acc = accumulation_type(in.x.scalar_type());
+  const Normalised n(in, acc);
+  const Tensor dy = in.dy.to(acc), slope = slopes(in, n)[0];
+  const Tensor g = slope.defined() ? dy * slope : dy;
+  const auto as_parameter = [&](const Tensor& sums, const OptionalTensor& parameter) {
+    return given(parameter)
+               ? sums.to(parameter->scalar_type()).reshape_symint(parameter->sym_sizes())
+               : sums;
+  };
+  return {(n.scale * n.project(g)).to(in.x.scalar_type()), g.to(in.x.scalar_type()),
+          as_parameter(n.sum(g * n.xhat), in.weight), as_parameter(n.sum(g), in.bias)};
+}
 
 // Backward first makes g = dy * act'(z) with z = weight * xhat + bias + residual; then dresidual is
 // g, and dx, dweight and dbias follow from g. Its derivative goes the same way back.
@@ -126,18 +150,7 @@ std::array<Tensor, 5> double_backward(const BackwardCotangents& dd, const Backwa
   const Normalised n(in, type);
   const Tensor dy = in.dy.to(type);
 
-  Tensor slope, curvature;  // of act; undefined: 1 and 0
-  if (is_piecewise(in.act)) {
-    slope = piecewise_slope(in, type);
-  } else if (in.act != Activation::Identity) {
-    Tensor z = given(in.weight) ? n.broadcast(*in.weight) * n.xhat : n.xhat;
-    if (given(in.bias)) z = z + n.broadcast(*in.bias);
-    if (given(in.residual)) z = z + in.residual->to(type);
-    const auto slopes = smooth_slopes(in.act, z);
-    slope = slopes[0];
-    curvature = slopes[1];
-  }
-
+  const auto [slope, curvature] = slopes(in, n);
   const Tensor g = slope.defined() ? dy * slope : dy;
   auto [g_g, g_x, g_weight] = through_batch_norm(dd, g, n);
   if (given(dd.dresidual)) add(g_g, dd.dresidual->to(type));

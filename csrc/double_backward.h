@@ -1,5 +1,5 @@
-// The derivative of the backward pass, in plain differentiable ATen operations: differentiable
-// again.
+// The backward pass and its derivative, in plain differentiable ATen operations: differentiable
+// again, in reverse and in forward mode.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -27,6 +27,9 @@ struct BackwardInputs {
 inline OptionalTensor residual_to_read(const OptionalTensor& residual, const OptionalTensor& mask) {
   return given(mask) && mask->sym_numel() != 0 ? std::nullopt : residual;
 }
+
+// Gradients of (x, residual, weight, bias): what the kernels compute, up to rounding.
+std::array<at::Tensor, 4> differentiable_backward(const BackwardInputs& in);
 
 // Gradients of what the backward pass returned; absent where nothing flows.
 struct BackwardCotangents {
