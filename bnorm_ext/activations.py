@@ -29,6 +29,18 @@ MODULE_NAMES: dict[type[nn.Module], str] = {
 }
 
 
+def name_of(module: nn.Module) -> str | None:
+    """Name of the activation that a module is; None if it is none of those that can be fused."""
+    settings: Any = module
+    name = MODULE_NAMES.get(type(module))
+    # torch's ReLU6 is a Hardtanh, and takes its limits from the attributes of one.
+    if name == "relu6" and (settings.min_val != 0 or settings.max_val != 6):
+        return None
+    if name == "leaky_relu" and not isinstance(settings.negative_slope, (int, float)):
+        return None
+    return name
+
+
 def resolve(act: Activation, negative_slope: float) -> tuple[str, float]:
     """Name and slope of an activation given by name, module class or module.
 
@@ -45,12 +57,16 @@ def resolve(act: Activation, negative_slope: float) -> tuple[str, float]:
     elif isinstance(act, nn.Module):
         if type(act) is nn.LeakyReLU:
             return "leaky_relu", act.negative_slope
-        if type(act) in MODULE_NAMES:
-            return MODULE_NAMES[type(act)], negative_slope
-        act = type(act)
+        name = name_of(act)
+        if name is not None:
+            return name, negative_slope
+        if type(act) not in MODULE_NAMES:
+            act = type(act)
     elif act in MODULE_NAMES:
         return MODULE_NAMES[act], negative_slope
     given = act.__name__ if isinstance(act, type) else repr(act)
+    if isinstance(act, nn.ReLU6):
+        given = f"ReLU6 from {act.min_val} to {act.max_val}"
     raise ValueError(
         f"unknown activation {given}: expected None or one of {', '.join(NAMES)}, "
         f"or one of the modules {', '.join(cls.__name__ for cls in MODULE_NAMES)}"

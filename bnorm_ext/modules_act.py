@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._compat.modules import is_hooked
-from .activations import MODULE_NAMES, Activation, resolve
+from .activations import Activation, name_of, resolve
 from .modules import _BatchNormMixin, _is_scripting
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
@@ -25,7 +25,7 @@ _OBSERVING = ("torch._", "torch.jit", "torch.fx", "torch.export", "torch.onnx")
 def activation_of(module: nn.Module) -> tuple[str | None, float]:
     """Name and slope of the activation that a module is; None as name if it is none of the known
     ones, or has hooks."""
-    name = MODULE_NAMES.get(type(module))
+    name = name_of(module)
     if name is None or is_hooked(module):
         return None, 0.01
     return name, module.negative_slope if name == "leaky_relu" else 0.01  # type: ignore[return-value]

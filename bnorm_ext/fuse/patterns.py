@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .._compat.modules import hooks_of
-from ..activations import MODULE_NAMES
+from ..activations import name_of
 from .aliasing import is_torchs_function
 
 # How an addition is written, as in the keys of ``call.ADDITIONS``, with its operands left open.
@@ -67,7 +67,7 @@ def as_act(node: fx.Node, root: nn.Module, operand: fx.Node) -> Act | None:
     arguments = {**dict(zip(("input", "negative_slope"), node.args, strict=False)), **node.kwargs}
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        name = MODULE_NAMES.get(type(module))
+        name = name_of(module)
         if name is None or name == "identity":
             return None
         reason = None
