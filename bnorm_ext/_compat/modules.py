@@ -62,6 +62,8 @@ def _internals() -> frozenset[str]:
 
 
 INTERNALS = _internals()
+#: The attributes that every module has.
+OF_ALL = frozenset(_STATE)
 
 
 # --- hooks ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -142,6 +143,10 @@ def questions(code: types.CodeType) -> Questions:
     )  # fmt: skip
 
 
+def _is_text(instruction: dis.Instruction) -> bool:
+    return instruction.opname == "LOAD_CONST" and isinstance(instruction.argval, str)
+
+
 def _is_none(instruction: dis.Instruction) -> bool:
     return instruction.opname in ("LOAD_CONST", "RETURN_CONST") and instruction.argval is None
 
@@ -155,6 +160,24 @@ def may_return_none(code: types.CodeType) -> bool:
         _is_none(this) and (after is None or after.opname != "IS_OP")
         for this, after in zip(found, following, strict=True)
     )
+
+
+@functools.cache
+def computes_names(code: types.CodeType) -> bool:
+    """Whether the code may read attributes by names that it does not contain."""
+    if not {"attrgetter", "vars", "__dict__", "__getattribute__", "dir"}.isdisjoint(code.co_names):
+        return True
+    found = _instructions(code)
+    for i, instruction in enumerate(found):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval == "getattr":
+            after = i + 2  # the object
+            while found[after].opname == "LOAD_ATTR":
+                after += 1
+            rest = itertools.takewhile(lambda i: not i.opname.startswith("CALL"), found[after:])
+            # A name that is a constant is followed by a default value at most.
+            if len(list(rest)) > 2 or not _is_text(found[after]):
+                return True
+    return False
 
 
 def references(

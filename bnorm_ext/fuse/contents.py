@@ -33,6 +33,17 @@ _SETS = (set, frozenset)
 _CONTAINERS = (list, tuple, dict, *_SETS, deque)
 
 
+def is_as_before(now: Any, value: Any) -> bool:
+    """Whether this is the value from before, or an equal one of a type that counts by value."""
+    if type(value) is tuple:  # not by `==`, which arrays and tensors in it do not have
+        if type(now) is not tuple or len(now) != len(value):
+            return False
+        return all(is_as_before(now[i], value[i]) for i in range(len(value)))
+    return now is value or (
+        type(now) in BY_VALUE and type(now) is type(value) and bool(now == value)
+    )
+
+
 class _TooLarge(Exception):
     """It holds more than may be compared."""
 
@@ -52,8 +63,11 @@ def contents(value: Any, most: float = float("inf"), like: Any = None) -> Any:
 
 
 def holds(value: Any, inside: Any, most: float = float("inf")) -> bool:
-    """Whether ``inside`` is what it holds, by ``contents(value, most)``."""
+    """Whether ``inside`` is what it holds, by ``contents(value, most)``; of a function, what its
+    attributes hold."""
     like = inside if _UNLISTED and torch.compiler.is_dynamo_compiling() else None
+    if type(value) is types.FunctionType:
+        value = _attributes(value, like)
     return bool(contents(value, most, like) == inside)
 
 

@@ -9,10 +9,12 @@ import io
 import logging
 import os
 import queue
+import subprocess
 import threading
 import time
 import types
 import warnings
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -63,6 +65,7 @@ CALLS: dict[types.CodeType | None, str] = {
     code_of(torch.save): "writes a file, which a graph would not do",
     code_of(torch.load): "reads a file, which a graph would not do",
     code_of(contextlib.suppress.__enter__): HANDLES,
+    code_of(subprocess.Popen.__init__): _FILES,
     code_of(logging.Logger._log): "logs, which a graph would not do",
     code_of(type(os.environ).__setitem__): _ENVIRONMENT,
     code_of(type(os.environ).__delitem__): _ENVIRONMENT,
@@ -101,6 +104,8 @@ NOW = ("now", "utcnow", "today")
 SEEDING = ("manual_seed", "seed", "set_state")
 _ASKS = "asks whether gradients, autocast, inference mode or determinism are on"
 _ASKS_OTHERWISE = "asks for torch's default dtype or device, its settings or its processes"
+_COMPILERS = ("is_compiling", "is_dynamo_compiling", "is_exporting")
+_COMPILING = "asks whether it is being compiled or exported"
 # Written in C, or the code of those in Python.
 QUESTIONS: dict[Any, str] = {
     held: what
@@ -113,6 +118,8 @@ QUESTIONS: dict[Any, str] = {
             torch.get_autocast_dtype,
             torch.is_anomaly_enabled,
             torch.are_deterministic_algorithms_enabled,
+            torch.is_deterministic_algorithms_warn_only_enabled,
+            torch.get_deterministic_debug_mode,
             # Deprecated.
             *(
                 getattr(torch, name, None)
@@ -132,17 +139,32 @@ QUESTIONS: dict[Any, str] = {
             torch.get_default_dtype,
             torch.get_num_threads,
             torch.get_float32_matmul_precision,
+            torch.is_warn_always_enabled,
+            torch.initial_seed,
+            *(
+                getattr(torch.backends.cuda, name)
+                for name in dir(torch.backends.cuda)
+                if name.endswith("_enabled")
+            ),
+            *(
+                getattr(type(settings), "__getattr__", None)
+                for settings in vars(torch.backends.cuda).values()
+                if type(settings).__module__ == "torch.backends.cuda"
+            ),
             getattr(torch, "get_default_device", None),
             *(
                 getattr(torch.distributed, name, None)
                 for name in ("is_initialized", "get_rank", "get_world_size")
             ),
         ),
+        _COMPILING: (getattr(torch.compiler, name, None) for name in _COMPILERS),
     }.items()
     for function in functions
     for held in (function, code_of(function))
     if held is not None
 }
+CALLS_MODULE = code_of(torch.nn.Module.__call__)
+MAKES_MODULE = code_of(torch.nn.Module.__init__)
 READS_MODULE = code_of(torch.nn.Module.__getattr__)
 READS_ENVIRONMENT = code_of(type(os.environ).__getitem__)
 #: Code of functions that ask of what type a value is.
@@ -152,6 +174,15 @@ TYPE_QUESTIONS = (
     code_of(torch.jit.isinstance),
 )
 
+#: Packages written in C whose objects are there for what a graph would not do.
+OUTPUT: dict[str, str] = {
+    "_csv": "writes a table, which a graph would not do",
+    "sqlite3": "uses a database, which a graph would not do",
+    "_socket": "uses a socket, which a graph would not do",
+    "socket": "uses a socket, which a graph would not do",
+    "mmap": "uses a file in memory, which a graph would not do",
+}
+
 #: What a forward does that calls Python code of torch: by its module, and its name, None for any.
 #: Not by the functions, of which some are private.
 PLACES: dict[tuple[str, str | None], str] = {
@@ -160,6 +191,7 @@ PLACES: dict[tuple[str, str | None], str] = {
     ("torch.overrides", "__enter__"): _MODES,
     ("torch.nn.attention", "sdpa_kernel"): "chooses the kernels of attention",
     ("torch.autograd.profiler", "__enter__"): "labels a region for profilers, or profiles",
+    ("torch._dynamo.external_utils", "is_compiling"): _COMPILING,
     ("torch", "set_float32_matmul_precision"): _SETTINGS,
     ("torch.backends", "__set__"): _SETTINGS,
     ("torch.backends.cuda", "sdp_kernel"): _SETTINGS,
@@ -179,6 +211,7 @@ _SHARED: dict[type, str] = {
     queue.Queue: "a queue",
     queue.SimpleQueue: "a queue",
     io.IOBase: "a file",
+    ContextVar: "a context variable",
 }
 _SHARED_TYPES = tuple(_SHARED)
 

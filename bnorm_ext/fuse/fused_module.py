@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,8 +19,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from .._compat import has_function_modes, is_exporting
-from .._compat.modules import change_class, has_global_module_hooks, is_call_replaced
-from .copying import copy_with_same_tensors
+from .._compat.modules import (
+    change_class,
+    children_of,
+    has_global_module_hooks,
+    is_call_replaced,
+)
+from .copying import copy_with_same_tensors, uncopyable
 from .guards import Guard
 from .program import Program
 
@@ -58,7 +64,8 @@ class FusedModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         # No properties, because a model may have attributes of these names. Not called `graph`,
         # because torch's ONNX exporter takes a module with that attribute for a TorchScript module.
-        if name in ("fused_graph", "fused_code") and _FUSION in self.__dict__:
+        asked = name in ("fused_graph", "fused_code") and _FUSION in self.__dict__
+        if asked and name not in children_of(self):
             return getattr(self.__dict__[_FUSION].program, name.removeprefix("fused_"))
         return super().__getattr__(name)
 
@@ -73,7 +80,7 @@ class FusedModule(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What TorchScript compiles instead of this module: a copy with its own forwards."""
-        copied, _ = copy_with_same_tensors(self)
+        copied, _ = copy_with_same_tensors(self, uncopyable(self))
         return unfuse(copied)
 
 
@@ -98,11 +105,15 @@ def _fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
                 return cls.forward(self, *args, **kwargs)
             if not _are_tensors(args) or not _are_tensors(kwargs.values()):
                 return cls.forward(self, *args, **kwargs)
+            if not _fit(fusion.program.inputs, args, kwargs):
+                return cls.forward(self, *args, **kwargs)  # which raises the error
             called: list[Any] = [None] * len(fusion.program.modules)
             if not fusion.guard.check(self, called):
                 return cls.forward(self, *args, **kwargs)
             return fusion.program.run(self, *called, *args, **kwargs)
 
+        # For tools that do not follow `__wrapped__`, such as `inspect.getfullargspec`.
+        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
         body["forward"] = forward
     metaclass: Any = type(cls)
     made: type[nn.Module] = metaclass(cls.__name__, (FusedModule, cls), body)
@@ -127,6 +138,13 @@ def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         or is_call_replaced()
         or any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values()))
     )
+
+
+def _fit(inputs: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether these are the arguments that the forward takes, all of which it needs."""
+    if len(args) + len(kwargs) != len(inputs):
+        return False
+    return not kwargs or all(name in inputs[len(args) :] for name in kwargs)
 
 
 def _are_tensors(values: Iterable[Any]) -> bool:

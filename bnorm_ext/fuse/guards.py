@@ -8,17 +8,17 @@ would not.
 
 from __future__ import annotations
 
-import types
+import inspect
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .._compat.modules import INTERNALS, children_of, is_hooked, tensors_of
-from .contents import ABSENT, BY_VALUE, contents, holds
+from .._compat.modules import INTERNALS, OF_ALL, children_of, is_hooked, tensors_of
+from .contents import ABSENT, contents, holds, is_as_before
 from .names import Names
-from .watch import AS_TEXT
+from .watch import ANY_NAME, AS_TEXT
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Guard:
                 return False
         for name, value, inside in self.attributes:
             now = state.get(name, ABSENT)
-            if now is not value and not (type(now) in BY_VALUE and now == value):
+            if not is_as_before(now, value):
                 return False
             if inside is not None and not holds(now, inside):
                 return False
@@ -190,9 +190,12 @@ def _attributes(module: nn.Module, names: Set[str]) -> list[tuple[str, Any, Any]
 def _names_asked(module: nn.Module, names: Set[str]) -> list[str]:
     """Which of these names are, or may become, attributes of the module."""
     state = vars(module)
+    wanted = {name.removeprefix(AS_TEXT) for name in names}
+    if ANY_NAME in names:
+        wanted |= state.keys() - OF_ALL
     return [
         name
-        for name in sorted({name.removeprefix(AS_TEXT) for name in names})
+        for name in sorted(wanted)
         if name not in INTERNALS
         and not name.startswith("__")
         and (name in state or _is_default(module, name) or AS_TEXT + name in names)
@@ -200,8 +203,10 @@ def _names_asked(module: nn.Module, names: Set[str]) -> list[str]:
 
 
 def _is_default(module: nn.Module, name: str) -> bool:
-    """Whether the class has a value of this name, which an attribute of the instance may hide."""
-    value = getattr(type(module), name, None)
-    if isinstance(value, types.FunctionType):  # a method
-        return not value.__module__.startswith("torch.")
-    return isinstance(value, bool | int | float | str | tuple | list)
+    """Whether the class, if it is none of torch's, has a value of this name, which an attribute of
+    the instance may hide."""
+    for base in type(module).__mro__:
+        if name in vars(base):
+            settable = not inspect.isdatadescriptor(vars(base)[name])
+            return settable and not base.__module__.startswith("torch.")
+    return False

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from .._compat.modules import has_own_call, hooks_of, is_compiled
 from ..modules import is_ours
-from .bytecode import asks_for_types, enclosing_cells, looked_up, references
-from .outside import is_library
+from .bytecode import asks_for_types, enclosing_cells, looked_up, may_return_none, references
+from .state import is_library
 
 _MAX_FUNCTIONS = 300
 
@@ -61,4 +61,29 @@ def asks_for_exact_types(module: nn.Module) -> bool:
             functions += [getattr(cls, name, None) for name in code.co_names]
             named = references(code, function.__globals__, {})
             functions += [looked_up(holder, name) for holder, name in named]
+    return False
+
+
+def may_be_none(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a value in the graph of ``root`` may be None, or may be made of one: the function
+    that asks may have gone on with it."""
+    nodes, seen = [node], set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "call_module":
+            module = root.get_submodule(str(node.target))
+            code = getattr(type(module).forward, "__code__", None)
+            if "forward" in vars(module) or code is None:
+                return True
+            if not is_layer(module) and may_return_none(code):
+                return True
+        elif node.op == "call_method" and node.target in ("get", "pop", "setdefault"):
+            return True  # of a dictionary
+        elif node.target is getattr and node.args[1] in ("grad", "grad_fn", "names"):
+            return True
+        elif node.op in ("call_method", "call_function"):
+            nodes += node.all_input_nodes
     return False

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from .bytecode import enclosing_cells, references
-from .contents import ABSENT, BY_VALUE, contents, holds
+from .contents import ABSENT, BY_VALUE, contents, holds, is_as_before
 from .watch import AS_TEXT
 
 Scopes = Mapping[types.CodeType, Mapping[str, Any]]
@@ -43,10 +43,6 @@ def _inside(value: Any) -> Any:
     return contents(value, _MOST)
 
 
-def _still_holds(value: Any, inside: Any) -> bool:
-    return holds(vars(value) if type(value) is types.FunctionType else value, inside, _MOST)
-
-
 class Names:
     """What some code refers to. It is immutable, so copies of a model share it."""
 
@@ -60,15 +56,15 @@ class Names:
     def unchanged(self) -> bool:
         for holder, name, value, inside in self.entries:
             now = getattr(holder, name, ABSENT)
-            if now is not value and not (type(now) in BY_VALUE and now == value):
+            if not is_as_before(now, value):
                 return False
-            if inside is not None and not _still_holds(now, inside):
+            if inside is not None and not holds(now, inside, _MOST):
                 return False
         for read, value, inside in self.cells:
             now = read()
-            if now is not value and not (type(now) in BY_VALUE and now == value):
+            if not is_as_before(now, value):
                 return False
-            if inside is not None and not _still_holds(now, inside):
+            if inside is not None and not holds(now, inside, _MOST):
                 return False
         return True
 

@@ -7,25 +7,17 @@ run it to find out; what the run has changed outside of the traced copy is resto
 
 from __future__ import annotations
 
-import sys
+import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from .state import Snapshot
+from .state import Snapshot, is_library
 
-# Packages whose functions and classes are not searched, because they hold no state of one model.
-_LIBRARIES = frozenset({"torch", "torchvision", "numpy", "bnorm_ext", *sys.stdlib_module_names})
 _MAX_FUNCTIONS = 300
 _ABSENT: Any = object()
-
-
-def is_library(name: str | None) -> bool:
-    """Whether a Python module of this name belongs to one of those packages."""
-    # __main__ is a user's script, although it is a name of the standard library too.
-    return name is not None and name != "__main__" and name.split(".")[0] in _LIBRARIES
 
 
 class Outside:
@@ -33,7 +25,8 @@ class Outside:
     attributes of classes and functions, variables in closures. A copy of the model shares it with
     the model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shared: Iterable[int]) -> None:
+        """``shared``: ids of attributes of modules that the copy which is traced has too."""
         self._cells: list[tuple[types.CellType, Snapshot]] = []
         self._names: list[tuple[Any, str, Snapshot]] = []  # holder, name, value
         self._contents: list[tuple[str, Snapshot]] = []  # what it is, value
@@ -41,8 +34,13 @@ class Outside:
         self._attributes: list[tuple[type, frozenset[str]]] = []  # class, names of its attributes
         self._seen: set[int] = set()
         self._left = _MAX_FUNCTIONS
+        self._unseen = set(shared)  # ids of values of which changes would not be seen
         for cls in {type(module) for module in model.modules()}:
             self._visit_class(cls)
+        for module in model.modules():
+            for value in vars(module).values():
+                if hasattr(type(value), "__deepcopy__") and not is_library(type(value).__module__):
+                    self._kept(value)
 
     def _visit_class(self, cls: type) -> None:
         for base in cls.__mro__:
@@ -79,7 +77,7 @@ class Outside:
             if isinstance(value, types.FunctionType):
                 self._visit_function(value)
             elif not isinstance(value, type | nn.Module):
-                self._cells.append((cell, Snapshot(value)))
+                self._cells.append((cell, self._kept(value)))
         attributes = ("an attribute of a function", Snapshot(vars(function)))
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         self._contents.append(attributes)
@@ -99,7 +97,21 @@ class Outside:
             self._keep(holder, name, value)
 
     def _keep(self, holder: Any, name: str, value: Any) -> None:
-        self._names.append((holder, name, Snapshot(value)))
+        self._names.append((holder, name, self._kept(value)))
+
+    def _kept(self, value: Any) -> Snapshot:
+        kept = Snapshot(value)
+        if not kept.seen:
+            self._unseen.add(id(value))
+        if not isinstance(value, nn.Module):
+            self._visit_class(type(value))  # its methods may change attributes of the class
+        for function in _functions_in(value):
+            self._visit_function(function)
+        return kept
+
+    def is_unseen(self, value: Any) -> bool:
+        """Whether changes of the value by a forward would not be noticed."""
+        return id(value) in self._unseen
 
     def restore(self) -> list[str]:
         """Restores what has changed; returns the names of it."""
@@ -134,6 +146,23 @@ class Outside:
 
 def _held(holder: Any, name: str) -> Any:
     return (holder if isinstance(holder, dict) else vars(holder)).get(name, _ABSENT)
+
+
+def _functions_in(value: Any, depth: int = 2) -> Iterator[types.FunctionType]:
+    """The functions that a container, a method or a partial function holds."""
+    if isinstance(value, types.FunctionType):
+        yield value
+    inside: tuple[Any, ...] = ()
+    if isinstance(value, dict):
+        inside = tuple(value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        inside = tuple(value)
+    elif isinstance(value, functools.partial):
+        inside = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        inside = (value.__func__,)
+    for held in inside[:_MAX_FUNCTIONS] if depth else ():
+        yield from _functions_in(held, depth - 1)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,12 @@ class _Result:
 
 
 @dataclass(frozen=True)
-class _Operator:
-    """Refers to ``torch.ops.<path>``, which cannot be pickled itself."""
+class _Named:
+    """Refers to what cannot be pickled itself: the operator ``torch.ops.<path>``, or a function
+    that is found under this name but was defined under another one, as ``F.max_pool2d``."""
 
     path: str
+    module: str = "torch.ops"
 
 
 class Program:
@@ -56,6 +59,8 @@ class Program:
         scope: dict[str, Any] = dict(code.globals)
         exec(compile(code.src, name, "exec"), scope)
         self.run: Callable[..., Any] = scope["forward"]
+        #: Names of the inputs, in order.
+        self.inputs = tuple(str(node.target) for node in graph.nodes if node.op == "placeholder")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self
@@ -66,7 +71,7 @@ class Program:
             (
                 node.op,
                 node.name,
-                _Operator(str(node.target)) if _is_operator(node.target) else node.target,
+                _referred(node.target),
                 map_arg(node.args, number.__getitem__),
                 map_arg(node.kwargs, number.__getitem__),
             )
@@ -98,8 +103,13 @@ def _with_modules(graph: fx.Graph, modules: tuple[str, ...]) -> fx.Graph:
     return made
 
 
-def _is_operator(target: Any) -> bool:
-    return isinstance(target, _OPERATORS)
+def _referred(target: Any) -> Any:
+    if isinstance(target, _OPERATORS):
+        return _Named(str(target))
+    name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None)
+    if "<locals>" in getattr(target, "__qualname__", ""):
+        return _Named(name, str(module))
+    return target
 
 
 def _load(rows: list[tuple[Any, ...]], modules: tuple[str, ...]) -> Program:
@@ -118,8 +128,9 @@ def _load(rows: list[tuple[Any, ...]], modules: tuple[str, ...]) -> Program:
         return value
 
     for op, name, target, args, kwargs in rows:
-        if isinstance(target, _Operator):
-            target = operator.attrgetter(target.path)(torch.ops)
+        if isinstance(target, _Named):
+            holder = torch.ops if target.module == "torch.ops" else sys.modules[target.module]
+            target = operator.attrgetter(target.path)(holder)
         args, kwargs = found(tuple(args)), found(dict(kwargs))
         nodes.append(graph.create_node(op, target, args, kwargs, name=name))
     return Program(graph, modules)

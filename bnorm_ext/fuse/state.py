@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import enum
 import random
 import sys
 import types
@@ -13,8 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Packages whose functions and classes are not searched, because they hold no state of one model.
+_LIBRARIES = frozenset({"torch", "torchvision", "numpy", "bnorm_ext", *sys.stdlib_module_names})
 _CONTAINERS = (list, dict, set, bytearray, collections.deque)
 _IMMUTABLE = (tuple, frozenset, bytes, str, types.FunctionType, type, types.ModuleType)
+
+
+def is_library(name: str | None) -> bool:
+    """Whether a Python module of this name belongs to one of those packages."""
+    # __main__ is a user's script, although it is a name of the standard library too.
+    return name is not None and name != "__main__" and name.split(".")[0] in _LIBRARIES
 
 
 def is_array(value: Any) -> bool:
@@ -99,6 +108,22 @@ def _same_by_pickling(a: Any, b: Any, ignored: frozenset[str], seen: set[tuple[i
     return _same(lists(mine), lists(theirs), ignored, seen)
 
 
+def is_own_copy(value: Any, copied: Any) -> bool:
+    """Whether the deep copy of an object of somebody's class is the object itself, as its class may
+    have it: what changes in it changes in both."""
+    known = is_library(type(value).__module__)
+    return copied is value and not known and not isinstance(value, enum.Enum | Tensor | nn.Module)
+
+
+def _copy_values(held: dict[Any, Any]) -> bool:
+    """Puts copies in the place of the values of a dictionary; returns whether all can be copied."""
+    try:
+        dict.update(held, {key: copy.deepcopy(value) for key, value in dict.items(held)})
+    except Exception:
+        return False
+    return True
+
+
 class Snapshot:
     """A value, and what it and everything in it was like at first."""
 
@@ -107,14 +132,19 @@ class Snapshot:
         self.then = value
         #: Pairs of the objects in the value and their copies.
         self.pairs: list[tuple[Any, Any]] = []
+        self.seen = True  #: whether changes of it would be seen
         memo: dict[int, Any] = {}
         try:
             self.then = copy.deepcopy(value, memo)
         except Exception:  # something in it cannot be copied: changes inside of that are not seen
+            self.seen = False
             if isinstance(value, _CONTAINERS):
                 self.then = copy.copy(value)
                 self.pairs = [(value, self.then)]
+            if isinstance(value, dict):
+                self.seen = _copy_values(self.then)
             return
+        self.seen = not is_own_copy(value, self.then)
         kept = memo.get(id(memo), ())  # deepcopy keeps the originals alive in there
         self.pairs = [(held, memo[id(held)]) for held in kept if id(held) in memo]
 

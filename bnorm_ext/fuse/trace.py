@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from .._compat.modules import INTERNALS, children_of, why_uncaught
 from .compare import compare
-from .copying import copy_with_same_tensors
+from .copying import copy_with_same_tensors, uncopyable
 from .guards import Asked
 from .leaves import is_leaf
 from .names import Scopes
@@ -39,6 +39,8 @@ def _unfit_signature(module: nn.Module) -> str | None:
     _, *parameters = inspect.signature(type(module).forward).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         return "its forward takes any number of arguments"
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return "its forward has arguments that may be given by position only, or by name only"
     names = [p.name for p in parameters if p.default is not p.empty]
     taken = sorted(parameter.name for parameter in parameters if parameter.name in CODE_NAMES)
     if taken:
@@ -116,10 +118,11 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
         the reason.
     """
     try:
-        copied, original = copy_with_same_tensors(root)
+        shared = uncopyable(root)
+        copied, original = copy_with_same_tensors(root, shared)
     except Exception as error:
         return None, {root: f"it cannot be copied: {_one_line(error)}"}
-    outside = Outside(root)
+    outside = Outside(root, shared)
     wanted = [(p, p.requires_grad) for p in root.parameters()]  # the copy has the very same ones
     leaves = {c for c, o in original.items() if id(o) in kept or (o is not root and is_leaf(o))}
     unfit: dict[nn.Module, str] = {}

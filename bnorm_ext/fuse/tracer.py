@@ -8,18 +8,20 @@ running. A fault is noted before it is raised, because the forward may catch the
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .._compat.modules import INTERNALS, catch_calls, release_calls, tensors_of
-from .bytecode import Questions, may_return_none
+from .._compat.modules import INTERNALS, OF_ALL, catch_calls, release_calls, tensors_of
+from .bytecode import Questions
+from .constants import is_kept, plain
 from .guards import Trait
-from .leaves import is_layer
+from .leaves import is_layer, may_be_none
 from .outside import Outside
 from .process_state import ProcessState
 from .proxy import Unfit, Value
@@ -75,6 +77,8 @@ class Tracer(fx.Tracer):
         self.faults: dict[nn.Module, str] = {}  # the first fault of each module, as text
         self.culprit: nn.Module | None = None  # the innermost module whose forward raised
         self.running: list[Call] = []  # the stack of forwards, outermost first
+        self.made: list[nn.Module] = []  # by the forward
+        self.exact = False  # whether the type of a number that the graph is given matters
 
     def fault(self, what: str) -> Unfit:
         """Notes a fault of the forward that is running; the caller raises the result."""
@@ -101,6 +105,7 @@ class Tracer(fx.Tracer):
                 self.faults[self.culprit or root] = f"its forward {left}"
         for fault in self.faults.values():
             raise Unfit(fault)
+        self.exact = True
         self.create_node("output", "output", (self.create_arg(self.running[0].result),), {})
         for node in self.graph.nodes:
             node.type = None  # an annotation of the forward, which may not be picklable
@@ -138,37 +143,13 @@ class Tracer(fx.Tracer):
                 raise self.fault(f"asks whether {name} is some object, which tracing would decide")
         for name in asked.none:
             value = variables.get(name)
-            if isinstance(value, fx.Proxy) and self._may_be_none(value.node):
+            if isinstance(value, fx.Proxy) and may_be_none(value.node, self.root):
                 raise self.fault(f"asks whether {name} is None, which tracing would decide")
         events = self.running[-1].events
         if asked.none_of_results and any(
-            isinstance(event, fx.Node) and self._may_be_none(event) for event in events
+            isinstance(event, fx.Node) and may_be_none(event, self.root) for event in events
         ):
             raise self.fault("asks whether a result is None, which tracing would decide")
-
-    def _may_be_none(self, node: fx.Node) -> bool:
-        """Whether the value may be None, or may be made of one: the function that asks may have
-        gone on with it."""
-        nodes, seen = [node], set()
-        while nodes:
-            node = nodes.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node.op == "call_module":
-                module = self.root.get_submodule(str(node.target))
-                code = getattr(type(module).forward, "__code__", None)
-                if "forward" in vars(module) or code is None:
-                    return True
-                if not is_layer(module) and may_return_none(code):
-                    return True
-            elif node.op == "call_method" and node.target in ("get", "pop", "setdefault"):
-                return True  # of a dictionary
-            elif node.target is getattr and node.args[1] in ("grad", "grad_fn", "names"):
-                return True
-            elif node.op in ("call_method", "call_function"):
-                nodes += node.all_input_nodes
-        return False
 
     @contextlib.contextmanager
     def _calls_caught(self, root: nn.Module) -> Iterator[None]:
@@ -194,7 +175,10 @@ class Tracer(fx.Tracer):
             if leaf:
                 path = self.path_of_module(module)
                 self._check_leaf(module)
-                return self.create_proxy("call_module", path, args, kwargs)
+                self.exact = not is_layer(module)
+                proxy = self.create_proxy("call_module", path, args, kwargs)
+                self.exact = False
+                return proxy
             recorded = Call(module)
             self.running[-1].events.append(recorded)
             self.running.append(recorded)
@@ -233,6 +217,30 @@ class Tracer(fx.Tracer):
         if path is not None:
             self.read.add(f"{path}.{name}".strip("."))
 
+    def attributes(self, names: Iterable[str]) -> Iterator[Any]:
+        """The attributes of these names that the running module or its class has in Python."""
+        module = self.running[-1].module
+        held = vars(module)
+        for name in names:
+            yield held[name] if name in held else inspect.getattr_static(type(module), name, None)
+
+    def is_unseen(self, value: Any) -> bool:
+        """Whether what changes in the object would not be seen."""
+        return self.outside.is_unseen(value)
+
+    def makes(self, module: nn.Module) -> None:
+        """The code makes a module. Its settings are then the code's own."""
+        self.made.append(module)
+
+    def runs(self, module: nn.Module, forward: bool) -> None:
+        """The code calls a module, or runs its forward. Of a module from elsewhere the graph would
+        have the settings of now; those of a layer are guarded."""
+        if module in self.submodule_paths:
+            if forward and module in self.leaves:  # a call is caught
+                self.seen.names.update(vars(module).keys() - OF_ALL)
+        elif not any(module is made for made in self.made):
+            raise self.fault("calls a module that it does not contain")
+
     def path_of_module(self, mod: nn.Module) -> str:
         if mod not in self.submodule_paths:
             raise self.fault("calls a module that it does not contain")
@@ -258,12 +266,9 @@ class Tracer(fx.Tracer):
         if type(a) is OrderedDict:
             pairs = [(self.create_arg(k), self.create_arg(v)) for k, v in a.items()]
             return self.create_node("call_function", OrderedDict, (pairs,), {})
-        kinds = (dict, list, tuple, set)
-        if isinstance(a, kinds) and not (type(a) in (*kinds, torch.Size) or hasattr(a, "_fields")):
+        if not is_kept(a, self.exact):
             raise self.fault(f"makes a {type(a).__name__}, which a graph would not keep")
-        if isinstance(a, set):
-            raise self.fault("makes a set, which a graph would not keep")
-        return super().create_arg(tuple(a) if type(a) is torch.Size else a)
+        return super().create_arg(plain(a))
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         raise self.fault("decides by the values or the shape of a tensor (control flow)")

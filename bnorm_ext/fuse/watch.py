@@ -15,7 +15,7 @@ import random
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,15 +23,24 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from .bytecode import Questions, asks_for_types, handles_exceptions, questions
+from .bytecode import (
+    Questions,
+    asks_for_types,
+    computes_names,
+    handles_exceptions,
+    questions,
+)
 from .effects import (
     BUILTINS,
     BUILTINS_OF_OTHERS,
     CALLS,
+    CALLS_MODULE,
     CLOCK,
     EXACT_TYPE,
     HANDLES,
+    MAKES_MODULE,
     NOW,
+    OUTPUT,
     PLACES,
     QUESTIONS,
     READS_ENVIRONMENT,
@@ -50,6 +59,8 @@ _STANDARD = sys.stdlib_module_names | {"typing_extensions"}
 
 #: In front of a name that the code has as a text.
 AS_TEXT = "'"
+#: Instead of the names that the code computes.
+ANY_NAME = "*"
 
 
 @dataclass
@@ -77,6 +88,18 @@ class Observer(Protocol):
     def reads(self, module: torch.nn.Module, name: str) -> None:
         """The code has read a child, a parameter or a buffer of a module."""
 
+    def attributes(self, names: Iterable[str]) -> Iterable[Any]:
+        """The attributes of these names that the module whose code runs has in Python."""
+
+    def is_unseen(self, value: Any) -> bool:
+        """Whether what changes in the object would not be seen."""
+
+    def makes(self, module: torch.nn.Module) -> None:
+        """The code makes a module."""
+
+    def runs(self, module: torch.nn.Module, forward: bool) -> None:
+        """The code calls a module; ``forward``: or runs its forward."""
+
 
 @contextlib.contextmanager
 def watching(observer: Observer) -> Iterator[None]:
@@ -97,6 +120,13 @@ def watching(observer: Observer) -> Iterator[None]:
             if not _is_torchs(frame.f_back):
                 observer.reads(frame.f_locals["self"], frame.f_locals["name"])
             return
+        if code is MAKES_MODULE:
+            observer.makes(frame.f_locals["self"])
+            return
+        if code is CALLS_MODULE or code.co_name == "forward":
+            called: Any = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+            if issubclass(type(called), torch.nn.Module):
+                observer.runs(called, forward=code is not CALLS_MODULE)
         if code in CALLS:
             raise fault(CALLS[code])
         if code in QUESTIONS and _is_forwards(frame.f_back):
@@ -120,15 +150,23 @@ def watching(observer: Observer) -> Iterator[None]:
             raise fault(EXACT_TYPE)
         scope = frame.f_globals
         variables = (frame.f_locals.get(name) for name in code.co_freevars)
-        for value in () if standard else (*map(scope.get, code.co_names), *variables):
+        outside = () if standard else (*map(scope.get, code.co_names), *variables)
+        own = () if standard else tuple(observer.attributes(code.co_names))
+        for value in (*outside, *own):
             what = shared(value)
             if what is not None:
-                raise fault(f"uses {what} outside of the module")
+                where = "" if any(value is held for held in own) else " outside of the module"
+                raise fault(f"uses {what}{where}")
+            if observer.is_unseen(value):
+                kind = type(value).__name__
+                raise fault(f"uses a {kind}, which cannot be copied to see what changes in it")
         seen.ran[code] = scope
         seen.names.update(code.co_names)
         for constant in () if standard else code.co_consts:
             if isinstance(constant, str) and constant.isidentifier():
                 seen.names.add(AS_TEXT + constant)
+        if not standard and computes_names(code):
+            seen.names.add(ANY_NAME)
 
     def called_builtin(frame: types.FrameType, called: Any) -> None:
         owner = getattr(called, "__self__", None)
@@ -138,6 +176,8 @@ def watching(observer: Observer) -> Iterator[None]:
             raise fault(SEEDS)
         if isinstance(owner, io.IOBase) and called.__name__ in ("write", "writelines", "truncate"):
             raise fault("writes a file, which a graph would not do")
+        if type(owner).__module__ in OUTPUT:
+            raise fault(OUTPUT[type(owner).__module__])
         if isinstance(owner, ContextVar) and not _is_torchs(frame):
             raise fault("uses a context variable")
         if called in BUILTINS:
