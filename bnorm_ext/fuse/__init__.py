@@ -87,6 +87,8 @@ def fuse_batchnorm_act(
     in the same order. An optimizer that was built before stays valid, checkpoints load both ways
     with ``strict=True``, and training one trains the other. ``copy.deepcopy(fused)`` separates
     them; do that before you change the dtype or device of one. ``model`` itself is not changed.
+    Modules that are no children, as in a list, are copied with their tensors; objects that cannot
+    be copied, such as a lock, are shared.
 
     **What is not fused.** A module keeps its own forward, and only its children are fused, if the
     forward cannot be traced, differs between training and evaluation, draws or seeds random
@@ -109,8 +111,11 @@ def fuse_batchnorm_act(
     parameters that it reads may change: the module's own forwards run then. Some changes a graph
     does not see: of what only torch's own functions use; inside of arrays, of objects without
     ``__dict__``, and of global objects that hold more than 100 values; None as a result of a module
-    whose forward has it from another function; messages to a logger that was off while tracing.
-    Call ``unfuse`` and fuse again after such a change.
+    whose forward has it from another function; messages to a logger that was off while tracing;
+    what is more than four levels deep in containers and objects, or two where they hold more than
+    1000 values. Call ``unfuse`` and fuse again after such a change. With torch 2.8 and 2.9,
+    ``torch.compile`` with ``fullgraph=True`` raises an error if settings that a forward reads hold
+    a number of numpy.
 
     Shapes and dtypes are those of :class:`bnorm_ext.BatchNormAct1d`, ``2d`` and ``3d``; the method
     is that of Ioffe & Szegedy 2015, arXiv:1502.03167.

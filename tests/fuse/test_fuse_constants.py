@@ -163,7 +163,7 @@ FUNCTIONS = {
     "max_pool3d": lambda self, y: F.max_pool3d(y[..., None], (2, 2, 1)),
     "adaptive_max_pool2d": lambda self, y: F.adaptive_max_pool2d(y, 2),
     "adaptive_max_pool3d": lambda self, y: F.adaptive_max_pool3d(y[..., None], 1),
-    "torch.functional": lambda self, y: torch.einsum("nchw->nc", y),
+    "torch.functional": lambda self, y: torch.broadcast_tensors(y, y)[0],
 }
 
 
