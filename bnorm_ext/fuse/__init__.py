@@ -1,11 +1,11 @@
 """Fusing batch norms with the additions and activations that follow them, by ``torch.fx``.
 
-The steps, and where they are: trace the modules (``trace.py``, ``tracer.py``, ``proxy.py``), and
-see what their forwards change or ask for (``watch.py``, ``effects.py``, ``bytecode.py``,
-``tensor_calls.py``, ``outside.py``, ``process_state.py``, ``state.py``); find chains of batch norm,
-addition and activation in the graphs and replace them (``chains.py``, ``patterns.py``,
-``shapes.py``, ``aliasing.py``, ``call.py``); make the modules run the graphs (``program.py``,
-``guards.py``, ``names.py``, ``contents.py``, ``fused_module.py``).
+The steps, and where they are: trace the modules (``trace.py``, ``tracer.py``, ``proxy.py``,
+``constants.py``), and see what their forwards change or ask for (``watch.py``, ``effects.py``,
+``bytecode.py``, ``tensor_calls.py``, ``outside.py``, ``process_state.py``, ``state.py``); find
+chains of batch norm, addition and activation in the graphs and replace them (``chains.py``,
+``patterns.py``, ``shapes.py``, ``aliasing.py``, ``call.py``); make the modules run the graphs
+(``program.py``, ``guards.py``, ``names.py``, ``contents.py``, ``fused_module.py``).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def fuse_batchnorm_act(
     in the same order. An optimizer that was built before stays valid, checkpoints load both ways
     with ``strict=True``, and training one trains the other. ``copy.deepcopy(fused)`` separates
     them; do that before you change the dtype or device of one. ``model`` itself is not changed.
-    Modules that are no children, as in a list, are copied with their tensors; objects that cannot
+    Modules that are not children, as in a list, are copied with their tensors; objects that cannot
     be copied, such as a lock, are shared.
 
     **What is not fused.** A module keeps its own forward, and only its children are fused, if the
@@ -97,9 +97,11 @@ def fuse_batchnorm_act(
     autograd functions, asks for the type of its input or what object it is (``x.dtype is
     torch.half``), or whether the result of a module is None, changes a module for the time of a
     call, enters a mode, labels regions for profilers, goes through a structure of values
-    (``tree_map``), uses locks, queues, files or variables of a thread, reads the clock, environment
-    or context variables, or takes optional arguments. A module with hooks is traced by itself. A
-    module whose forward asks for exact types (``type(child) is Block``), and those in it, keep
+    (``tree_map``), calls a module that is not among its children, asks whether it is being
+    compiled, uses locks, queues, files, variables of a thread or objects that cannot be copied,
+    reads the clock, environment or context variables, or takes arguments that are optional, or that
+    are given by position only or by name only. A module with hooks is traced by itself. A module
+    whose forward asks for exact types (``type(child) is Block``), and those in it, keep
     theirs and are not fused; such a model gets no method ``unfuse``. A call with arguments that are
     neither tensors nor lists, tuples or dictionaries of them runs the module's own forward. A chain
     is refused, and named in the report, if an intermediate value has several users; a hook sees the

@@ -198,3 +198,16 @@ def test_training_moves_statistics_that_are_kept_for_backward(keep):
     assert (dx - right).abs().max() > 0.1 * right.abs().max()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         moved_by_training(bnorm_ext.BatchNorm2d, keep)
+
+
+def test_cumulative_average_of_a_counter_of_minus_one():
+    x = normal((4, 3, 2, 2), 0).float()
+    native, ours = (cls(3, momentum=None) for cls in (nn.BatchNorm2d, bnorm_ext.BatchNorm2d))
+    for module in (native, ours):
+        module.num_batches_tracked.fill_(-1)
+    with pytest.raises(ZeroDivisionError):
+        native(x)
+    y = ours(x)
+    assert torch.isfinite(y).all()
+    assert ours.running_mean.isnan().all()
+    assert ours.num_batches_tracked == 0
