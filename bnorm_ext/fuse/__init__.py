@@ -23,7 +23,7 @@ from .._compat import AnyBatchNorm
 from .._compat.modules import children_of, is_compiled
 from .call import batch_norm_add_act
 from .chains import Fused, Refused, Unit, Usage, fuse_unit, may_do_more
-from .copying import copy_with_same_tensors, uncopyable
+from .copying import copy_sharing_the_rest
 from .fused_module import FusedModule, Fusion, be_undoable, run_graph, unfuse
 from .guards import make_guard
 from .leaves import asks_for_exact_types, has_forward, is_layer
@@ -142,7 +142,7 @@ def fuse_batchnorm_act(
     """
     convert.check_module(model, "fuse_batchnorm_act")
     inputs = _checked(model, example_inputs)
-    copied, _ = copy_with_same_tensors(model, uncopyable(model))
+    copied, *_ = copy_sharing_the_rest(model)
     unfuse(copied)
     left = convert.change_classes(copied, to_ours=True)
     units = _Units()

@@ -59,8 +59,9 @@ def _equal(a: Any, b: Any, pairs: dict[fx.Node, Any]) -> bool:
         return list(a) == list(b) and all(_equal(a[key], b[key], pairs) for key in a)
     if isinstance(a, tuple | list):
         return len(a) == len(b) and all(_equal(*both, pairs) for both in zip(a, b, strict=True))
-    if dataclasses.is_dataclass(a):
-        return _equal(vars(a), vars(b), pairs)
+    if dataclasses.is_dataclass(type(a)):
+        names = [field.name for field in dataclasses.fields(a)]
+        return all(_equal(getattr(a, name), getattr(b, name), pairs) for name in names)
     if isinstance(a, slice):
         return _equal((a.start, a.stop, a.step), (b.start, b.stop, b.step), pairs)
     return a is b or (isinstance(a, _CONSTANTS) and (a == b or (a != a and b != b)))

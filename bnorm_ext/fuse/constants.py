@@ -27,7 +27,7 @@ def is_kept(value: Any, exact: bool) -> bool:
         if cls is torch.Size:
             return not exact
         return cls in (dict, list, tuple) or (hasattr(value, "_fields") and _is_made_of(value))
-    return not dataclasses.is_dataclass(value) or _is_made_of(value)
+    return isinstance(value, type) or not dataclasses.is_dataclass(cls) or _is_made_of(value)
 
 
 def plain(value: Any) -> Any:

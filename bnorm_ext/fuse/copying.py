@@ -23,7 +23,7 @@ def copy_with_same_tensors(
 
     Args:
         root: what is copied.
-        shared: objects that the copy has too, by id: what cannot be copied (``uncopyable``).
+        shared: objects that the copy has too, by id.
 
     Returns:
         The copy, and a dictionary from its modules to those of ``root``.
@@ -47,6 +47,18 @@ def copy_with_same_tensors(
     return copied, {memo[id(module)]: module for module in root.modules() if id(module) in memo}
 
 
+def copy_sharing_the_rest(
+    root: ModuleT,
+) -> tuple[ModuleT, dict[nn.Module, nn.Module], dict[int, Any]]:
+    """``copy_with_same_tensors``, whose copy also shares attributes that cannot be copied, such as
+    a lock. These come third, by id."""
+    try:
+        return (*copy_with_same_tensors(root), {})
+    except Exception:
+        shared = _uncopyable(root)
+        return (*copy_with_same_tensors(root, shared), shared)
+
+
 def _copies_itself(module: nn.Module) -> bool:
     """Whether its class says how it is copied, which may be with tensors of its own. The classes of
     torch and those that are made of them keep to the memo."""
@@ -54,16 +66,19 @@ def _copies_itself(module: nn.Module) -> bool:
     return own is not None and not str(getattr(own, "__module__", "")).startswith("torch.")
 
 
-def uncopyable(root: nn.Module) -> dict[int, Any]:
-    """Attributes of modules that deepcopy refuses, such as a lock, by id."""
+def _uncopyable(root: nn.Module) -> dict[int, Any]:
+    """Attributes of modules that deepcopy refuses, by id."""
     # Modules stand for their copies: each is looked at by itself.
     kept: dict[int, Any] = {id(module): module for module in root.modules()}
     kept |= {id(tensor): tensor for tensor in (*root.parameters(), *root.buffers())}
     found: dict[int, Any] = {}
+    tried: set[int] = set()
     for module in root.modules():
         for name, value in vars(module).items():
-            if name in OF_ALL or (isinstance(value, Tensor) and not value.is_leaf):
+            known = name in OF_ALL or (isinstance(value, Tensor) and not value.is_leaf)
+            if known or id(value) in tried:
                 continue
+            tried.add(id(value))
             try:
                 copy.deepcopy(value, dict(kept))
             except Exception:

@@ -25,7 +25,7 @@ from .._compat.modules import (
     has_global_module_hooks,
     is_call_replaced,
 )
-from .copying import copy_with_same_tensors, uncopyable
+from .copying import copy_sharing_the_rest
 from .guards import Guard
 from .program import Program
 
@@ -80,7 +80,7 @@ class FusedModule(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What TorchScript compiles instead of this module: a copy with its own forwards."""
-        copied, _ = copy_with_same_tensors(self, uncopyable(self))
+        copied, *_ = copy_sharing_the_rest(self)
         return unfuse(copied)
 
 

@@ -57,7 +57,8 @@ class Guard:
                 return False
         for name, value, inside in self.attributes:
             now = state.get(name, ABSENT)
-            if not is_as_before(now, value):
+            # Dynamo cannot compare tuples by identity.
+            if (type(value) is tuple or now is not value) and not is_as_before(now, value):
                 return False
             if inside is not None and not holds(now, inside):
                 return False

@@ -56,13 +56,13 @@ class Names:
     def unchanged(self) -> bool:
         for holder, name, value, inside in self.entries:
             now = getattr(holder, name, ABSENT)
-            if not is_as_before(now, value):
+            if (type(value) is tuple or now is not value) and not is_as_before(now, value):
                 return False
             if inside is not None and not holds(now, inside, _MOST):
                 return False
         for read, value, inside in self.cells:
             now = read()
-            if not is_as_before(now, value):
+            if (type(value) is tuple or now is not value) and not is_as_before(now, value):
                 return False
             if inside is not None and not holds(now, inside, _MOST):
                 return False

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from .._compat.modules import INTERNALS, children_of, why_uncaught
 from .compare import compare
-from .copying import copy_with_same_tensors, uncopyable
+from .copying import copy_sharing_the_rest
 from .guards import Asked
 from .leaves import is_leaf
 from .names import Scopes
@@ -118,8 +118,7 @@ def _attempt(root: nn.Module, kept: dict[int, str]) -> tuple[Traced | None, dict
         the reason.
     """
     try:
-        shared = uncopyable(root)
-        copied, original = copy_with_same_tensors(root, shared)
+        copied, original, shared = copy_sharing_the_rest(root)
     except Exception as error:
         return None, {root: f"it cannot be copied: {_one_line(error)}"}
     outside = Outside(root, shared)

@@ -234,3 +234,16 @@ def test_a_child_of_the_name_of_the_code():
     net.fused_code = nn.Tanh()
     fused, _ = fuse_batchnorm_act(net)
     assert isinstance(fused.fused_code, nn.Tanh)
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    y: Tensor
+
+
+def test_a_dataclass_without_a_dictionary_and_one_as_a_value():
+    fused, _ = fuse(net_with(lambda self, y: Slots(y)))
+    assert type(fused(pictures())) is Slots
+    net = net_with(lambda self, y: self.child(y, Plain))
+    fused, _ = fuse_batchnorm_act(net)
+    torch.testing.assert_close(fused(pictures()), net(pictures()))
