@@ -113,7 +113,7 @@ def _fused_class(cls: type[nn.Module], runs_graph: bool) -> type[nn.Module]:
             return fusion.program.run(self, *called, *args, **kwargs)
 
         # For tools that do not follow `__wrapped__`, such as `inspect.getfullargspec`.
-        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+        vars(forward)["__signature__"] = inspect.signature(cls.forward)
         body["forward"] = forward
     metaclass: Any = type(cls)
     made: type[nn.Module] = metaclass(cls.__name__, (FusedModule, cls), body)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import operator
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def pictures():
 
 class Base(nn.Module):
     scale = None
-    options = {"scale": 2.0}  # noqa: RUF012
+    options: ClassVar = {"scale": 2.0}
     static = staticmethod(F.relu)
     builtin = torch.relu
 
@@ -194,7 +195,9 @@ def test_modules_from_elsewhere_are_not_traced(where):
 
 
 def test_a_module_made_in_the_forward_is_traced():
-    body = lambda self, x: nn.Sequential(nn.Softmax(dim=1))(self.normalised(x))  # noqa: E731
+    def body(self, x):
+        return nn.Sequential(nn.Softmax(dim=1))(self.normalised(x))
+
     net = type("Net", (Base,), {"body": body})().eval()
     fused, report = fuse_batchnorm_act(net)
     assert len(report.fused) == 1, str(report)
