@@ -15,8 +15,11 @@ inline bool requires_grad(const OptionalTensor& t) {
 }
 
 // Whether it carries a tangent of forward-mode differentiation. torch has one level of them.
+inline bool has_tangent(const at::Tensor& t) {
+  return t.defined() && t._fw_grad(/*level=*/0).defined();
+}
 inline bool has_tangent(const OptionalTensor& t) {
-  return given(t) && t->_fw_grad(/*level=*/0).defined();
+  return t.has_value() && has_tangent(*t);
 }
 
 // Native's words: buffers are not differentiable. function: native's name of it.

@@ -23,7 +23,7 @@ pybind11::dict explain_plan(const at::Tensor& x, int tensors, int multiprocessor
   device.cooperative = true;
   device.beside_collectives = beside_collectives;
   const int bytes = static_cast<int>(x.element_size());
-  const cuda::ByLimits by_limits{device};
+  const cuda::ByLimits by_limits{device, tensors};
   const cuda::ResidentPlan plan =
       cuda::plan_resident(in.shape, bytes, aligned, tensors, device, by_limits);
   const bool one_launch = plan.path != cuda::Path::TwoPass;

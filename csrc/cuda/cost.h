@@ -53,6 +53,9 @@ constexpr double kSums = 2.5;
 // On top of that in a team: the two barriers of a cluster, measured; that of a grid, fitted, where
 // measured are 1.5 to 1.8. The merge between two passes; fitted.
 constexpr double kClusterBarrier = 0.4, kGridBarrier = 1.3, kMerge = 3.6;
+// What of this two more blocks of a multiprocessor hide, in a grid, after a first round in which all
+// wait at the same time; fitted. In clusters, whose barrier is short, a third block was not faster.
+constexpr double kHiddenByThree = 1.2;
 // What of the L2 is still there of a tensor that has just been read, as a share; measured.
 constexpr double kL2Share = 0.31;
 // A multiprocessor moves at most so many times its share of memory's rate; fitted.
@@ -125,19 +128,24 @@ inline Cost cost_of_two_passes(const TilePlan& plan, int64_t elements, int eleme
 
 // How many blocks of an on-chip plan share a multiprocessor, as far as they hold each other up.
 inline int sharing(const ResidentPlan& plan, const DeviceLimits& device) {
+  const int64_t fit =
+      device.shared_per_multiprocessor / (int64_t{plan.shared_bytes} + kReservedBytes);
   const bool is_alone =
-      2 * (plan.shared_bytes + kReservedBytes) > device.shared_per_multiprocessor ||
-      (plan.path == Path::Block && plan.blocks() <= device.multiprocessors);
-  return is_alone ? 1 : kShares;
+      fit < kShares || (plan.path == Path::Block && plan.blocks() <= device.multiprocessors);
+  if (is_alone) return 1;
+  const bool are_three =
+      fit >= kMostShares && plan.blocks() > int64_t{kShares} * device.multiprocessors;
+  return are_three ? kMostShares : kShares;
 }
 
 // One launch. at_once: blocks of it that run at once.
 inline Cost cost_of(const ResidentPlan& plan, int64_t elements, int element_bytes, int tensors,
                     const DeviceLimits& device, int64_t at_once) {
   const TilePlan& tiles = plan.tile_plan;
-  const double barrier = tiles.chunks == 1            ? 0
-                         : plan.path == Path::Cluster ? kClusterBarrier
-                                                      : kGridBarrier;
+  const double barrier = tiles.chunks == 1             ? 0
+                         : plan.path == Path::Cluster  ? kClusterBarrier
+                         : tiles.chunks <= kAddedByAll ? kGridBarrier
+                                                       : 2 * kGridBarrier;
   if (plan.vectors == 0) {
     Cost cost = cost_of_reading_twice(tiles, elements, element_bytes, tensors, device,
                                       plan.blocks(), at_once);
@@ -161,6 +169,9 @@ inline Cost cost_of(const ResidentPlan& plan, int64_t elements, int element_byte
               count.write * issue);
   cost.instructions += count.sums * issue;
   cost.waiting = kLaunch + kFill + rounds * (kSums + barrier);
+  if (plan.path == Path::Grid && tiles.chunks > 1 && sharing(plan, device) == kMostShares) {
+    cost.waiting -= (rounds - 1) * kHiddenByThree;
+  }
   return cost;
 }
 

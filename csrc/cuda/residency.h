@@ -44,7 +44,7 @@ struct ResidentPlan {
 struct SharedLayout {
   int team;     // [2, channels] sums that the team exchanges; before them those of the block
   int table;    // constants of the tile's channels, kTableBytes whatever its width
-  int vectors;  // [tensors, vectors, kThreads] of 16 bytes, or of one value, each
+  int vectors;  // [tensors, vectors, threads_with_vectors] of 16 bytes, or of one value, each
 };
 constexpr int kTableRows = 5;
 constexpr int kTableBytes = kTableRows * kWideColumns * 8 * 4;
@@ -54,13 +54,25 @@ BNORM_HOST_DEVICE constexpr SharedLayout shared_layout(Mapping mapping, int chan
   return {team, table, table + kTableBytes};
 }
 
+// The first so many threads of a block have vectors: all of them, except in ChannelGroups.
+BNORM_HOST_DEVICE int threads_with_vectors(const TilePlan& plan) {
+  return plan.rows * plan.columns;
+}
+
 // Bytes of the largest element type that the resident kernels are compiled for.
 constexpr int kWidestOnChip = 4;
 
 // The resident kernels are compiled for at least this many blocks per multiprocessor, so that one
 // block loads while another one computes or stores.
 constexpr int kShares = 2;
+// Kernels that take fewer registers than that allows are given a third block, where it shortens a call.
+constexpr int kMostShares = kShares + 1;
 constexpr int kReservedBytes = 1024;  // of shared memory per block, reserved by the driver
+
+// Blocks of a team of a grid, at most, where every block adds up what all of them have found. In
+// larger teams each adds up a part of it, which takes a second barrier but reads little: all of it is
+// (blocks of the team)^2 times a block's sums.
+constexpr int kAddedByAll = 72;
 
 }  // namespace cuda
 }  // namespace bnorm_ext

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kThreads, kShares)
   const T* residual = static_cast<const T*>(epilogue.residual);
   const int channels = Iterator::channels_of_tile(tile_plan), t = static_cast<int>(threadIdx.x);
   const SharedLayout shared = shared_layout(V::kMapping, channels);
-  const SmemVectors<T, V::kWidth> dy_smem(shared, p.plan, 0), x_smem(shared, p.plan, 1);
+  const SmemVectors<T, V::kWidth, V::kMapping> dy_smem(shared, p.plan, 0),
+      x_smem(shared, p.plan, 1);
   const Team team(p.plan);
   const TileTable<V> table(shared.table, Iterator(p.shape, tile_plan, 0, team.rank));
   const bool masked = !V::kPlain && p.mask.bytes != nullptr;
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, kShares)
     dy_smem.fetch(start_of(tile), tile_plan, dy);
     x_smem.fetch(start_of(tile), tile_plan, x);
   };
-  constexpr bool kRefills = SmemVectors<T, V::kWidth>::kAsync;
+  constexpr bool kRefills = SmemVectors<T, V::kWidth, V::kMapping>::kAsync;
   if (kRefills) fetch(team.number);
   int64_t round = 0;
   for (int64_t tile = team.number; tile < tile_plan.tiles; tile += p.plan.teams, ++round) {

@@ -17,7 +17,7 @@ namespace {
 // Adds a thread's vectors up, as deviations from about(k) and their squares.
 template <typename V, typename About>
 __device__ __forceinline__ void sum_on_chip(
-    const SmemVectors<typename V::T, V::kWidth>& x, int vectors, About about,
+    const SmemVectors<typename V::T, V::kWidth, V::kMapping>& x, int vectors, About about,
     Pair (&sum)[TileIterator<V::kWidth, V::kMapping>::kChannels]) {
   using Vector = Values<typename V::T, V::kWidth>;
   for (Pair& s : sum) s = {0, 0};
@@ -89,12 +89,12 @@ __global__ void __launch_bounds__(kThreads, kShares)
   T* y = static_cast<T*>(p.y);
   const int channels = Iterator::channels_of_tile(tile_plan), t = static_cast<int>(threadIdx.x);
   const SharedLayout shared = shared_layout(V::kMapping, channels);
-  const SmemVectors<T, V::kWidth> x_smem(shared, p.plan, 0);
+  const SmemVectors<T, V::kWidth, V::kMapping> x_smem(shared, p.plan, 0);
   const Team team(p.plan);
   const TileTable<V> table(shared.table, Iterator(p.shape, tile_plan, 0, team.rank));
   // Rebuilt on demand, which leaves registers for the sums. Beyond the last tile it has no vector.
   const auto start_of = [&](int64_t tile) { return Iterator(p.shape, tile_plan, tile, team.rank); };
-  constexpr bool kRefills = SmemVectors<T, V::kWidth>::kAsync;
+  constexpr bool kRefills = SmemVectors<T, V::kWidth, V::kMapping>::kAsync;
   if (kRefills) x_smem.fetch(start_of(team.number), tile_plan, x);
   int64_t round = 0;
   for (int64_t tile = team.number; tile < tile_plan.tiles; tile += p.plan.teams, ++round) {

@@ -9,12 +9,20 @@ namespace bnorm_ext {
 namespace cuda {
 
 // How many blocks of a kernel, or how many of its clusters, a device holds at once, estimated from
-// its limits. Where there is a device, the CUDA runtime is asked instead.
+// its limits. Where there is a device, the CUDA runtime is asked instead. `tensors`: as for plan_on_chip.
 struct ByLimits {
   DeviceLimits device;
-  int64_t operator()(const TilePlan&, Path path, int team, int shared_bytes) const {
+  int tensors = 2;
+  // What registers allow. As compiled for sm_90, kernels without an epilogue take few of them in forward
+  // and for 32-bit values, where a thread has the sums of one channel.
+  int most(const TilePlan& plan) const {
+    const bool takes_few = plan.mapping == Mapping::ChannelsFirst && plan.width > 1 &&
+                           (tensors == 1 || plan.width * 4 == kVectorBytes);
+    return takes_few ? kMostShares : kShares;
+  }
+  int64_t operator()(const TilePlan& plan, Path path, int team, int shared_bytes) const {
     const int64_t fit = device.shared_per_multiprocessor / (int64_t{shared_bytes} + kReservedBytes);
-    const int64_t blocks = device.multiprocessors * (fit < kShares ? fit : kShares);
+    const int64_t blocks = device.multiprocessors * (fit < most(plan) ? fit : most(plan));
     return path == Path::Cluster ? blocks / team : blocks;
   }
 };
@@ -102,12 +110,16 @@ ResidentPlan plan_on_chip(const Shape& shape, int element_bytes, bool aligned, i
   ResidentPlan plan;
   const TilePlan tile_plan = plan_tiles(shape, element_bytes, aligned);
   const int64_t full = device.shared_per_block;
-  const int64_t half = device.shared_per_multiprocessor / kShares - kReservedBytes;
-  const int64_t shares[] = {half < full ? half : full, full};
+  // Of the shared memory, what each of so many blocks of a multiprocessor can have.
+  const auto share_of = [&](int blocks) {
+    const int64_t share = device.shared_per_multiprocessor / blocks - kReservedBytes;
+    return share < full ? share : full;
+  };
+  const int64_t shares[] = {share_of(kShares), full};
   const int64_t vector_bytes = int64_t{tile_plan.width} * element_bytes;
   const auto bytes_of = [&](int64_t vectors) {
     return shared_layout(tile_plan.mapping, channels_per_tile(tile_plan)).vectors +
-           vectors * tensors * kThreads * vector_bytes;
+           vectors * tensors * threads_with_vectors(tile_plan) * vector_bytes;
   };
   // A team has `parts` blocks for each piece.
   const auto fits = [&](int64_t parts, int64_t share) {
@@ -162,18 +174,25 @@ ResidentPlan plan_on_chip(const Shape& shape, int element_bytes, bool aligned, i
         "a tile does not fit into the shared memory of a block or a cluster");
   }
   if (device.beside_collectives && wanted.any) return refuse_unless_clusters(kBesideCollectives);
-  for (const int64_t share : shares) {
-    const int64_t vectors = (share - bytes_of(0)) / (int64_t{tensors} * kThreads * vector_bytes);
-    if (vectors < 1) continue;
+  // Whether a team of blocks with so much shared memory each is possible, which then is `plan`.
+  const auto take_grid = [&](int64_t share) {
+    const int64_t vectors = (share - bytes_of(0)) / (bytes_of(1) - bytes_of(0));
+    if (vectors < 1) return false;
     const int64_t needed = ceil_div(tile_plan.length, vectors * tile_plan.rows);
     take(Path::Grid, needed);
     const int64_t blocks = co_resident(plan.tile_plan, Path::Grid, 1, plan.shared_bytes);
     const int64_t parts = filling(tile_plan, blocks);
     if (parts > needed) take(Path::Grid, parts);
     const int64_t teams = blocks / plan.tile_plan.chunks;
-    if (teams == 0) continue;
+    if (teams == 0) return false;
     plan.teams = ceil_div(plan.teams, ceil_div(plan.teams, teams));
-    return clusters.teams > 0 && cost(clusters) <= cost(plan) ? clusters : plan;
+    return true;
+  };
+  for (const int64_t share : shares) {
+    if (!take_grid(share)) continue;
+    ResidentPlan grid = plan;
+    if (take_grid(share_of(kMostShares)) && cost(plan) < cost(grid)) grid = plan;
+    return clusters.teams > 0 && cost(clusters) <= cost(grid) ? clusters : grid;
   }
   return refuse_unless_clusters(
       "a group of channels is larger than the shared memory of the device");

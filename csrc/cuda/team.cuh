@@ -14,7 +14,7 @@ namespace cuda {
 
 // A thread's own vectors of one tensor in shared memory. No other thread reads or writes them, so
 // they need no barrier. Neighbouring threads have neighbouring vectors.
-template <typename T, int kWidth>
+template <typename T, int kWidth, Mapping kMapping>
 class SmemVectors {
  public:
   static constexpr int kBytes = kWidth * static_cast<int>(sizeof(T));
@@ -22,7 +22,8 @@ class SmemVectors {
   // number: which of the tensors that stay on chip
   __device__ __forceinline__ SmemVectors(const SharedLayout& shared, const ResidentPlan& plan,
                                          int number)
-      : own_(dynamic_shared<RawVector>(shared.vectors) + number * plan.vectors * kThreads +
+      : apart_(threads_with_vectors(plan.tile_plan)),
+        own_(dynamic_shared<RawVector>(shared.vectors) + number * plan.vectors * apart() +
              static_cast<int>(threadIdx.x)) {}
   // Vectors of 16 bytes are copied asynchronously, and arrive with async_wait.
   static constexpr bool kAsync = kBytes == kVectorBytes;
@@ -32,7 +33,7 @@ class SmemVectors {
   __device__ __forceinline__ void fetch(Iterator it, const TilePlan& plan, const T* from) const {
     if constexpr (kAsync) {
       for (int i = 0; it.remaining > 0; ++i, it.advance(plan)) {
-        async_copy16(own_ + i * kThreads, from + it.offset);
+        async_copy16(own_ + i * apart(), from + it.offset);
       }
     } else {
       // Loads in flight before the first store: narrow loads need many of them.
@@ -48,7 +49,7 @@ class SmemVectors {
         }
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) {
-          if (u < left) own_[(i + u) * kThreads] = value[u];
+          if (u < left) own_[(i + u) * apart()] = value[u];
         }
       }
     }
@@ -57,18 +58,23 @@ class SmemVectors {
   template <typename Iterator>
   __device__ __forceinline__ void refill(int i, const Iterator& next, const T* from) const {
     if constexpr (kAsync) {
-      if (next.remaining > 0) async_copy16(own_ + i * kThreads, from + next.offset);
+      if (next.remaining > 0) async_copy16(own_ + i * apart(), from + next.offset);
     }
   }
   __device__ __forceinline__ Values<T, kWidth> operator[](int i) const {
     Values<T, kWidth> values;
-    const RawVector raw = own_[i * kThreads];
+    const RawVector raw = own_[i * apart()];
     values.take(raw);
     return values;
   }
 
  private:
   using RawVector = std::conditional_t<kAsync, uint4, Bytes<kBytes>>;
+  // From one of a thread's vectors to its next one.
+  __device__ __forceinline__ int apart() const {
+    return kMapping == Mapping::ChannelGroups ? apart_ : kThreads;
+  }
+  int apart_;
   Shared<RawVector> own_;
 };
 
@@ -107,11 +113,6 @@ __device__ __forceinline__ void team_barrier(const Staging& staging, const Team&
   }
   __syncthreads();
 }
-
-// Blocks of a team of a grid, at most, where every block adds up what all of them have found. In
-// larger teams each adds up a part of it, which takes a second barrier but reads little: all of it is
-// team.size^2 times a block's sums.
-constexpr int kAddedByAll = 72;
 
 // Adds `own`, which thread i < channels_of_tile of each block has for channel i of the tile, over
 // the blocks of the team in a fixed order: thread i < channels_of_tile of every block gets the same

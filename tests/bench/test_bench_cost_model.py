@@ -148,7 +148,7 @@ def _mean(ratios: list[float]) -> float:
 @pytest.mark.parametrize(
     ("step", "rows"),
     [
-        ("sweeps with both, first values loaded early, single blocks by cost", 84),
+        ("sweeps with both, first values loaded early, single blocks by cost", 83),
         ("two passes, one wave, two blocks for each multiprocessor", 96),
     ],
 )

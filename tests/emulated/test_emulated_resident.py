@@ -105,7 +105,7 @@ def test_groups_in_pieces(path: str, dtype: torch.dtype) -> None:
         # Few channels, so that teams are as large as the device can feed, ...
         ("cluster", (24, 2, 32, 48), [(8, 4), (8, 4)]),
         # ... or as they must be: backward keeps two tensors.
-        ("grid", (24, 2, 32, 48), [(6, 1), (4, 1)]),
+        ("grid", (24, 2, 32, 48), [(6, 1), (6, 1)]),
     ],
 )
 def test_teams(path: str, shape: tuple[int, ...], expected: list[tuple[int, int]]) -> None:
@@ -120,9 +120,9 @@ def test_teams_take_tiles_one_after_the_other() -> None:
     """More channels than a cooperative grid has teams: memory and barriers are used again."""
     where = {"path": "grid", "device": "sm_75", "multiprocessors": 2}  # little shared memory
     for shape, blocks in (
-        ((12, 5, 32, 32), [4, 4]),  # two teams, one
-        ((48, 20, 9, 7), [3, 2]),
-        ((48, 9, 9, 7), [5, 3]),  # one value at a time: not copied asynchronously
+        ((12, 5, 32, 32), [6, 6]),  # two teams of three blocks of a multiprocessor, one of six
+        ((48, 20, 9, 7), [6, 2]),
+        ((48, 9, 9, 7), [5, 6]),  # one value at a time: not copied asynchronously
     ):
         c = made(shape, torch.float32, "contiguous")
         launches: list[str] = []

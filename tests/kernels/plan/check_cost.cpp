@@ -50,7 +50,7 @@ struct Planned {
   double time;
 };
 Planned planned(const Shape& s, int bytes, bool aligned, int tensors, const DeviceLimits& d) {
-  const ByLimits held{d};
+  const ByLimits held{d, tensors};
   const ResidentPlan plan = plan_resident(s, bytes, aligned, tensors, d, held);
   ++plans;
   const int64_t at_once = plan.path == Path::TwoPass
@@ -126,18 +126,37 @@ void check_by_hand() {
       !near(cost.waiting, 2 * (3.1 + 3) + 3.6)) {
     fail(s, 4, 1, gpu.name, "two passes are not as counted by hand");
   }
-  // float32, 16x16 positions: 1024 channels of 4096 vectors, 16 for each thread of a block. 256 blocks at
-  // once take 4 rounds; 5 instructions for each element of 64, in backward, on the busiest multiprocessor.
+  // bfloat16, 16x16 positions: 1024 channels of 2048 vectors, 8 for each thread of a block. 256 blocks at
+  // once take 4 rounds; 7 instructions for each element, in backward, of two blocks' tiles in each.
   s = {64, 1024, 256, Layout::ChannelsFirst};
-  found = planned(s, 4, true, 2, gpu.limits);
-  const double bytes = 64. * 1024 * 256 * 4 * 3;
-  cost = cost_of(found.plan, s.numel(), 4, 2, gpu.limits, 0);
-  const double rounds = std::ceil(1024. / found.plan.teams);
-  const double elements = rounds * 16 * 4 * 256 * (found.plan.shared_bytes > 113 * kKb ? 1 : 2);
-  if (found.plan.path != Path::Block || found.plan.vectors != 16 ||
-      !near(cost.memory, bytes / 4.2e6) || !near(cost.instructions, 5 * elements / 32 / 7920) ||
-      !near(cost.waiting, 3.1 + 3 + 2.5 * rounds)) {
-    fail(s, 4, 2, gpu.name, "a plan on chip is not as counted by hand");
+  found = planned(s, 2, true, 2, gpu.limits);
+  double bytes = 64. * 1024 * 256 * 2 * 3;
+  cost = cost_of(found.plan, s.numel(), 2, 2, gpu.limits, 0);
+  const double elements = 4 * 2 * 8 * 8 * 256;
+  if (found.plan.path != Path::Block || found.plan.vectors != 8 || found.plan.teams != 256 ||
+      !near(cost.memory, bytes / 4.2e6) || !near(cost.instructions, 7 * elements / 32 / 7920) ||
+      !near(cost.waiting, 3.1 + 3 + 2.5 * 4)) {
+    fail(s, 2, 2, gpu.name, "a plan on chip is not as counted by hand");
+  }
+  // float32, 112x112 positions: 64 channels, for teams of 44 blocks. 9 of them fit where three blocks share
+  // a multiprocessor, and 8 rounds are enough for 8 teams. All but the first one hide 1.2 us.
+  s = {64, 64, 12544, Layout::ChannelsFirst};
+  found = planned(s, 4, true, 1, gpu.limits);
+  bytes = 64. * 64 * 12544 * 4 * 2;
+  cost = cost_of(found.plan, s.numel(), 4, 1, gpu.limits, 0);
+  if (found.plan.path != Path::Grid || found.plan.tile_plan.chunks != 44 || found.plan.teams != 8 ||
+      !near(cost.memory, bytes / 4.2e6) ||
+      !near(cost.waiting, 3.1 + 3 + (2.5 + 1.3) * 8 - 1.2 * 7)) {
+    fail(s, 4, 1, gpu.name, "a third block of a multiprocessor is not as counted by hand");
+  }
+  // Backward in teams of more than 72 blocks, of which there are two at once: two barriers in each of 32.
+  s = {256, 64, 12544, Layout::ChannelsFirst};
+  ResidentPlan large =
+      plan_resident(s, 2, true, 2, gpu.limits, ByLimits{gpu.limits, 2}, Wanted{false, Path::Grid});
+  cost = cost_of(large, s.numel(), 2, 2, gpu.limits, 0);
+  if (large.tile_plan.chunks <= 72 || large.teams != 2 ||
+      !near(cost.waiting, 3.1 + 3 + (2.5 + 2 * 1.3) * 32)) {
+    fail(s, 2, 2, gpu.name, "a second barrier is not as counted by hand");
   }
   // bfloat16, 2-byte accesses of few blocks: 8 of each thread are in flight for 0.7 us.
   s = {9, 3, 1001, Layout::ChannelsLast};

@@ -219,18 +219,20 @@ void check_resident(const Shape& s, int bytes, int tensors, const DeviceLimits& 
   if (plan.shared_bytes > device.shared_per_block)
     fail(s, bytes, "more shared memory than there is");
   const SharedLayout shared = shared_layout(tile_plan.mapping, channels_per_tile(tile_plan));
+  const bool grouped = tile_plan.mapping == Mapping::ChannelGroups;
+  const int64_t vectors =
+      int64_t{tensors} * plan.vectors * (grouped ? tile_plan.rows * tile_plan.columns : kThreads);
   if (shared.team % 16 != 0 || shared.table % 16 != 0 || shared.vectors % 16 != 0 ||
       shared.team < reduce_shared_bytes(tile_plan) ||
       shared.table < shared.team + 2 * channels_per_tile(tile_plan) * 16 ||
-      plan.shared_bytes <
-          shared.vectors + int64_t{tensors} * plan.vectors * kThreads * tile_plan.width * bytes) {
+      plan.shared_bytes < shared.vectors + vectors * tile_plan.width * bytes) {
     fail(s, bytes, "shared memory that overlaps");
   }
   if (!tile_plan.sweeps && int64_t{plan.vectors} * tile_plan.rows < tile_plan.chunk_length)
     fail(s, bytes, "too few vectors");
   if (tile_plan.sweeps != (s.layout == Layout::ChannelsLast)) fail(s, bytes, "sweeps");
   const int64_t held =
-      ByLimits{device}(tile_plan, plan.path, static_cast<int>(team), plan.shared_bytes);
+      ByLimits{device, tensors}(tile_plan, plan.path, static_cast<int>(team), plan.shared_bytes);
   if (plan.teams < 1 || plan.teams > tile_plan.tiles) fail(s, bytes, "a number of teams");
   switch (plan.path) {
     case Path::Block:
@@ -264,7 +266,8 @@ int check_residency(const Shape& s, int bytes, bool aligned, int tensors, const 
                          {false, Path::Cluster},
                          {false, Path::Grid}};
   for (const Wanted& wanted : each) {
-    const ResidentPlan plan = plan_resident(s, bytes, aligned, tensors, d, ByLimits{d}, wanted);
+    const ResidentPlan plan =
+        plan_resident(s, bytes, aligned, tensors, d, ByLimits{d, tensors}, wanted);
     const bool as_wanted = wanted.any || plan.path == wanted.path || plan.tile_plan.chunks == 1 ||
                            plan.path == Path::TwoPass;
     if (!as_wanted) fail(s, bytes, "another path than was asked for");
