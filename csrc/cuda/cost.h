@@ -55,7 +55,7 @@ constexpr double kSums = 2.5;
 constexpr double kClusterBarrier = 0.4, kGridBarrier = 1.3, kMerge = 3.6;
 // What of this two more blocks of a multiprocessor hide, in a grid, after a first round in which all
 // wait at the same time; fitted. In clusters, whose barrier is short, a third block was not faster.
-constexpr double kHiddenByThree = 1.2;
+constexpr double kHiddenByThree = 0.5;
 // What of the L2 is still there of a tensor that has just been read, as a share; measured.
 constexpr double kL2Share = 0.31;
 // A multiprocessor moves at most so many times its share of memory's rate; fitted.

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,9 +36,9 @@ def test_bytes_by_the_path(
     dtype: torch.dtype, layout: str, path: str, reads: int, tensors: int
 ) -> None:
     """What is read again comes from the L2 up to 0.31 of it."""
-    found = predict((256, 1024, 8, 8), dtype, layout, tensors, H200)
+    found = predict((128, 1024, 8, 8), dtype, layout, tensors, H200)
     assert (found.path, found.on_chip) == (path, reads == 1)
-    tensor = 256 * 1024 * 8**2 * dtype.itemsize
+    tensor = 128 * 1024 * 8**2 * dtype.itemsize
     moved = (reads * tensors + 1) * tensor
     moved -= 0 if reads == 1 else min(tensors * tensor, 0.31 * H200.l2_bytes)
     assert found.times["memory"] == pytest.approx(moved / COPY)
@@ -109,9 +110,21 @@ def test_the_committed_table_is_what_the_command_prints(
 # --- against a measured H200 ----------------------------------------------------------------------
 
 
+def _plan(row: dict[str, Any], tensors: int) -> dict[str, Any]:
+    """By the limits of an H200."""
+    x = torch.empty(
+        row["shape"],
+        dtype=getattr(torch, row["dtype"]),
+        device="meta",
+        memory_format=FORMATS[row.get("layout", "contiguous")],
+    )
+    return launch_plan(x, tensors, H200)
+
+
 def _kernels(step: str) -> list[float]:
     """Measured over predicted times of the kernels alone, where the path that was measured is the
-    one that the plan takes by the limits of the device."""
+    one that the plan takes by the limits of the device. Without backward of groups of channels,
+    of which a multiprocessor had one block then and has two now."""
     steps = json.loads((RESULTS / "cuda-kernels.json").read_text())["steps"]
     found = []
     for row in steps[step]:
@@ -119,6 +132,8 @@ def _kernels(step: str) -> list[float]:
             path, measured = row[name]
             dtype, shape = getattr(torch, row["dtype"]), tuple(row["shape"])
             one = predict(shape, dtype, row["layout"], tensors, H200)
+            if tensors == 2 and _plan(row, tensors)["mapping"] == "channel_groups":
+                continue
             if path == "two_pass":
                 found.append(measured / one.two_passes)
             elif path == one.path:
@@ -127,15 +142,13 @@ def _kernels(step: str) -> list[float]:
 
 
 def _calls(file: str) -> list[tuple[str, float]]:
-    """Mapping, and measured over predicted time, of whole calls in training."""
+    """Mapping, and measured over predicted time, of whole calls in training by today's plans."""
     found = []
     for row in json.loads((RESULTS / file).read_text())["rows"]:
-        if row["provider"] == "bnorm_ext" and row["pass"] in ("fwd", "bwd"):
-            dtype, shape = getattr(torch, row["dtype"]), tuple(row["shape"])
-            tensors = 1 if row["pass"] == "fwd" else 2
-            x = torch.empty(shape, dtype=dtype, device="meta", memory_format=FORMATS[row["layout"]])
-            plan = launch_plan(x, tensors, H200)
-            mapping = plan["mapping"] if dtype.itemsize == 2 else "32 bits"
+        is_ours = row["provider"] == "bnorm_ext" and not row.get("replanned")
+        if is_ours and row["pass"] in ("fwd", "bwd"):
+            plan = _plan(row, 1 if row["pass"] == "fwd" else 2)
+            mapping = "32 bits" if row["dtype"] == "float32" else plan["mapping"]
             found.append((mapping, row["median_us"] / sum(plan["times"].values())))
     return found
 
@@ -148,8 +161,8 @@ def _mean(ratios: list[float]) -> float:
 @pytest.mark.parametrize(
     ("step", "rows"),
     [
-        ("sweeps with both, first values loaded early, single blocks by cost", 83),
-        ("two passes, one wave, two blocks for each multiprocessor", 96),
+        ("sweeps with both, first values loaded early, single blocks by cost", 79),
+        ("two passes, one wave, two blocks for each multiprocessor", 89),
     ],
 )
 def test_kernels_of_a_measured_h200(step: str, rows: int) -> None:
@@ -159,6 +172,24 @@ def test_kernels_of_a_measured_h200(step: str, rows: int) -> None:
     assert 0.95 < _mean(ratios) < 1.05
     assert min(ratios) > 0.85
     assert max(ratios) < 1.3
+
+
+@pytest.mark.skipif(not (RESULTS / "cuda-kernels.json").exists(), reason="no bench/results here")
+def test_the_plan_is_among_the_fastest_that_were_measured() -> None:
+    """Of some 50 plans for each contiguous layer, those of one, two or three blocks of a
+    multiprocessor. An H200 has fewer clusters at once than its limits say, so that not every plan
+    by the limits was measured."""
+    found = []
+    for case in json.loads((RESULTS / "cuda-kernels.json").read_text())["plans"]["cases"]:
+        plan = _plan(case, {"forward": 1, "backward": 2}[case["pass"]])
+        chosen = [plan["path"], plan["team"], -(-plan["tiles"] // plan["teams"])]
+        measured = [case[name] for name in case if name.endswith("at most")]
+        times = [us for *how, us in measured if how == chosen]
+        if times:
+            found.append(times[0] / min(us for *_, us in measured))
+    assert len(found) >= 30
+    assert _mean(found) < 1.02
+    assert max(found) < 1.1
 
 
 @pytest.mark.skipif(not (RESULTS / "cuda-resnet50.json").exists(), reason="no bench/results here")
