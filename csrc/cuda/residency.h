@@ -35,6 +35,7 @@ struct ResidentPlan {
   TilePlan tile_plan;    // its chunks are the blocks of a team
   int64_t teams = 0;     // that are launched, perhaps fewer than tiles (not in ChannelsLast)
   int vectors = 0;       // per thread, of each tensor that stays on chip; 0: none stays
+  int apart = kThreads;  // from a thread's vector on chip to its next one, in vectors
   int shared_bytes = 0;  // per block
 
   int64_t blocks() const { return teams * tile_plan.chunks; }
@@ -55,7 +56,7 @@ BNORM_HOST_DEVICE constexpr SharedLayout shared_layout(Mapping mapping, int chan
 }
 
 // The first so many threads of a block have vectors: all of them, except in ChannelGroups.
-BNORM_HOST_DEVICE int threads_with_vectors(const TilePlan& plan) {
+inline int threads_with_vectors(const TilePlan& plan) {
   return plan.rows * plan.columns;
 }
 

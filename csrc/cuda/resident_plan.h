@@ -131,6 +131,7 @@ ResidentPlan plan_on_chip(const Shape& shape, int element_bytes, bool aligned, i
     plan.path = path == Path::Cluster && plan.tile_plan.chunks == 1 ? Path::Block : path;
     plan.teams = plan.tile_plan.tiles;
     plan.vectors = static_cast<int>(plan.tile_plan.chunk_length / plan.tile_plan.rows);
+    plan.apart = threads_with_vectors(plan.tile_plan);
     plan.shared_bytes = static_cast<int>(bytes_of(plan.vectors));
   };
 

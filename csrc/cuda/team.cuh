@@ -22,7 +22,7 @@ class SmemVectors {
   // number: which of the tensors that stay on chip
   __device__ __forceinline__ SmemVectors(const SharedLayout& shared, const ResidentPlan& plan,
                                          int number)
-      : apart_(threads_with_vectors(plan.tile_plan)),
+      : apart_(kMapping == Mapping::ChannelGroups ? computed_here(plan.apart) : kThreads),
         own_(dynamic_shared<RawVector>(shared.vectors) + number * plan.vectors * apart() +
              static_cast<int>(threadIdx.x)) {}
   // Vectors of 16 bytes are copied asynchronously, and arrive with async_wait.
@@ -70,7 +70,8 @@ class SmemVectors {
 
  private:
   using RawVector = std::conditional_t<kAsync, uint4, Bytes<kBytes>>;
-  // From one of a thread's vectors to its next one.
+  // From one of a thread's vectors to its next one. In ChannelGroups in a register: taken from the
+  // parameters at each use it makes kernels spill.
   __device__ __forceinline__ int apart() const {
     return kMapping == Mapping::ChannelGroups ? apart_ : kThreads;
   }
