@@ -22,7 +22,8 @@ from .machine import ROOT
 
 Row = dict[str, Any]
 #: What is summed up of each process: its median step, and what its profiled steps say.
-FIGURES = ("median_us", "batch_norm_us", "batch_norm_share", "faults_per_step", "peak_bytes")
+FIGURES = ("median_us", "batch_norm_us", "batch_norm_share", "faults_per_step",
+           "faults_per_profiled_step", "peak_bytes")  # fmt: skip
 
 
 def rounds(variants: Sequence[str], arguments: Sequence[str], count: int) -> list[dict[str, Row]]:
@@ -104,7 +105,8 @@ def _quartiles(values: Sequence[float]) -> list[float] | None:
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, and below them the reasons of variants that could not run."""
     lines = [["variant", "ms a step", "quartiles", "native / it", "quartiles", "batch norm, ms",
-              "native / it", "quartiles", "faults a step", "peak, MB", "processes"]]  # fmt: skip
+              "native / it", "quartiles", "faults a step", "profiled", "peak, MB",
+              "processes"]]  # fmt: skip
 
     def shown(value: float | None, pattern: str, scale: float = 1.0) -> str:
         return "-" if value is None else format(value / scale, pattern)
@@ -119,7 +121,7 @@ def table(rows: Sequence[Row]) -> str:
                 both(r["quartiles_us"], ".1f", 1e3), shown(r["ratio"], ".3f"),
                 both(r["ratio_quartiles"], ".2f"), shown(r["batch_norm_us"], ".1f", 1e3),
                 shown(r["batch_norm_ratio"], ".2f"), both(r["batch_norm_ratio_quartiles"], ".2f"),
-                shown(r["faults_per_step"], ",.0f"),
+                shown(r["faults_per_step"], ",.0f"), shown(r["faults_per_profiled_step"], ",.0f"),
                 shown(r["peak_bytes"], ",.0f", 1e6), str(r["processes"]),
             ])  # fmt: skip
     text = report.aligned(lines, left=1)

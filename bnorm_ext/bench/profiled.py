@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -46,19 +47,33 @@ def _is_batch_norm(name: str) -> bool:
     return any(part in name.lower() for part in BATCH_NORM)
 
 
-def times(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Of a step: the time of batch norm, and that of all operators (on CUDA, of kernels), in
-    microseconds. Medians of _STEPS steps."""
+class Own(NamedTuple):
+    """Of a step: the time of batch norm, that of all operators (on CUDA, of kernels), in
+    microseconds, and the page faults."""
+
+    batch_norm_us: float
+    all_us: float
+    faults: float
+
+
+def page_faults() -> int:
+    """The minor page faults of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def times(step: Callable[[], None], device: torch.device) -> Own:
+    """Medians of _STEPS steps."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     found = []
     for _ in range(_STEPS):
         with profile(activities=activities) as profiler:
+            faults = page_faults()
             step()
-        found.append(times_of(profiler.events(), on_device=device.type == "cuda"))
-    mine, everything = zip(*found, strict=True)
-    return statistics.median(mine), statistics.median(everything)
+            faults = page_faults() - faults
+        found.append((*times_of(profiler.events(), on_device=device.type == "cuda"), faults))
+    return Own(*(statistics.median(values) for values in zip(*found, strict=True)))
 
 
 def times_of(events: Sequence[Any], *, on_device: bool) -> tuple[float, float]:

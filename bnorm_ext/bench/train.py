@@ -5,8 +5,9 @@ addition taken into it too). All start from the same weights and take the same s
 that whatever else the machine does slows all alike. images/s: batch over the median step. Peak
 memory: what tensors hold in one step, over what was there before it. Batch norm: its own time (and
 that of what is fused with it) in the operators of a step, forward and backward, and its share; on
-CUDA, of kernels; medians of five profiled steps. Faults: minor page faults of the process in a
-step.
+CUDA, of kernels; medians of five profiled steps. They come after the timed ones, when the allocator
+has the memory that a step needs. Faults: minor page faults of the process in a step; profiled: in a
+profiled step. Where these two differ, the own time is not that of the timed steps.
 
 With --processes N, each variant runs N times in a process of its own. The processes alternate, and
 the ratios are those of processes of the same round: medians and quartiles.
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import resource
 import statistics
 import sys
 import time
@@ -45,7 +45,7 @@ from .options import (
     threads,
     whole,
 )
-from .profiled import peak_bytes, times
+from .profiled import page_faults, peak_bytes, times
 from .providers import Unavailable
 
 WARM_UP, MIN_STEPS = 2, 5
@@ -80,6 +80,7 @@ class Run:
     share: float | None = None
     batch_norm_us: float | None = None
     faults: list[int] = field(default_factory=list)  # page faults of each timed step
+    faults_profiled: float | None = None  # the median of the profiled steps
 
 
 def make_step(
@@ -110,20 +111,26 @@ def make_step(
     return step
 
 
-def warm_up(runs: list[Run], device: torch.device, reasons: dict[str, str]) -> None:
-    """Takes the first steps and measures memory and shares. A run that fails is removed from
-    `runs`, with the reason in `reasons`."""
+def warm_up(runs: list[Run], reasons: dict[str, str]) -> None:
+    """Takes the first steps. A run that fails is removed from `runs`, its reason in `reasons`."""
     for run in list(runs):
         try:
             for _ in range(WARM_UP):
                 run.step()
-            run.peak_bytes = peak_bytes(run.step, device)
-            mine, everything = times(run.step, device)
-            run.batch_norm_us, run.share = mine, mine / everything if everything else 0.0
             print(f"{run.name}: warmed up", file=sys.stderr)
         except Exception as why:  # no compiler, not enough memory, ...
             reasons[run.name] = first_line(why)
             runs.remove(run)
+
+
+def profile(runs: Sequence[Run], device: torch.device) -> None:
+    """Batch norm's own time, and memory. After the timed steps: the first steps of a process take
+    fresh memory from the system for its largest tensors, batch norm's among them."""
+    for run in runs:
+        own = times(run.step, device)
+        run.batch_norm_us, run.faults_profiled = own.batch_norm_us, own.faults
+        run.share = own.batch_norm_us / own.all_us if own.all_us else 0.0
+        run.peak_bytes = peak_bytes(run.step, device)
 
 
 def measure(runs: Sequence[Run], seconds: float) -> None:
@@ -132,11 +139,11 @@ def measure(runs: Sequence[Run], seconds: float) -> None:
     while len(runs[0].seconds) < MIN_STEPS or time.perf_counter() < end:
         # The order alternates, so that no run is always first.
         for run in runs if len(runs[0].seconds) % 2 == 0 else list(reversed(runs)):
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            faults = page_faults()
             start = time.perf_counter()
             run.step()
             run.seconds.append(time.perf_counter() - start)
-            run.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+            run.faults.append(page_faults() - faults)
 
 
 def rows(
@@ -164,6 +171,7 @@ def rows(
                 "noisy": within_noise(s, base) if base and s is not base else None,
                 "peak_bytes": run.peak_bytes,
                 "faults_per_step": statistics.median(run.faults),
+                "faults_per_profiled_step": run.faults_profiled,
                 # Unknown after compiling: batch norm is in one kernel with its neighbours.
                 "batch_norm_share": None if compiled or run.share is None else round(run.share, 4),
                 "batch_norm_us": None
@@ -294,10 +302,11 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
             reasons[name] = str(why) if isinstance(why, Unavailable) else first_line(why)
     interrupted = False
     try:
-        warm_up(runs, device, reasons)
+        warm_up(runs, reasons)
         if runs:
             with clocks.sampling(device):
                 measure(runs, o.time_budget)
+        profile(runs, device)
     except KeyboardInterrupt:
         interrupted = True
     found = rows(runs, reasons, batch, o.compile is not None)
