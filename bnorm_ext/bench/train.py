@@ -5,9 +5,9 @@ addition taken into it too). All start from the same weights and take the same s
 that whatever else the machine does slows all alike. images/s: batch over the median step. Peak
 memory: what tensors hold in one step, over what was there before it. Batch norm: its own time (and
 that of what is fused with it) in the operators of a step, forward and backward, and its share; on
-CUDA, of kernels; medians of five profiled steps. They come after the timed ones, when the allocator
-has the memory that a step needs. Faults: minor page faults of the process in a step; profiled: in a
-profiled step. Where these two differ, the own time is not that of the timed steps.
+CUDA, of kernels, by the profiler; medians of five more steps with every operator timed. They come
+last, when the allocator has the memory that a step needs. Faults: minor page faults of the process
+in a step; profiled: in one of those. Where they differ, the own time is not that of a timed step.
 
 With --processes N, each variant runs N times in a process of its own. The processes alternate, and
 the ratios are those of processes of the same round: medians and quartiles.

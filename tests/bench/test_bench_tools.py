@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -223,14 +225,31 @@ def test_the_share_counts_what_lies_within_a_batch_norm_once():
     outer = event("aten::batch_norm", 1)
     inner = event("aten::native_batch_norm", 3, outer)
     events = [outer, inner, event("aten::empty", 1, inner), event("aten::conv2d", 15)]
-    assert profiled.times_of(events, on_device=False) == (5, 20)
     events.append(event("batch_norm_kernel", 100, device="CUDA"))
-    assert profiled.times_of(events, on_device=True) == (10, 40)
+    assert profiled.times_of(events) == (10, 40)
 
 
-def test_the_share_is_a_median_of_steps(monkeypatch):
+def test_own_time_on_the_cpu_is_that_of_batch_norms_operators(monkeypatch):
+    # Each operator takes a second: forward and backward of one batch norm, of one ReLU and the sum.
+    clock = itertools.count()
+    monkeypatch.setattr(profiled.time, "perf_counter", lambda: float(next(clock)))
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    for name in ("native", "converted"):
+        layer = train.convert(name, torch.nn.BatchNorm1d(3, track_running_stats=False))
+        with profiled._Timer() as timer:
+            layer(x).relu().sum().backward()
+        assert timer.batch_norm_us == 2e6
+        assert timer.all_us >= 5e6
+
+
+def test_own_time_is_a_median_of_steps(monkeypatch):
     slow_once = iter([(900.0, 1000.0), (5.0, 20.0), (4.0, 30.0), (6.0, 10.0), (5.0, 20.0)])
-    monkeypatch.setattr(profiled, "times_of", lambda *_, **__: next(slow_once))
+
+    def timer():
+        mine, everything = next(slow_once)
+        return contextlib.nullcontext(SimpleNamespace(batch_norm_us=mine, all_us=everything))
+
+    monkeypatch.setattr(profiled, "_Timer", timer)
     assert profiled.times(lambda: None, torch.device("cpu"))[:2] == (5, 20)
 
 
