@@ -92,7 +92,7 @@ def times(step: Callable[[], None], device: torch.device) -> Own:
                 step()
             mine, everything = times_of(profiler.events())
         else:
-            with _Timer() as timer:
+            with _Timer() as timer:  # type: ignore[no-untyped-call]
                 step()
             mine, everything = timer.batch_norm_us, timer.all_us
         found.append((mine, everything, page_faults() - faults))
