@@ -123,13 +123,15 @@ def warm_up(runs: list[Run], reasons: dict[str, str]) -> None:
             runs.remove(run)
 
 
-def profile(runs: Sequence[Run], device: torch.device) -> None:
-    """Batch norm's own time, and memory. After the timed steps: the first steps of a process take
-    fresh memory from the system for its largest tensors, batch norm's among them."""
+def inspect(runs: Sequence[Run], device: torch.device, compiled: bool) -> None:
+    """Memory, and batch norm's own time unless it is compiled into one kernel with its neighbours.
+    After the timed steps: the first steps of a process take fresh memory from the system for its
+    largest tensors, batch norm's among them."""
     for run in runs:
-        own = times(run.step, device)
-        run.batch_norm_us, run.faults_profiled = own.batch_norm_us, own.faults
-        run.share = own.batch_norm_us / own.all_us if own.all_us else 0.0
+        if not compiled:
+            own = times(run.step, device)
+            run.batch_norm_us, run.faults_profiled = own.batch_norm_us, own.faults
+            run.share = own.batch_norm_us / own.all_us if own.all_us else 0.0
         run.peak_bytes = peak_bytes(run.step, device)
 
 
@@ -146,9 +148,7 @@ def measure(runs: Sequence[Run], seconds: float) -> None:
             run.faults.append(page_faults() - faults)
 
 
-def rows(
-    runs: Sequence[Run], reasons: dict[str, str], batch: int, compiled: bool
-) -> list[dict[str, Any]]:
+def rows(runs: Sequence[Run], reasons: dict[str, str], batch: int) -> list[dict[str, Any]]:
     """One row for each variant, also for those that could not run."""
     base: Stats | None = None
     found = []
@@ -172,11 +172,8 @@ def rows(
                 "peak_bytes": run.peak_bytes,
                 "faults_per_step": statistics.median(run.faults),
                 "faults_per_profiled_step": run.faults_profiled,
-                # Unknown after compiling: batch norm is in one kernel with its neighbours.
-                "batch_norm_share": None if compiled or run.share is None else round(run.share, 4),
-                "batch_norm_us": None
-                if compiled or run.batch_norm_us is None
-                else round(run.batch_norm_us, 1),
+                "batch_norm_share": None if run.share is None else round(run.share, 4),
+                "batch_norm_us": None if run.batch_norm_us is None else round(run.batch_norm_us, 1),
                 "reason": None,
             }
         )
@@ -306,10 +303,10 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         if runs:
             with clocks.sampling(device):
                 measure(runs, o.time_budget)
-        profile(runs, device)
+        inspect(runs, device, o.compile is not None)
     except KeyboardInterrupt:
         interrupted = True
-    found = rows(runs, reasons, batch, o.compile is not None)
+    found = rows(runs, reasons, batch)
     shown = f"{o.model} ({source}), {batch} images of {o.size}x{o.size}"
     header = machine.header(device, command, arguments)
     header |= {"model": o.model, "net_from": source, "batch": batch, "size": o.size}
