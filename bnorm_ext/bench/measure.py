@@ -129,7 +129,7 @@ def _order(count: int, round_: int) -> list[int]:
     return order
 
 
-def _page_faults() -> int:
+def page_faults() -> int:
     """The page faults of this process so far that needed no disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
@@ -158,11 +158,11 @@ class CpuTimer:
                 else:
                     work.call()
                     work.prepare()
-                before = _page_faults()
+                before = page_faults()
                 start = time.perf_counter()
                 kept = work.call()
                 times[index] = (time.perf_counter() - start) * 1e6
-                self.faults.setdefault(work.name, []).append(_page_faults() - before)
+                self.faults.setdefault(work.name, []).append(page_faults() - before)
                 del kept
             found.append(times)
             self._round += 1

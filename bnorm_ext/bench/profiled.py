@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .measure import page_faults
 
 _MEASURED = "measured step"
 _STEPS = 5  # that are profiled, because one alone may be a slow one
@@ -57,10 +58,10 @@ class Own(NamedTuple):
     all_us: float
     faults: float
 
-
-def page_faults() -> int:
-    """The minor page faults of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    @property
+    def share(self) -> float:
+        """Batch norm's part of the time."""
+        return self.batch_norm_us / self.all_us if self.all_us else 0.0
 
 
 class _Timer(TorchDispatchMode):
@@ -92,6 +93,7 @@ def times(step: Callable[[], None], device: torch.device) -> Own:
                 step()
             mine, everything = times_of(profiler.events())
         else:
+            # The constructor is torch's, which has no annotations.
             with _Timer() as timer:  # type: ignore[no-untyped-call]
                 step()
             mine, everything = timer.batch_norm_us, timer.all_us

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 import bnorm_ext
 
 from . import clocks, machine, nets, processes, report
-from .measure import Stats, describe, within_noise
+from .measure import Stats, describe, page_faults, within_noise
 from .options import (
     DAY,
     Parser,
@@ -45,7 +45,7 @@ from .options import (
     threads,
     whole,
 )
-from .profiled import page_faults, peak_bytes, times
+from .profiled import Own, peak_bytes, times
 from .providers import Unavailable
 
 WARM_UP, MIN_STEPS = 2, 5
@@ -77,10 +77,8 @@ class Run:
     step: Callable[[], None]
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
-    share: float | None = None
-    batch_norm_us: float | None = None
     faults: list[int] = field(default_factory=list)  # page faults of each timed step
-    faults_profiled: float | None = None  # the median of the profiled steps
+    own: Own | None = None
 
 
 def make_step(
@@ -129,9 +127,7 @@ def inspect(runs: Sequence[Run], device: torch.device, compiled: bool) -> None:
     largest tensors, batch norm's among them."""
     for run in runs:
         if not compiled:
-            own = times(run.step, device)
-            run.batch_norm_us, run.faults_profiled = own.batch_norm_us, own.faults
-            run.share = own.batch_norm_us / own.all_us if own.all_us else 0.0
+            run.own = times(run.step, device)
         run.peak_bytes = peak_bytes(run.step, device)
 
 
@@ -159,6 +155,7 @@ def rows(runs: Sequence[Run], reasons: dict[str, str], batch: int) -> list[dict[
             continue
         s = describe([1e6 * t for t in samples])
         base = s if run.name == "native" else base
+        own = run.own
         found.append(
             {
                 "variant": run.name,
@@ -171,9 +168,9 @@ def rows(runs: Sequence[Run], reasons: dict[str, str], batch: int) -> list[dict[
                 "noisy": within_noise(s, base) if base and s is not base else None,
                 "peak_bytes": run.peak_bytes,
                 "faults_per_step": statistics.median(run.faults),
-                "faults_per_profiled_step": run.faults_profiled,
-                "batch_norm_share": None if run.share is None else round(run.share, 4),
-                "batch_norm_us": None if run.batch_norm_us is None else round(run.batch_norm_us, 1),
+                "faults_per_profiled_step": own and own.faults,
+                "batch_norm_share": own and round(own.share, 4),
+                "batch_norm_us": own and round(own.batch_norm_us, 1),
                 "reason": None,
             }
         )

@@ -262,7 +262,10 @@ def test_own_time_is_a_median_of_steps(monkeypatch):
 
 def test_page_faults_of_profiled_steps_are_counted():
     held = []
-    step = lambda: held.append(bytearray(64 << 20))  # noqa: E731 - fresh memory each time
+
+    def step():
+        held.append(bytearray(64 << 20))  # fresh memory each time
+
     assert profiled.times(step, torch.device("cpu")).faults >= 32  # also in huge pages
 
 
