@@ -37,6 +37,20 @@ BNORM_INLINE void for_each_vector_of_joined_rows(int64_t S, Offset at, int64_t c
   f(at, Part{left}, Cached{}, k, mask);
 }
 
+// A store past the caches needs no line. Any other one waits for its line where that is not cached, as
+// an output seldom is in a net, though it is in a loop that repeats one call. By columns, a vector has
+// so many loads that the processor does not look far enough ahead: the line is asked for so many bytes
+// before (bench/NOTES.md, 48). Vectors of 16 bytes would ask four times for each.
+constexpr int64_t kStoredAhead = 256;
+template <typename V, typename T>
+BNORM_INLINE void fetch_to_store(const T* out, Full, Cached) {
+  if constexpr (V::W * sizeof(T) > 16) {
+    __builtin_prefetch(out + kStoredAhead / static_cast<int64_t>(sizeof(T)), /*rw=*/1);
+  }
+}
+template <typename V, typename T, typename P, typename H>
+BNORM_INLINE void fetch_to_store(const T*, P, H) {}
+
 // Calls f(at, Full | Part, hint, k, mask) for every vector of channels [c0, c1) of a span.
 //   at    the offset of its first element
 //   hint  Cached | Nontemporal: how to store at out + at.element
@@ -97,6 +111,7 @@ BNORM_INLINE void for_each_vector_of_span(const Shape& shape, const Span& span, 
       mask.start_row(first.bit);
       for_each_stored_vector<V>(out + first.element, width, nontemporal && !needs_usual_stores,
                                 [&](int64_t j, auto part, auto hint) BNORM_INLINE_LAMBDA {
+                                  fetch_to_store<V>(out + first.element + j, part, hint);
                                   V k[kCount];
                                   for (int i = 0; i < kCount; ++i) {
                                     k[i] = load_lane_order(columns[i].a + j, V{});

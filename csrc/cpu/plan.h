@@ -68,11 +68,13 @@ constexpr int64_t kShortSample = 128;
 constexpr bool is_folded(const Shape& shape) {
   return is_short(shape) && shape.C * shape.S < kShortSample;
 }
-// Samples in a row of the matrix, in elementwise passes: as many as make whole vectors.
+// Samples in a row of the matrix, in elementwise passes: as many as make whole vectors, and rows long
+// enough that what happens once for each does not show (bench/NOTES.md, 48).
+constexpr int64_t kFoldedRow = 512;
 constexpr int64_t samples_per_row(const Shape& shape) {
   if (!is_folded(shape)) return 1;
   const int64_t sample = shape.C * shape.S, whole = whole_vectors(sample);
-  return whole * ceil_div(kShortSample, whole * sample);
+  return whole * ceil_div(kFoldedRow, whole * sample);
 }
 // The same in sums: as few as make whole vectors, also of 32 values, because each chunk has a cost
 // per column. Where that is one sample, threads may divide the channels.
@@ -84,7 +86,8 @@ constexpr int64_t samples_per_summed_row(const Shape& shape) {
 
 // Columns of a tile, at most: their sums and coefficients stay in L1.
 constexpr int64_t kColumns = 2048;
-static_assert(16 * (kShortSample - 1) <= kColumns, "a folded row is one tile");
+static_assert(16 * (kShortSample - 1) <= kColumns && 2 * kFoldedRow <= kColumns,
+              "a folded row is one tile");
 static_assert(kColumns / (kShortRow - 1) >= 8, "a tile has at least eight channels");
 
 // Channels per tile: as many as fit, with a multiple of 16 elements, so that all tiles are aligned
