@@ -174,17 +174,19 @@ def build(name: str) -> tuple[nn.Module, str]:
     return getattr(models, name)(), f"torchvision {version}"
 
 
-def batch_norm_inputs(name: str, batch: int, size: int = 224) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and input shape of each batch norm of a net in training, in order of execution.
+def batch_norm_inputs(
+    name: str, batch: int, size: int = 224, *, training: bool = True
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and input shape of each batch norm of a net, in order of execution.
 
     The net runs on the meta device, so only shapes are computed.
 
     Raises:
-        ValueError: the net cannot be trained on such a batch: its images are too small, or a batch
-            norm gets one value per channel.
+        ValueError: the net cannot take such a batch: its images are too small, or in training a
+            batch norm gets one value per channel.
     """
     with torch.device("meta"):
-        net = NETS[name]()
+        net = NETS[name]().train(training)
     seen: list[tuple[str, tuple[int, ...]]] = []
     for path, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -195,5 +197,6 @@ def batch_norm_inputs(name: str, batch: int, size: int = 224) -> list[tuple[str,
         net(torch.empty(batch, 3, size, size, device="meta"))
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         what = f"{batch} image{'s' * (batch > 1)} of {size}x{size}"
-        raise ValueError(f"{name} cannot be trained on {what}: {first_line(error)}") from None
+        use = "be trained on" if training else "take"
+        raise ValueError(f"{name} cannot {use} {what}: {first_line(error)}") from None
     return seen

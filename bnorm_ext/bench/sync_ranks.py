@@ -21,7 +21,7 @@ import bnorm_ext
 
 from . import nets, traffic
 from .measure import Stats, describe, within_noise
-from .train import make_step
+from .steps import training_step
 
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 1000
 #: A collective that waits longer ends the run: a process has died.
@@ -130,7 +130,7 @@ def steps(plan: Plan, device: torch.device) -> list[Contestant]:
     found = []
     for name, variant, *rest in variants:
         model = DistributedDataParallel(variant.train().to(device))
-        step = make_step(model, images, labels, amp=None, mode=None)
+        step = training_step(model, images, labels, amp=None, mode=None)
         found.append(Contestant(name, step, *rest))
     return found
 

@@ -1,13 +1,14 @@
-"""A training step end to end, with torch's batch norm and with ours.
+"""A training step end to end, with torch's batch norm and with ours; or a step of inference.
 
 Variants: native (nn.BatchNorm2d), converted (bnorm_ext.convert_batchnorm), fused (activation and
 addition taken into it too). All start from the same weights and take the same step in turn, so
-that whatever else the machine does slows all alike. images/s: batch over the median step. Peak
-memory: what tensors hold in one step, over what was there before it. Batch norm: its own time (and
-that of what is fused with it) in the operators of a step, forward and backward, and its share; on
-CUDA, of kernels, by the profiler; medians of five more steps with every operator timed. They come
-last, when the allocator has the memory that a step needs. Faults: minor page faults of the process
-in a step; profiled: in one of those. Where they differ, the own time is not that of a timed step.
+that whatever else the machine does slows all alike. A training step: forward, loss, backward, SGD.
+With --inference: forward in evaluation mode, under torch.inference_mode. images/s: batch over the
+median step. Peak memory: what tensors hold in one step, over what was there before it. Batch norm:
+its own time (and that of what is fused with it) in the operators of a step, and its share; on CUDA,
+of kernels, by the profiler; medians of five more steps with every operator timed. They come last,
+when the allocator has the memory that a step needs. Faults: minor page faults of the process in a
+step; profiled: in one of those. Where they differ, the own time is not that of a timed step.
 
 With --processes N, each variant runs N times in a process of its own. The processes alternate, and
 the ratios are those of processes of the same round: medians and quartiles.
@@ -16,7 +17,6 @@ the ratios are those of processes of the same round: medians and quartiles.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import statistics
 import sys
@@ -27,12 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-import bnorm_ext
-
-from . import clocks, machine, nets, processes, report
+from . import clocks, machine, nets, processes, report, steps
 from .measure import Stats, describe, page_faults, within_noise
 from .options import (
     DAY,
@@ -47,26 +43,11 @@ from .options import (
 )
 from .profiled import Own, peak_bytes, times
 from .providers import Unavailable
+from .steps import VARIANTS
 
 WARM_UP, MIN_STEPS = 2, 5
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-def convert(variant: str, model: nn.Module) -> nn.Module:
-    """A copy of the model in that variant. Raises Unavailable if it has nothing to fuse."""
-    model = copy.deepcopy(model)
-    if variant == "native":
-        return model
-    if variant == "converted":
-        return bnorm_ext.convert_batchnorm(model)
-    model, what = bnorm_ext.fuse_batchnorm_act(model)
-    if not what.fused:
-        raise Unavailable("there is nothing to fuse in this model")
-    return model
-
-
-VARIANTS = ("native", "converted", "fused")
 
 
 @dataclass
@@ -79,34 +60,6 @@ class Run:
     peak_bytes: int | None = None
     faults: list[int] = field(default_factory=list)  # page faults of each timed step
     own: Own | None = None
-
-
-def make_step(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    amp: torch.dtype | None,
-    mode: str | None,
-) -> Callable[[], None]:
-    """A function that takes one training step (forward, loss, backward, SGD) and waits for the
-    device. amp: the dtype of autocast; mode: of torch.compile; None for neither."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    device = images.device.type
-    scaler = torch.amp.GradScaler(device, enabled=amp == torch.float16)
-    call: Any = model if mode is None else torch.compile(model, mode=mode)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device, amp, enabled=amp is not None):
-            loss = F.cross_entropy(call(images), labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return step
 
 
 def warm_up(runs: list[Run], reasons: dict[str, str]) -> None:
@@ -207,6 +160,7 @@ def parser(command: str) -> Parser:
     add("--amp", nargs="?", const="half", choices=("half", *AMP),
         help="autocast; default of the dtype: float16, on the CPU bfloat16")  # fmt: skip
     add("--channels-last", action="store_true")
+    add("--inference", action="store_true", help="measure inference, not training")
     add("--compile", nargs="?", const="default", choices=MODES,
         help="torch.compile(model), in this mode")  # fmt: skip
     add("--threads", type=threads, metavar="K", help="of the CPU; default: torch's")
@@ -218,12 +172,13 @@ def parser(command: str) -> Parser:
     return p
 
 
-def check(model: str, batch: int, size: int, device: torch.device) -> None:
+def check(model: str, batch: int, size: int, training: bool, device: torch.device) -> None:
     """Raises ValueError if the net cannot take such a batch, or it would not fit into memory."""
-    kept = sum(math.prod(shape) for _, shape in nets.batch_norm_inputs(model, batch, size))
-    # A lower bound: input and output of each batch norm in float32.
+    shapes = [shape for _, shape in nets.batch_norm_inputs(model, batch, size, training=training)]
+    # A lower bound: input and output in float32, in training of all batch norms at once.
+    held = (sum if training else max)(math.prod(shape) for shape in shapes)
     what = f"{model} with {batch} images of {size}x{size}"
-    machine.check_memory(what, 2 * 4 * kept, device)
+    machine.check_memory(what, 2 * 4 * held, device)
 
 
 def written(file: Path | None, header: dict[str, Any], found: Any, command: str) -> bool:
@@ -238,6 +193,12 @@ def written(file: Path | None, header: dict[str, Any], found: Any, command: str)
     return True
 
 
+def subject(o: Any, model: str, batch: int) -> str:
+    """What is measured, as the title of the table."""
+    what = "inference" if o.inference else "training"
+    return f"{what}: {model}, {batch} images of {o.size}x{o.size}"
+
+
 def alternate(
     o: Any, chosen: list[str], device: torch.device, batch: int, arguments: list[str], command: str
 ) -> int:
@@ -247,14 +208,15 @@ def alternate(
     passed += [] if o.threads is None else ["--threads", str(o.threads)]
     passed += [] if o.amp is None else ["--amp", o.amp]
     passed += [] if o.compile is None else ["--compile", o.compile]
-    passed += ["--channels-last"] * o.channels_last
+    passed += ["--channels-last"] * o.channels_last + ["--inference"] * o.inference
     found = processes.rounds(chosen, passed, o.processes)
     interrupted = len(found) < o.processes or len(found[-1]) < len(chosen)
     rows = processes.summary(chosen, found)
     header = machine.header(device, command, arguments)
     header |= {"model": o.model, "batch": batch, "size": o.size, "processes": o.processes}
-    header |= {"method": __doc__, "interrupted": interrupted, "rounds": found}
-    print(f"{o.model}, {batch} images of {o.size}x{o.size}\n{report.title(header)}\n")
+    header |= {"inference": o.inference, "method": __doc__, "interrupted": interrupted}
+    header |= {"rounds": found}
+    print(f"{subject(o, o.model, batch)}\n{report.title(header)}\n")
     print(processes.table(rows))
     if not written(o.json, header, rows, command):
         return 1
@@ -271,7 +233,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         check_output(o.json, "--json")
         device = device_of(o.device)
         batch = o.batch if o.batch is not None else 64 if device.type == "cuda" else 8
-        check(o.model, batch, o.size, device)
+        check(o.model, batch, o.size, not o.inference, device)
     except ValueError as error:
         p.error(str(error))
     if o.processes is not None:
@@ -281,7 +243,8 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     torch.manual_seed(0)
     net, source = nets.build(o.model)
     images, labels = torch.randn(batch, 3, o.size, o.size), torch.randint(1000, (batch,))
-    net, images, labels = net.train().to(device), images.to(device), labels.to(device)
+    net.train(not o.inference).to(device)
+    images, labels = images.to(device), labels.to(device)
     if o.channels_last:
         last: Any = {"memory_format": torch.channels_last}
         net, images = net.to(**last), images.to(**last)
@@ -290,7 +253,11 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     runs, reasons = [], {}
     for name in chosen:
         try:
-            step = make_step(convert(name, net), images, labels, amp=amp, mode=o.compile)
+            model = steps.convert(name, net)
+            if o.inference:
+                step = steps.inference_step(model, images, amp=amp, mode=o.compile)
+            else:
+                step = steps.training_step(model, images, labels, amp=amp, mode=o.compile)
             runs.append(Run(name, step))
         except Exception as why:
             reasons[name] = str(why) if isinstance(why, Unavailable) else first_line(why)
@@ -304,12 +271,11 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
     except KeyboardInterrupt:
         interrupted = True
     found = rows(runs, reasons, batch)
-    shown = f"{o.model} ({source}), {batch} images of {o.size}x{o.size}"
     header = machine.header(device, command, arguments)
     header |= {"model": o.model, "net_from": source, "batch": batch, "size": o.size}
-    header |= {"method": __doc__, "interrupted": interrupted}
+    header |= {"inference": o.inference, "method": __doc__, "interrupted": interrupted}
     clocks.record(header, device)
-    print(f"{shown}\n{report.title(header)}\n")
+    print(f"{subject(o, f'{o.model} ({source})', batch)}\n{report.title(header)}\n")
     print(table(found))
     if line := clocks.sentence(header):
         print(line)

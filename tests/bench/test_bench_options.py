@@ -20,6 +20,7 @@ from bnorm_ext.bench import (
     profile,
     report,
     run,
+    steps,
     train,
 )
 from tests.common.bench_programs import QUICKLY, refused
@@ -100,6 +101,8 @@ def test_microbenchmarks(arguments, message, capsys):
         # The last stage has one value per channel.
         (["--batch", "1", "--size", "32"], "resnet18 cannot be trained on 1 image of 32x32: "),
         (["--batch", str(10**9)], "GB"),
+        (["--batch", str(10**9), "--inference"], "GB"),
+        (["--size", str(2**60), "--inference"], "resnet18 cannot take 8 images"),
         (["--threads", "1000000"], "--threads: at most"),
         (["--time-budget", "0"], "--time-budget: must be positive"),
         (["--time-budget", "nan"], "--time-budget: must be positive"),
@@ -247,15 +250,15 @@ def test_memory_that_runs_out_keeps_what_was_measured(monkeypatch, capsys):
 def test_a_variant_that_fails_has_a_reason_and_the_others_go_on(monkeypatch, capsys):
     monkeypatch.setattr(nets, "build", lambda name: (torch.nn.Conv2d(3, 4, 3), "this test"))
 
-    def make_step(model, *_, **__):
+    def training_step(model, *_, **__):
         def fail():
             raise RuntimeError("no compiler\nat all")
 
         return fail if made.append(model) or len(made) == 1 else lambda: torch.ones(2) + 1
 
     made = []
-    monkeypatch.setattr(train, "make_step", make_step)
-    monkeypatch.setattr(train, "convert", lambda variant, model: model)
+    monkeypatch.setattr(steps, "training_step", training_step)
+    monkeypatch.setattr(steps, "convert", lambda variant, model: model)
     arguments = ["--device", "cpu", "--batch", "2", "--size", "32", "--time-budget", "0.01"]
     assert train.main([*arguments, "--variant", "native,converted"]) == 0
     out = capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bnorm_ext.bench import __main__ as cli
-from bnorm_ext.bench import nets, packages, processes, profile, profiled, report, run, train
+from bnorm_ext.bench import nets, packages, processes, profile, profiled, report, run, steps, train
 from tests.common.bench_programs import QUICKLY
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
@@ -121,6 +121,50 @@ def test_training_measures_each_variant(tmp_path, monkeypatch, capsys, more):
     assert rows[0]["ratio"] == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--amp"], ["--channels-last"]])
+def test_inference_is_forward_alone_in_evaluation_mode(tmp_path, monkeypatch, more):
+    """With one image, which a batch norm of one value per channel could not be trained on."""
+    calls = []
+
+    def see(module, args, kwargs, output):
+        modes = module.training, torch.is_inference_mode_enabled(), output.requires_grad
+        calls.append((type(module).__name__, *modes, output.dtype))
+
+    def build(name):
+        net = tiny_net()
+        net[1].register_forward_hook(see, with_kwargs=True)
+        return net, "this test"
+
+    monkeypatch.setattr(nets, "build", build)
+    file = tmp_path / "a.json"
+    arguments = ["--batch", "1", "--size", "32", "--time-budget", "0.01", "--device", "cpu"]
+    chosen = ["--variant", "native,converted", "--inference", "--json", str(file)]
+    assert train.main([*arguments, *chosen, *more]) == 0
+    dtype = torch.bfloat16 if "--amp" in more else torch.float32
+    assert {call[1:] for call in calls} == {(False, True, False, dtype)}
+    assert [call[0] for call in calls].count("BatchNorm2d") == len(calls)
+    written = json.loads(file.read_text())
+    assert written["header"]["inference"]
+    for row in written["rows"]:
+        assert 0 < row["batch_norm_share"] < 1
+
+
+def test_each_process_measures_what_was_asked_for(monkeypatch):
+    passed = []
+
+    def one(variant, arguments):
+        passed.append(arguments)
+        return {"variant": variant, "reason": "not run"}
+
+    monkeypatch.setattr(processes, "_one", one)
+    what = ["--model", "densenet121", "--batch", "1", "--size", "32", "--inference"]
+    how = ["--channels-last", "--amp", "bfloat16", "--compile", "--threads", "1", "--device", "cpu"]
+    assert train.main([*what, *how, "--processes", "1", "--variant", "fused"]) == 1
+    o = train.parser("train").parse_args(passed[0])
+    assert (o.device, o.batch, o.size, o.inference, o.channels_last) == ("cpu", 1, 32, True, True)
+    assert (o.amp, o.compile, o.threads, o.model) == ("bfloat16", "default", 1, "densenet121")
+
+
 def test_profiled_steps_come_after_the_timed_ones(monkeypatch):
     # The first steps of a process take fresh memory: their page faults would count as batch norm's.
     order = []
@@ -129,7 +173,7 @@ def test_profiled_steps_come_after_the_timed_ones(monkeypatch):
         return lambda *_: order.append(what) or result
 
     monkeypatch.setattr(nets, "build", lambda name: (tiny_net(), "this test"))
-    monkeypatch.setattr(train, "make_step", lambda *_, **__: note("step"))
+    monkeypatch.setattr(steps, "training_step", lambda *_, **__: note("step"))
     monkeypatch.setattr(train, "times", note("profiled", profiled.Own(1.0, 2.0, 0.0)))
     monkeypatch.setattr(train, "peak_bytes", note("peak", 1))
     arguments = ["--batch", "2", "--size", "32", "--time-budget", "0.01", "--device", "cpu"]
@@ -150,7 +194,7 @@ def test_profiled_steps_come_after_the_timed_ones(monkeypatch):
 def test_a_step_is_made_as_asked(monkeypatch, more, amp, mode):
     asked = []
 
-    def make_step(model, *_, **how):
+    def training_step(model, *_, **how):
         asked.append(how)
         return lambda: None
 
@@ -161,7 +205,7 @@ def test_a_step_is_made_as_asked(monkeypatch, more, amp, mode):
         assert mode is None
         return profiled.Own(1.0, 2.0, 0.0)
 
-    monkeypatch.setattr(train, "make_step", make_step)
+    monkeypatch.setattr(steps, "training_step", training_step)
     monkeypatch.setattr(train, "times", times)
     arguments = ["--batch", "2", "--size", "32", "--time-budget", "0.01", "--device", "cpu"]
     assert train.main([*arguments, *more]) == 0
@@ -242,7 +286,7 @@ def test_own_time_on_the_cpu_is_that_of_batch_norms_operators(monkeypatch):
     monkeypatch.setattr(profiled.time, "perf_counter", lambda: float(next(clock)))
     x = torch.randn(4, 3, 5, requires_grad=True)
     for name in ("native", "converted"):
-        layer = train.convert(name, torch.nn.BatchNorm1d(3, track_running_stats=False))
+        layer = steps.convert(name, torch.nn.BatchNorm1d(3, track_running_stats=False))
         with profiled._Timer() as timer:
             layer(x).relu().sum().backward()
         assert timer.batch_norm_us == 2e6

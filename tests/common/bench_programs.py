@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bnorm_ext.bench import profile, run, train
+from bnorm_ext.bench import profile, run, steps
 
 QUICKLY = ["--shape", "4,3,5,6", "--provider", "bnorm_ext,torch", "--time-budget", "0.01",
            "--device", "cpu"]  # fmt: skip
@@ -18,8 +18,9 @@ def refused(program, arguments, capsys) -> str:
         raise AssertionError("measured something")
 
     threads = torch.get_num_threads()
+    made = [(steps, "training_step"), (steps, "inference_step")]
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((run, "measure"), (train, "make_step"), (profile, "examine")):
+        for module, name in ((run, "measure"), *made, (profile, "examine")):
             patch.setattr(module, name, measure)
         with pytest.raises(SystemExit) as ended:
             program.main([str(argument) for argument in arguments])
