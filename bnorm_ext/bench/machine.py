@@ -173,7 +173,9 @@ def commit() -> str | None:
     if _output("git", "rev-parse", "--show-toplevel") != str(ROOT):
         return None
     head = _output("git", "rev-parse", "--short=12", "HEAD")
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    # Results that were just recorded do not change what is measured.
+    code = ("--", ":/", ":(top,exclude)bench/results")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", *code)
     return f"{head}, with changes" if head and changed else head
 
 

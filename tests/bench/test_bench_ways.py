@@ -3,6 +3,7 @@ installed package. With an installation made by pip: test_install.py."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import bnorm_ext
 from bnorm_ext import _load
+from bnorm_ext.bench import cases, options, packages
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(bnorm_ext.__file__).resolve().parent
@@ -65,6 +67,26 @@ def run(
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_recorded_is_asked_for_in_options_that_there_are(device):
+    """Each command of `bench/record.sh`, up to where it would measure."""
+    script = ROOT / "bench" / "record.sh"
+    done = subprocess.run(
+        [script, sys.executable, device],
+        env={**os.environ, "RECORD_DRY": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    commands = [line.split() for line in done.stdout.splitlines()]
+    files = [c[c.index("--json") + 1] for c in commands if "--json" in c]
+    assert len(set(files)) == len(files) >= len(commands) - 1
+    for program, *arguments in commands:
+        module = importlib.import_module(f"bnorm_ext.bench.{program.partition('.')[2] or 'micro'}")
+        parsed = module.parser(program).parse_args(arguments)
+        assert parsed.device == device
+        if program == "bench":  # Providers and suites are looked up later.
+            options.names(parsed.provider, "--provider", packages.NAMES)
+            assert parsed.suite in (None, *cases.SUITES)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +159,18 @@ def test_the_commit_is_that_of_what_is_measured(tmp_path, monkeypatch):
     commit = [*git, "commit", "-q", "--allow-empty", "-m", "one"]
     subprocess.run(commit, cwd=tmp_path, check=True)
     monkeypatch.setattr(machine, "ROOT", tmp_path.resolve())
-    assert machine.commit()
+    head = machine.commit()
+    assert head
+    assert " " not in head
+    files = {folder: tmp_path / folder / "file" for folder in ("bench/results", "csrc")}
+    for file in files.values():
+        file.parent.mkdir(parents=True)
+        file.write_text("before")
+    subprocess.run([*git, "add", "bench", "csrc"], cwd=tmp_path, check=True)
+    subprocess.run(commit, cwd=tmp_path, check=True)
+    files["bench/results"].write_text("a new result")
+    assert "with changes" not in machine.commit()
+    files["csrc"].write_text("a new kernel")
+    assert machine.commit().endswith(", with changes")
     monkeypatch.setattr(machine, "ROOT", inside.resolve())
     assert machine.commit() is None
