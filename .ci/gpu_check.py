@@ -1,5 +1,5 @@
 """Everything that only a GPU can show, in one command: the build for this GPU, all CUDA tests,
-compute-sanitizer where the machine allows it, first timings. About ten minutes.
+compute-sanitizer where the machine allows it, first timings. About ten minutes, at most twenty.
 
     python .ci/gpu_check.py [--install]
 
@@ -92,6 +92,7 @@ def later_steps() -> list[Step]:
         Step("memcheck", small, 150, uncached, "memcheck"),
         Step("memcheck, graphs", pytest(kernels, "-k", CAPTURED), 100, {}, "memcheck"),
         Step("racecheck", small, 150, uncached, "racecheck"),
+        Step("synccheck", small, 150, uncached, "synccheck"),
         Step("timings", (*timings, "--json", results), 240, rehearsal=walk),
     ]
 

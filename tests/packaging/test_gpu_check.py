@@ -47,7 +47,7 @@ def test_dry_run() -> None:
     names = [step.name for step in (gpu_check.build_step(False), *gpu_check.later_steps())]
     assert [line[:18].strip() for line in table] == names
     assert all(" passed " in line for line in table)
-    assert sum("tests collected" in line for line in table) == 4
+    assert sum("tests collected" in line for line in table) == 5
 
 
 def test_an_empty_selection_is_found() -> None:
@@ -101,11 +101,11 @@ def test_every_step_is_tried_and_the_exit_code_comes_last(clean, monkeypatch, ca
     monkeypatch.setattr(gpu_check, "visible_archs", lambda: ["8.6"])
     monkeypatch.setattr(gpu_check, "sanitizer_missing", lambda tool: "")
     assert gpu_check.main([]) == 1
-    names = ["--quiet", "pytest", "memcheck", "memcheck", "racecheck", "bench"]
+    names = ["--quiet", "pytest", "memcheck", "memcheck", "racecheck", "synccheck", "bench"]
     assert done == [(name, "8.6") for name in names]
     table = capsys.readouterr().out.partition("=== GPU check\n")[2].splitlines()[1:]
     states = [line[19:29].strip() for line in table]
-    assert states == ["passed", "FAILED", "TIMED OUT", "TIMED OUT", "passed", "passed"]
+    assert states == ["passed", "FAILED", "TIMED OUT", "TIMED OUT", "passed", "passed", "passed"]
 
 
 def test_without_a_gpu_or_a_build_nothing_runs_and_the_table_says_so(
@@ -114,11 +114,11 @@ def test_without_a_gpu_or_a_build_nothing_runs_and_the_table_says_so(
     monkeypatch.setattr(gpu_check, "run", lambda *_: (0, ""))
     monkeypatch.setattr(gpu_check, "visible_archs", list)
     assert gpu_check.main([]) == 1
-    assert capsys.readouterr().out.count("not run    ") == 5
+    assert capsys.readouterr().out.count("not run    ") == 6
     monkeypatch.setattr(gpu_check, "run", lambda *_: (1, ""))
     monkeypatch.setattr(gpu_check, "visible_archs", lambda: ["8.0"])
     assert gpu_check.main([]) == 1
-    assert capsys.readouterr().out.count("  the build failed") == 5
+    assert capsys.readouterr().out.count("  the build failed") == 6
 
 
 def test_a_machine_without_the_sanitizer_does_not_fail(clean, monkeypatch) -> None:
