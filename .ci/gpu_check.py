@@ -1,5 +1,5 @@
 """Everything that only a GPU can show, in one command: the build for this GPU, all CUDA tests,
-compute-sanitizer where the machine allows it, first timings. About ten minutes, at most twenty.
+compute-sanitizer where the machine allows it, first timings. About a quarter of an hour.
 
     python .ci/gpu_check.py [--install]
 
