@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Repeats the measurements that README.md and docs/performance.md quote, each into a file of its own.
-# On the CPU it takes about half an hour on a machine that does nothing else; on a GPU, of which
-# `make gpu-check` comes first, about a quarter of an hour.
+# On the CPU it takes 40 minutes on a machine that does nothing else. On a GPU, where `make gpu-check`
+# comes first, it is not yet timed.
 #
 #   bench/record.sh [PYTHON [DEVICE [NAME...]]]      NAME: single measurements, such as quick
 #
