@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Repeats the measurements that README.md and docs/performance.md quote, each into a file of its own.
+# Those of kernels alone, of a GPU's terms and of host times (bench/results/README.md) have other programs.
 # On the CPU it takes 40 minutes on a machine that does nothing else. On a GPU, where `make gpu-check`
 # comes first, it is not yet timed.
 #
