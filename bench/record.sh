@@ -12,12 +12,14 @@ cd "$(dirname "$0")/.."
 python=${1:-python3}
 device=${2:-$("$python" -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")}
 chosen=("${@:3}")
+found=0
 export PYTHONUNBUFFERED=1
 
 run() { # NAME PROGRAM ARGUMENTS...
     local name=$1 program=$2
     shift
     if [ ${#chosen[@]} -gt 0 ] && [[ " ${chosen[*]} " != *" $name "* ]]; then return; fi
+    found=1
     if [ "${RECORD_DRY:-0}" != 0 ]; then
         echo "$program --device $device ${*:2}"
         return
@@ -97,3 +99,7 @@ on_cuda() {
 }
 
 "on_$device"
+if [ $found = 0 ]; then
+    echo "record.sh: no measurement is named ${chosen[*]}" >&2
+    exit 2
+fi

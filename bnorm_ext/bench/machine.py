@@ -174,7 +174,7 @@ def commit() -> str | None:
         return None
     head = _output("git", "rev-parse", "--short=12", "HEAD")
     # Results that were just recorded do not change what is measured.
-    code = ("--", ":/", ":(top,exclude)bench/results")
+    code = ("--", ":(exclude)bench/results")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", *code)
     return f"{head}, with changes" if head and changed else head
 

@@ -43,7 +43,7 @@ def training_step(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     device = images.device.type
     scaler = torch.amp.GradScaler(device, enabled=amp == torch.float16)
-    call: Any = model.train() if mode is None else torch.compile(model.train(), mode=mode)
+    call: Any = model if mode is None else torch.compile(model, mode=mode)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -61,10 +61,10 @@ def training_step(
 def inference_step(
     model: nn.Module, images: Tensor, *, amp: torch.dtype | None, mode: str | None
 ) -> Callable[[], None]:
-    """A function that takes one forward pass in evaluation mode, without autograd, and waits for
-    the device. amp and mode: as in `training_step`."""
+    """A function that takes one forward pass without autograd and waits for the device. amp and
+    mode: as in `training_step`."""
     device = images.device.type
-    call: Any = model.eval() if mode is None else torch.compile(model.eval(), mode=mode)
+    call: Any = model if mode is None else torch.compile(model, mode=mode)
 
     def step() -> None:
         with torch.inference_mode(), torch.autocast(device, amp, enabled=amp is not None):

@@ -79,7 +79,7 @@ def plan_of(o: argparse.Namespace) -> Plan:
         if shape[0] * shape[2] * shape[3] == 1:
             raise ValueError(f"--shape {text}: one value per channel cannot be normalised")
     model = o.model or "resnet18"
-    check(model, o.batch, o.size, True, device)
+    check(model, o.batch, o.size, device)
     layers = sum(4 * 4 * torch.Size(shape).numel() for shape in shapes)
     machine.check_memory("the inputs of --shape", o.processes * layers, device)
     return Plan(

@@ -172,7 +172,9 @@ def parser(command: str) -> Parser:
     return p
 
 
-def check(model: str, batch: int, size: int, training: bool, device: torch.device) -> None:
+def check(
+    model: str, batch: int, size: int, device: torch.device, *, training: bool = True
+) -> None:
     """Raises ValueError if the net cannot take such a batch, or it would not fit into memory."""
     shapes = [shape for _, shape in nets.batch_norm_inputs(model, batch, size, training=training)]
     # A lower bound: input and output in float32, in training of all batch norms at once.
@@ -233,7 +235,7 @@ def main(arguments: Sequence[str] | None = None, command: str | None = None) -> 
         check_output(o.json, "--json")
         device = device_of(o.device)
         batch = o.batch if o.batch is not None else 64 if device.type == "cuda" else 8
-        check(o.model, batch, o.size, not o.inference, device)
+        check(o.model, batch, o.size, device, training=not o.inference)
     except ValueError as error:
         p.error(str(error))
     if o.processes is not None:

@@ -89,6 +89,13 @@ def test_what_is_recorded_is_asked_for_in_options_that_there_are(device):
             assert parsed.suite in (None, *cases.SUITES)
 
 
+def test_a_measurement_that_there_is_not_is_named():
+    command = [ROOT / "bench" / "record.sh", sys.executable, "cpu", "quikc"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "record.sh: no measurement is named quikc"
+
+
 @pytest.mark.parametrize(
     ("module", "arguments", "printed"),
     [
